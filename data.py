@@ -1,0 +1,552 @@
+"""What HarmoView trains on. So far: the toy world, procedural heads with exact ground truth for any identity in any clip.
+
+A Clip says in names what happens; render_clips turns clips and identities into videos, caption(clip) into words. Re-rendering
+a clip with somebody else is the same call with another identity, which is how eval.py measures identity without a face network.
+
+  python data.py toy --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
+"""
+import argparse
+import math
+import random
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from encoders import UMT5, DINOv2, Tokenizer, ToyCodec
+from rope import VIEWS, UserError
+
+BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
+BENCHMARK_SEED, TRAIN_SEED = 52_000, 1
+
+# ---------------------------------------------------------------------------------------------------------- the toy world
+# Every name below appears in captions word for word; u runs from 0 to 1 over the clip, angles in degrees.
+TAU = 2 * math.pi
+MOTIONS = {  # name: u -> (yaw, pitch, roll); yaw > 0 looks to the picture's right edge, pitch > 0 looks up
+    "turns from left to right": lambda u: (180 * u - 90, 0 * u, 0 * u),
+    "turns from right to left": lambda u: (90 - 180 * u, 0 * u, 0 * u),
+    "looks around": lambda u: (75 * (TAU * u).sin(), 0 * u, 0 * u),
+    "turns away": lambda u: (180 * u, 0 * u, 0 * u),
+    "shakes the head": lambda u: (40 * (2 * TAU * u).sin(), 0 * u, 0 * u),
+    "nods": lambda u: (0 * u, 25 * (TAU * u).sin(), 0 * u),
+    "tilts the head": lambda u: (0 * u, 0 * u, 25 * (TAU * u).sin()),
+    "looks up": lambda u: (0 * u, 35 * u, 0 * u),
+}
+SWEEPS = ("turns from left to right", "turns from right to left", "looks around", "turns away")  # show sides or back
+MOUTHS = {"the mouth closed": lambda u: 0 * u, "the mouth open": lambda u: 0 * u + 1, "the mouth opening": lambda u: u}
+ZOOMS = {"a close-up": (0.70, 0.70), "a medium shot": (0.58, 0.58), "a slow zoom in": (0.54, 0.72)}  # head radius, start and end
+LIGHTS = {  # direction towards the light (x right, y up, z to the viewer) and its colour
+    "soft light": ((0.0, 0.4, 1.0), (1.0, 1.0, 1.0)),
+    "light from the left": ((-1.0, 0.3, 0.5), (1.0, 1.0, 1.0)),
+    "light from the right": ((1.0, 0.3, 0.5), (1.0, 1.0, 1.0)),
+    "warm light": ((0.2, 0.8, 0.7), (1.0, 0.86, 0.66)),
+}
+SHIRTS = {"red": (0.80, 0.16, 0.18), "blue": (0.16, 0.32, 0.78), "green": (0.13, 0.55, 0.30), "yellow": (0.93, 0.78, 0.20),
+          "white": (0.93, 0.93, 0.93), "black": (0.13, 0.13, 0.15)}
+BACKGROUNDS = ("a blue wall", "a meadow", "a sunset", "a brick wall", "a striped curtain", "a night sky", "a checkered wall",
+               "a grey studio")
+VIEW_YAW = {"front": 0.0, "left": -85.0, "right": 85.0, "back": 180.0}
+PATCHES = ("left", "right", "back")  # each seen in the view of that name and never from the front
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What happens in a clip, in the names above; one motion, mouth and shirt per person, the first person on the left."""
+    motions: tuple
+    mouths: tuple
+    shirts: tuple
+    zoom: str
+    light: str
+    background: str
+
+
+def draw_clip(rng, people, motions=tuple(MOTIONS)):
+    """A random Clip with one or two people; rng is a random.Random."""
+    def each(names):
+        return tuple(rng.choice(list(names)) for _ in range(people))
+    return Clip(each(motions), each(MOUTHS), each(SHIRTS), rng.choice(list(ZOOMS)), rng.choice(list(LIGHTS)), rng.choice(BACKGROUNDS))
+
+
+def caption(clip):
+    """The clip in words; nothing that the renderer shows is left out but who the people are."""
+    def person(k):
+        return f"in a {clip.shirts[k]} shirt {clip.motions[k]} with {clip.mouths[k]}"
+    if len(clip.motions) == 1:
+        who = f"one person {person(0)}"
+    else:
+        who = f"two people, the first on the left {person(0)}, the second on the right {person(1)}"
+    return f"{clip.zoom} of {who}, {clip.light}, {clip.background}"
+
+
+def hsv(h, s, v):
+    """Hue, saturation, value in 0..1, each [n] -> RGB [n, 3]."""
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h[:, None]) % 6
+    return v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def draw_identities(n, seed):
+    """n identities as a dict of tensors whose first axis is the identity; lengths in head heights, angles in degrees."""
+    g = torch.Generator().manual_seed(seed)
+
+    def between(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+    tone = between(0, 1, 1)
+    hue = between(0, 1)
+    return {
+        "skin": torch.lerp(torch.tensor([0.36, 0.22, 0.15]), torch.tensor([0.98, 0.82, 0.70]), tone) + between(-0.04, 0.04, 3),
+        "hair": hsv(between(0, 1), between(0.25, 0.9), between(0.15, 0.95)),
+        "eyes": hsv(between(0, 1), between(0.6, 1), between(0.4, 0.9)),
+        "lips": hsv(between(0.9, 1.05), between(0.5, 0.8), between(0.45, 0.85)),
+        "patch_left": hsv(hue, between(0.8, 1), between(0.75, 1)),
+        "patch_right": hsv(hue + between(0.2, 0.45), between(0.8, 1), between(0.75, 1)),
+        "patch_back": hsv(hue + between(0.55, 0.8), between(0.8, 1), between(0.75, 1)),
+        "patch_height": between(-12, 38, 3),
+        "patch_size": between(15, 23, 3),
+        "width": between(0.70, 0.84),
+        "depth": between(0.80, 0.92),
+        "fringe": between(22, 52),  # elevation of the hairline at the front, at the ears and at the nape
+        "sideburn": between(-15, 30),
+        "nape": between(-60, 0),
+        "beard": between(0, 1) < 0.3,
+        "nose": between(0.11, 0.17),
+    }
+
+
+def pick(identities, index):
+    """The identities at an index, a slice or a tensor of indices, still as a dict of tensors."""
+    index = torch.as_tensor(index).reshape(-1)
+    return {name: value[index] for name, value in identities.items()}
+
+
+def rotation(yaw, pitch, roll):
+    """Head to world, [n, 3, 3] from degrees [n]: roll, then pitch, then yaw."""
+    (cy, sy), (cp, sp), (cr, sr) = ((a.deg2rad().cos(), a.deg2rad().sin()) for a in (yaw, -pitch, roll))
+    zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
+
+    def matrix(*rows):
+        return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return (matrix(cy, zero, sy, zero, one, zero, -sy, zero, cy) @ matrix(one, zero, zero, zero, cp, -sp, zero, sp, cp)
+            @ matrix(cr, -sr, zero, sr, cr, zero, zero, zero, one))
+
+
+def ellipsoid(o, d, centre, radii):
+    """Depth z at which rays o + z*d first meet an ellipsoid, -inf where they miss; o, d, centre and radii are (x, y, z)."""
+    o = [(a - c) / r for a, c, r in zip(o, centre, radii)]
+    d = [a / r for a, r in zip(d, radii)]
+    a, b, c = (sum(x * y for x, y in zip(p, q)) for p, q in ((d, d), (o, d), (o, o)))
+    root = b * b - a * (c - 1)
+    return torch.where(root > 0, (root.clamp(min=0).sqrt() - b) / a, -torch.inf)
+
+
+def render_heads(identity, pose, size, supersample=2):
+    """Ray-cast one head with shoulders an image, orthographic: premultiplied RGB, alpha and head mask, float 0..1.
+
+    identity  dict as from draw_identities, n of them
+    pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), x, y, scale (of the picture's half side, y up),
+              light and light_colour, shirt [n, 3]
+    returns   rgb [n, 3, size, size], alpha [n, 1, size, size], head [n, 1, size, size] (skin and hair, without the body)
+    """
+    n, s = len(pose["yaw"]), size * supersample
+    axis = (torch.arange(s) + 0.5) / s * 2 - 1
+    def column(a):
+        return a[:, None]  # [n] -> [n, 1], to go with rays [n, s*s]
+    X = (axis.repeat(s)[None] - column(pose["x"])) / column(pose["scale"])
+    Y = (-axis.repeat_interleave(s)[None] - column(pose["y"])) / column(pose["scale"])
+    R = rotation(pose["yaw"], pose["pitch"], pose["roll"])
+    # The ray (X, Y, z) seen from the head: o + z*d, with the head's centre at 0 and its half height 1.
+    o = [column(R[:, 0, i]) * X + column(R[:, 1, i]) * Y for i in range(3)]
+    d = [column(R[:, 2, i]) for i in range(3)]
+    light = F.normalize(pose["light"], dim=1)
+    head_light = torch.einsum("nij,ni->nj", R, light)
+
+    i = {name: column(v) if v.ndim == 1 else v for name, v in identity.items()}
+    width, depth, one = i["width"], i["depth"], torch.ones(n, 1)
+    skull = ((0, 0, 0), (width, one, depth))
+    shell = ((0, 0.03, -0.03), (width * 1.09, one * 1.07, depth * 1.09))
+    parts = {  # name: centre and radii in the head's frame
+        "skull": skull, "shell": shell,
+        "nose": ((0, -0.08, depth), (i["nose"] * 0.8, i["nose"] * 1.2, i["nose"] * 1.2)),
+        "ear_left": ((width, 0, 0), (0.10, 0.2, 0.14)), "ear_right": ((-width, 0, 0), (0.10, 0.2, 0.14)),
+    }
+    z = {name: ellipsoid(o, d, *part) for name, part in parts.items()}
+    body = {"neck": ((0, -1.0, -0.1), (0.4, 0.6, 0.4)), "shoulders": ((0, -1.95, -0.15), (1.05, 0.75, 0.6))}
+    z |= {name: ellipsoid((X, Y, 0), (0, 0, 1), *part) for name, part in body.items()}
+
+    def angles(name):
+        """Azimuth (0 front, 90 the side seen in the left view) and elevation in degrees of the ray's point on a part."""
+        x, y, w = ((a + z[name].clamp(min=-9) * b - c) / r for a, b, c, r in zip(o, d, *parts[name]))
+        return torch.atan2(x, w).rad2deg(), torch.asin(y.clamp(-1, 1)).rad2deg()
+
+    def spot(az, el, at_az, at_el, size_az, size_el):
+        return ((az - at_az) / size_az) ** 2 + ((el - at_el) / size_el) ** 2 < 1
+    # Hair is the shell where it lies above the hairline, which falls from the fringe over the sideburn to the nape.
+    az, el = angles("shell")
+    at_side, at_back = ((az.abs() - 45) / 30).clamp(0, 1), ((az.abs() - 85) / 35).clamp(0, 1)
+    line = i["fringe"] + (i["sideburn"] - i["fringe"]) * at_side + (i["nape"] - i["sideburn"]) * at_back
+    z["shell"] = torch.where(el > line, z["shell"], -torch.inf)
+    order = list(z)
+    nearest, which = torch.stack([z[name] for name in order]).max(dim=0)
+    hit = nearest > -torch.inf
+    on = {name: (which == j) & hit for j, name in enumerate(order)}
+
+    az_skin, el_skin = angles("skull")
+    az = torch.where(on["shell"], az, az_skin)
+    el = torch.where(on["shell"], el, el_skin)
+    skull, shell = on["skull"], on["shell"]
+    skin = skull | on["nose"] | on["ear_left"] | on["ear_right"] | on["neck"]
+    eye = (az_skin.abs() - 26, el_skin - 6)
+    open_mouth = column(pose["mouth"])
+    layers = [  # (where, colour [n, 3] or a grey level); later ones cover earlier ones
+        (hit, pose["shirt"]),
+        (skin, i["skin"]),
+        (on["nose"] | on["neck"], i["skin"] * 0.88),
+        (skull & i["beard"] & (el_skin < -16) & (az_skin.abs() < 72), i["hair"] * 0.8),
+        (skull & spot(*eye, 0, 17, 13, 3.5), i["hair"] * 0.55),
+        (skull & spot(*eye, 0, 0, 13, 9.5), torch.full((n, 3), 0.97)),
+        (skull & spot(*eye, 0, 0, 7.5, 8.5), i["eyes"]),
+        (skull & spot(*eye, 0, 0, 3, 3.5), torch.full((n, 3), 0.05)),
+        (skull & spot(az_skin, el_skin, 0, -33, 21, 5.5 + 8.5 * open_mouth), i["lips"]),
+        (skull & spot(az_skin, el_skin, 0, -33, 14, 9 * open_mouth + 1e-3), torch.full((n, 3), 0.1)),
+        (shell, i["hair"]),
+    ]
+    for p, name in enumerate(PATCHES):
+        from_centre = {"left": az - 119, "right": -az - 119, "back": az.abs() - 180}[name]
+        at, size_of = column(i["patch_height"][:, p]), column(i["patch_size"][:, p])
+        layers.append(((skull | shell) & spot(from_centre, el, 0, at, 1.2 * size_of, size_of), i[f"patch_{name}"]))
+    top = torch.zeros(n, s * s, dtype=torch.int64)
+    for j, (where, _) in enumerate(layers):
+        top[where] = j
+    palette = torch.stack([colour for _, colour in layers], dim=1)  # [n, layers, 3]
+    colour = palette.gather(1, top[..., None].expand(-1, -1, 3))
+
+    shade = torch.zeros(n, s * s)
+    for name in order:
+        of_head = name in parts
+        centre, radii = parts[name] if of_head else body[name]
+        ray = zip(o, d) if of_head else ((X, 0), (Y, 0), (0, 1))
+        toward = head_light if of_head else light
+        normal = [(a + nearest.clamp(min=-9) * b - c) / (r * r) for (a, b), c, r in zip(ray, centre, radii)]
+        cosine = sum(m * column(toward[:, j]) for j, m in enumerate(normal)) / sum(m * m for m in normal).sqrt()
+        shade = torch.where(on[name], cosine.clamp(min=0), shade)
+    colour = colour * (0.55 + 0.5 * shade[..., None]) * pose["light_colour"][:, None]
+    colour = colour.clamp(0, 1) * hit[..., None]
+    channels = torch.cat((colour, hit[..., None], (hit & ~on["shoulders"] & ~on["neck"])[..., None]), dim=-1)
+    channels = F.avg_pool2d(channels.transpose(1, 2).reshape(n, 5, s, s), supersample)
+    return channels[:, :3], channels[:, 3:4], channels[:, 4:]
+
+
+def background(names, size, supersample=2):
+    """Named backgrounds, a list of n -> float [n, 3, size, size] in 0..1."""
+    s = size * supersample
+    axis = (torch.arange(s) + 0.5) / s * 2 - 1
+    y, x = -axis[:, None].expand(s, s), axis[None].expand(s, s)  # y up
+
+    def blend(low, high, weight):
+        low, high = (torch.tensor(c)[:, None, None] for c in (low, high))
+        return low + (high - low) * weight
+    at = torch.tensor([(-0.9, 0.8), (-0.55, 0.35), (-0.3, 0.9), (0.0, 0.6), (0.1, 0.95), (0.45, 0.8), (0.8, 0.5), (0.9, 0.95), (-0.85, 0.1)])
+    stars = sum(((x - a) ** 2 + (y - b) ** 2 < 0.05**2).float() for a, b in at)
+    brick = ((y * 4) % 1 < 0.16) | ((x * 2 + (y * 4).floor() % 2 / 2) % 1 < 0.08)
+    pictures = {
+        "a blue wall": blend((0.36, 0.55, 0.80), (0.42, 0.62, 0.88), y),
+        "a meadow": torch.where(y < -0.15, blend((0.22, 0.52, 0.20), (0.40, 0.68, 0.28), -y), blend((0.75, 0.88, 0.97), (0.45, 0.70, 0.95), y)),
+        "a sunset": blend((0.98, 0.62, 0.28), (0.45, 0.20, 0.45), (y + 1) / 2),
+        "a brick wall": blend((0.62, 0.28, 0.20), (0.82, 0.76, 0.70), brick.float()),
+        "a striped curtain": blend((0.86, 0.80, 0.68), (0.60, 0.22, 0.28), ((x * 2.5) % 1 < 0.5).float()),
+        "a night sky": blend((0.05, 0.06, 0.20), (0.95, 0.95, 0.80), stars),
+        "a checkered wall": blend((0.90, 0.90, 0.86), (0.45, 0.62, 0.58), (((x * 2).floor() + (y * 2).floor()) % 2)),
+        "a grey studio": blend((0.78, 0.78, 0.78), (0.40, 0.40, 0.42), ((x * x + y * y) / 2).clamp(0, 1)),
+    }
+    return F.avg_pool2d(torch.stack([pictures[name] for name in names]), supersample)
+
+
+def in_chunks(render, n, rays):
+    """render(slice) for slices that keep one call's rays within the CPU's cache, concatenated; about 2.5x faster than one call."""
+    step = max(1, (1 << 18) // rays)
+    parts = [render(slice(i, min(i + step, n))) for i in range(0, n, step)]
+    return tuple(torch.cat(p) for p in zip(*parts))
+
+
+def clip_pose(clips, k, frames):
+    """How person k stands in every frame of n clips: the pose dict of render_heads, every entry [n, frames] or [n, frames, 3]."""
+    u = torch.linspace(0, 1, frames)
+    people = len(clips[0].motions)
+
+    def stack(values):
+        return torch.stack([torch.as_tensor(v).float().expand(frames, *torch.as_tensor(v).shape[1:]) for v in values])
+    yaw, pitch, roll = (stack([MOTIONS[c.motions[k]](u)[a] for c in clips]) for a in range(3))
+    zoom = stack([torch.lerp(torch.tensor(ZOOMS[c.zoom][0]), torch.tensor(ZOOMS[c.zoom][1]), u) for c in clips])
+    light = [LIGHTS[c.light] for c in clips]
+    return {
+        "yaw": yaw, "pitch": pitch, "roll": roll, "mouth": stack([MOUTHS[c.mouths[k]](u) for c in clips]),
+        "x": torch.full_like(yaw, 0.0 if people == 1 else k - 0.5), "y": torch.full_like(yaw, 0.06),
+        "scale": zoom * (1.0 if people == 1 else 0.66),
+        "light": stack([torch.tensor([direction]) for direction, _ in light]),
+        "light_colour": stack([torch.tensor([colour]) for _, colour in light]),
+        "shirt": stack([torch.tensor([SHIRTS[c.shirts[k]]]) for c in clips]),
+    }
+
+
+def render_clips(clips, people, frames, size):
+    """Clips with given identities: the ground truth, for whoever is put into them.
+
+    clips    n Clips with equally many people
+    people   one identities dict per person, each of n identities
+    returns  video [n, 3, frames, size, size] in -1..1 and head masks [n, people, frames, size, size] in 0..1
+    """
+    n = len(clips)
+    scene = background([c.background for c in clips], size)[:, :, None].expand(-1, -1, frames, -1, -1)
+    masks = []
+    for k, identities in enumerate(people):
+        pose = {name: v.flatten(0, 1) for name, v in clip_pose(clips, k, frames).items()}
+        who = pick(identities, torch.arange(n).repeat_interleave(frames))
+        rgb, alpha, head = in_chunks(lambda part: render_heads({a: v[part] for a, v in who.items()}, {a: v[part] for a, v in pose.items()}, size),
+                                     n * frames, (2 * size) ** 2)
+        rgb, alpha, head = (a.unflatten(0, (n, frames)).transpose(1, 2) for a in (rgb, alpha, head))  # [n, ., F, S, S]
+        scene = rgb + (1 - alpha) * scene
+        masks = [m * (1 - alpha[:, 0]) for m in masks] + [head[:, 0]]  # a later person covers an earlier one
+    return scene * 2 - 1, torch.stack(masks, dim=1)
+
+
+def render_references(identities, seed, size, clips=None, k=0, frames=6):
+    """The four VIEWS of n identities on white, [n, V, 3, size, size] in -1..1.
+
+    Cross-pair (clips is None): each picture has a light, shirt, mouth and slight turn of its own, drawn from seed.
+    In-pair: person k of n clips as it looks in the clip's frame that comes nearest to the view, re-framed; where no frame
+    comes near (see clip_views), the picture shows the nearest one all the same, and training leaves it out.
+    """
+    n, V = len(identities["width"]), len(VIEWS)
+    g = torch.Generator().manual_seed(seed)
+
+    def jitter(size_of):
+        return size_of * (2 * torch.rand(n * V, generator=g) - 1)
+    if clips is None:
+        lights, shirts = (torch.tensor([v[part] for v in table]) for part, table in
+                          ((0, LIGHTS.values()), (1, LIGHTS.values()))), torch.tensor(list(SHIRTS.values()))
+        which = torch.randint(len(LIGHTS), (n * V,), generator=g)
+        light, light_colour = (table[which] for table in lights)
+        pose = {"yaw": torch.tensor([VIEW_YAW[v] for v in VIEWS]).repeat(n) + jitter(8), "pitch": jitter(6), "roll": jitter(4),
+                "mouth": torch.rand(n * V, generator=g).round(), "light": light, "light_colour": light_colour,
+                "shirt": shirts[torch.randint(len(SHIRTS), (n * V,), generator=g)]}
+    else:
+        pose = clip_pose(clips, k, frames)
+        nearest = view_distance(pose["yaw"]).argmin(dim=2)  # [n, V]
+        pose = {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in pose.items()}
+    pose |= {"x": torch.zeros(n * V), "y": torch.full((n * V,), 0.06), "scale": 0.66 + jitter(0.03)}
+    who = pick(identities, torch.arange(n).repeat_interleave(V))
+    rgb, alpha, _ = in_chunks(lambda part: render_heads({a: v[part] for a, v in who.items()}, {a: v[part] for a, v in pose.items()}, size),
+                              n * V, (2 * size) ** 2)
+    return (rgb + (1 - alpha)).unflatten(0, (n, V)) * 2 - 1
+
+
+def view_distance(yaw):
+    """yaw [n, F] -> degrees between each frame and each view, [n, V, F]."""
+    turn = yaw[:, None] - torch.tensor([VIEW_YAW[v] for v in VIEWS])[:, None]
+    return ((turn + 180) % 360 - 180).abs()
+
+
+# ------------------------------------------------------------------------------------------- the toy's encoders and its cache
+WORLDS = {  # what a config of model.CONFIGS trains on: pixels a side, frames, clips rendered once with one person, with two
+    "tiny": dict(size=32, frames=3, clips=(12, 12)),
+    "toy": dict(size=32, frames=6, clips=(2500, 2500)),
+    "toy64": dict(size=64, frames=13, clips=(4000, 4000)),
+}
+TEXT_DIM, VIT_DIM, VIT_LEVELS = 96, 96, (1, 3)
+FROZEN_SEED = 7
+
+
+class ToyEncoders:
+    """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed, beside a trained tokenizer.
+
+    folder  holds spiece.model, and vit.safetensors where a trained ViT takes the random one's place
+    """
+
+    def __init__(self, folder, size):
+        self.files = [f for f in (Path(folder) / "spiece.model", Path(folder) / "vit.safetensors") if f.exists()]
+        self.codec = ToyCodec()
+        self.tokenizer = Tokenizer(Path(folder) / "spiece.model")
+        with torch.random.fork_rng([]):
+            torch.manual_seed(FROZEN_SEED)
+            self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM, num_heads=6, num_layers=2)
+            self.vit = DINOv2(dim=VIT_DIM, num_layers=4, num_heads=3, patch=size // 4, image_size=size, levels=VIT_LEVELS)
+            for block in self.t5.blocks:  # attention that looks at near words, or two people's clauses would read alike
+                torch.nn.init.normal_(block.pos_embedding.embedding.weight, std=3)
+                torch.nn.init.normal_(block.attn.q.weight, std=0.5 / TEXT_DIM)
+            torch.nn.init.normal_(self.vit.pos_embed, std=0.5)
+        if len(self.files) > 1:
+            self.vit.load_state_dict(safetensors.torch.load_file(self.files[1]))
+        for net in (self.t5, self.vit):
+            net.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def text(self, captions):
+        """Captions -> rows [B, S, TEXT_DIM], zero beyond each one's length."""
+        ids, mask = self.tokenizer(captions)
+        return self.t5(ids, mask) * mask[..., None]
+
+    @torch.no_grad()
+    def features(self, image):
+        """Frontal references [B, 3, H, W] in -1..1 -> [B, levels, tokens, VIT_DIM]."""
+        return self.vit(image * 2)  # the toy's pictures have half of ImageNet-normalised ones' spread
+
+
+def toy_clips(n, people, seed, motions=tuple(MOTIONS)):
+    rng = random.Random(f"{seed}-{people}")
+    return [draw_clip(rng, people, motions) for _ in range(n)]
+
+
+def train_tokenizer(path):
+    """A sentencepiece model of the toy's captions with umT5's special ids: pad 0, </s> 1, unknown 2."""
+    captions = [caption(c) for people in (1, 2) for c in toy_clips(2000, people, "tokenizer")]
+    with open(path, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(captions), model_writer=f, vocab_size=300, model_type="bpe", hard_vocab_limit=False,
+                                                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+
+
+def to_bytes(video):
+    return ((video + 1) * 127.5).round().clamp(0, 255).byte().contiguous()
+
+
+def from_bytes(video):
+    return video.float() / 127.5 - 1
+
+
+IN_PAIR_MOTIONS = ("turns from left to right", "turns from right to left", "looks around")  # these show front, left and right
+
+
+def build_cache(root, size, frames, clips, pairs="cross"):
+    """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
+
+    The folder holds one.safetensors and two.safetensors (video uint8 [n, 3, F, S, S], refs uint8 [n, people, V, 3, S, S], text
+    float16 [n, S, E] with its last row the empty caption's), captions.txt and spiece.model.
+    """
+    folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        build = Path(temporary) / "cache"
+        build.mkdir()
+        train_tokenizer(build / "spiece.model")
+        encoders = ToyEncoders(build, size)
+        motions = tuple(MOTIONS) if pairs == "cross" else IN_PAIR_MOTIONS
+        bar = tqdm(total=sum(clips), desc="rendering the toy world", unit=" clips", disable=None)
+        captions = []
+        for people, n in enumerate(clips, 1):
+            identities = draw_identities(n * people, TRAIN_SEED + people)
+            todo = toy_clips(n, people, TRAIN_SEED, motions)
+            video, refs = [], []
+            for i in range(0, n, 64):
+                part = todo[i:i + 64]
+                at = torch.arange(i, i + len(part))
+                who = [pick(identities, at + k * n) for k in range(people)]
+                video.append(to_bytes(render_clips(part, who, frames, size)[0]))
+                clip = part if pairs == "in" else None
+                refs.append(torch.stack([to_bytes(render_references(who[k], 10**6 * people + 10**5 * k + i, size, clip, k, frames))
+                                         for k in range(people)], dim=1))
+                bar.update(len(part))
+            words = [caption(c) for c in todo]
+            captions += words
+            safetensors.torch.save_file({"video": torch.cat(video), "refs": torch.cat(refs), "text": encoders.text([*words, ""]).half()},
+                                        build / f"{('one', 'two')[people - 1]}.safetensors")
+        (build / "captions.txt").write_text("\n".join(captions) + "\n")
+        bar.close()
+        build.replace(folder)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------------- the benchmark
+def benchmark_cases():
+    """The 100 fixed cases, 60 with one person and 40 with two: [(Clip, identity indices)], all with a motion that sweeps the yaw."""
+    cases = []
+    for people, n in ((1, 60), (2, 40)):
+        rng = random.Random(f"{BENCHMARK_SEED}-{people}")
+        cases += [(draw_clip(rng, people, SWEEPS), tuple(rng.sample(range(BENCHMARK_IDENTITIES), people))) for _ in range(n)]
+    return cases
+
+
+def benchmark_references(who, size):
+    """Cross-pair references of held-out identities, int indices [n] -> [n, V, 3, size, size] in -1..1."""
+    everybody = render_references(draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED), BENCHMARK_SEED, size)
+    return everybody[who]
+
+
+# ------------------------------------------------------------------------------------------------- drawing a training batch
+def draw_layout(stage, progress, rng):
+    """What one step trains on: how many people its clips show, and which views of each the network is given.
+
+    stage     a row of train.STAGES
+    progress  0..1 through the stage, which moves the dropout from drop[0] to drop[1]
+    returns   one tuple of view names per person; all samples of a step share it, so every rank does the same work and
+              shapes stay static
+    """
+    if stage.views == "none" or rng.random() < stage.all_drop:
+        return ((),) * rng.choice(stage.people)
+    views = ("front",) if stage.views == "front" else VIEWS
+    drop = stage.drop[0] + (stage.drop[1] - stage.drop[0]) * progress
+
+    def one_person():
+        kept = tuple(v for v in views if rng.random() >= (stage.drop_front if v == "front" else drop))
+        return kept or (rng.choice(views),)  # never empty: leaving everybody out is all_drop's part
+    return tuple(one_person() for _ in range(rng.choice(stage.people)))
+
+
+def mask_regions(image, fraction, block, generator):
+    """Mv2ID's region masking: image [3, H, W] with a random `fraction` of its block x block squares painted grey."""
+    C, H, W = image.shape
+    squares = (H // block) * (W // block)
+    hidden = torch.randperm(squares, generator=generator) < round(fraction * squares)
+    hidden = hidden.view(H // block, W // block).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return torch.where(hidden, torch.zeros(()), image)
+
+
+class ToyData:
+    """Batches from a cache folder of build_cache; every sample is drawn from a generator of its own, so that batches are the
+    same for any number of ranks and micro-batches.
+
+    mask          fraction of each reference that region masking hides
+    text_dropout  share of the samples that lose their caption
+    """
+
+    def __init__(self, folder, size, mask=0.0, text_dropout=0.1):
+        self.encoders = ToyEncoders(folder, size)
+        self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors") for people in ("one", "two")]
+        self.mask, self.text_dropout = mask, text_dropout
+
+    def batch(self, layout, generators, device):
+        """layout from draw_layout, one torch.Generator a sample -> latents x0 [B, C, T, H, W], text [B, S, E], refs, vit,
+        the last two as HarmoView.forward takes them."""
+        clips = self.clips[len(layout) - 1]
+        n = len(clips["video"])
+        index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
+        no_text = torch.tensor([torch.rand((), generator=g) < self.text_dropout for g in generators])
+        text = clips["text"][torch.where(no_text, n, index)].float()
+        x0 = self.encoders.codec.encode(from_bytes(clips["video"][index]))
+        refs, vit = [], []
+        for k, views in enumerate(layout):
+            images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)]) for v in views}
+            if self.mask:
+                block = 2 * self.encoders.codec.stride  # one token
+                images = {v: torch.stack([mask_regions(i, self.mask, block, g) for i, g in zip(image, generators)])
+                          for v, image in images.items()}
+            refs.append({v: self.encoders.codec.encode(image[:, :, None])[:, :, 0] for v, image in images.items()})
+            vit.append(self.encoders.features(images["front"]) if "front" in images else None)
+        return (x0.to(device), text.to(device), [{v: latent.to(device) for v, latent in views.items()} for views in refs],
+                [features if features is None else features.to(device) for features in vit])
+
+
+def probe_writable(folder):
+    """Fail before any work where a folder cannot be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None

@@ -1,0 +1,378 @@
+"""The network: Wan's video transformer, which also sees several views of each person it has to show.
+
+HarmoView adds three things to Wan (arXiv 2606.10839; what the paper leaves open is decided in README.md):
+  references      clean latents of each view ride behind the video tokens in self-attention, placed by Jump-RoPE;
+  proxy tokens    a missing view's slot holds learnable tokens, so one to four views are one layout and need no mask;
+  MFI             ViT features of each frontal reference ride in the text context, in rows that Wan leaves as padding.
+Every parameter that Wan has too carries the name it has in the released checkpoints.
+
+Dimension key
+  B batch       L tokens        D width            N heads      K head width, D = N*K
+  C channels    T H W latent grid of the video, in tokens       h w the same of one reference
+  S text rows   M MFI rows      E text width       V view slots (4)    I identities    P proxy tokens
+"""
+import functools
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from rope import VIEWS, UserError, apply_rope, reference_positions, rope_table, video_positions
+
+PATCH = 2  # Wan's patch is (1, 2, 2)
+SIGMA_MIN = 0.05  # below this noise level an x0 prediction's velocity is no longer divided by sigma
+
+
+@dataclass
+class DiTConfig:
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16  # latent channels in
+    out_dim: int = 16  # latent channels out
+    freq_dim: int = 256  # width of the sinusoidal time embedding
+    text_dim: int = 4096  # E: width of the text encoder's rows
+    text_len: int = 512  # S: rows of text context, padding included; MFI's rows are among them
+    vit_dim: int = 0  # width of the ViT features; 0 builds no MFI
+    vit_levels: int = 0  # hidden layers of the ViT that MFI reads
+    proxy_tokens: int = 16  # P: learnable tokens for a missing view; 0 leaves the view out
+    rope_layout: str = "jump"  # a key of rope.LAYOUTS
+    rope_jump: int = 16  # Jump-RoPE's gap between identities
+    prediction: str = "velocity"  # what the head predicts: "velocity" (Wan) or "x0" (better on pixel-like latents)
+    eps: float = 1e-6
+    max_identities: int = 2  # I: people that MFI can tell apart
+
+
+TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2, proxy_tokens=4,
+           prediction="x0")
+CONFIGS = {
+    "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: runs in seconds, learns little
+    "toy": DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, **TOY),  # 32x32, two laptop cores, 10 minutes
+    "toy64": DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=12, **TOY),  # 64x64, one GPU
+}
+
+
+def sinusoid(t, dim):
+    """t [B] -> float32 [B, dim], cos first, computed in float64 as Wan does."""
+    freq = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double()[:, None] * freq
+    return torch.cat((angle.cos(), angle.sin()), dim=1).float()
+
+
+def float32(sequential, x):
+    """Run Linears and activations in float32, whatever dtype their weights are stored in."""
+    for m in sequential:
+        x = F.linear(x, m.weight.float(), m.bias.float()) if isinstance(m, nn.Linear) else m(x)
+    return x
+
+
+def modulate(x, shift, scale):
+    """x [B, L, D] with one shift and scale [B, D] a sample."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class RMSNorm(nn.Module):
+    """Over the full width, before the split into heads; float32 inside."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """float32 inside, whatever the dtype of input and weights."""
+
+    def forward(self, x):
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+def attend(q, k, v):
+    """Softmax attention without a mask, q [B, N, L, K]. At toy lengths on a CPU plain matmuls are 2-3x faster than SDPA."""
+    if q.device.type == "cpu" and k.shape[2] <= 1024:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Wan's attention, self or cross: RMSNorm of q and k, no mask. Rotary only where cos, sin are given."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x, context, rope=None):
+        """x [B, L, D] attends to context [B, S, D] (itself in self-attention) -> [B, L, D]."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))  # [B, L, N, K]
+        k = self.norm_k(self.k(context)).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
+        v = self.v(context).unflatten(-1, (self.num_heads, -1))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, N, L, K]
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.self_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm3 = LayerNorm(c.dim, c.eps)
+        self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+
+    def forward(self, x, time, context, rope):
+        """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D]."""
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation.float() + time).unbind(1)  # [B, D]
+        dtype = context.dtype
+        h = modulate(self.norm1(x), shift_sa, scale_sa).to(dtype)
+        x = x + self.self_attn(h, h, rope) * gate_sa[:, None]
+        x = x + self.cross_attn(self.norm3(x).to(dtype), context)  # no gate, no modulation
+        h = modulate(self.norm2(x), shift_ffn, scale_ffn).to(dtype)
+        return x + self.ffn(h) * gate_ffn[:, None]
+
+
+class Head(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.head = nn.Linear(c.dim, c.out_dim * PATCH * PATCH)
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
+
+    def forward(self, x, time):
+        """x float32 [B, L, D], time float32 [B, D] -> [B, L, PATCH*PATCH*C]."""
+        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
+        return self.head(modulate(self.norm(x), shift, scale).to(self.head.weight.dtype))
+
+
+class MFI(nn.Module):
+    """Multi-level Feature Injection: hidden states of a frozen ViT as further rows of the text context.
+
+    Everything that can move a row away from zero starts at zero, and Wan pads its text with zero rows and attends to
+    them, so a network that has just been given an MFI is bit for bit the base model.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.LayerNorm(c.vit_dim)
+        self.proj = nn.Linear(c.vit_dim, c.text_dim)
+        self.identity = nn.Parameter(torch.zeros(c.max_identities, c.text_dim))
+        self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, features, k):
+        """features [B, levels, tokens, vit_dim] of identity k -> rows [B, levels*tokens, E]."""
+        rows = self.proj(self.norm(features)) + self.identity[k] + self.level[:, None]
+        return rows.flatten(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device):
+    """cos, sin [L, K // 2] for the video's tokens and the reference tokens behind them."""
+    positions = video_positions(*grid)
+    if present is not None:
+        refs = reference_positions(layout, present, *grid, ref_hw, proxy_tokens, jump)
+        positions = torch.cat((positions, refs))
+    return rope_table(positions.to(device), head_dim)
+
+
+class HarmoView(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c)
+        # HarmoView's own
+        self.proxies = nn.Parameter(torch.randn(len(VIEWS), c.proxy_tokens, c.dim) * 0.02) if c.proxy_tokens else None
+        self.mfi = MFI(c) if c.vit_dim else None
+        self.init_weights()
+
+    def init_weights(self):
+        """Wan's initialisation for training from scratch; MFI keeps its zeros."""
+        for name, m in self.named_modules():
+            if isinstance(m, nn.Linear) and not name.startswith("mfi"):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for m in (*self.text_embedding, *self.time_embedding):
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(self, x, t, text, refs=None, vit=None):
+        """Velocity (noise - x0) of the noisy video latents x, float32, same shape as x.
+
+        x     [B, C, T, H, W], H and W even
+        t     [B] in 0..1000, 1000 * sigma
+        text  [B, S, E], S <= text_len unless MFI's rows need the room; short ones are zero-padded here
+        refs  None: plain Wan. Else one dict per identity, {view: clean latent [B, C, h, w]}; a missing view is its proxies
+        vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the frontal reference, or None
+        Raises UserError where a shape, a view or the number of identities does not fit the config.
+        """
+        c = self.config
+        self.check(x, text, refs, vit)
+        context = self.text_embedding(self.context(text, vit))  # [B, S, D]
+        tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # [B, D, T, H, W] in tokens
+        grid = tokens.shape[2:]
+        tokens = tokens.flatten(2).transpose(1, 2)  # [B, L, D]
+        video_len, present, ref_hw = tokens.shape[1], None, tuple(grid[1:])
+        if refs is not None:
+            present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
+            ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
+            tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
+        rope = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump, c.dim // c.num_heads, x.device)
+
+        with torch.autocast(x.device.type, enabled=False):  # time and modulation stay in float32
+            time = float32(self.time_embedding, sinusoid(t, c.freq_dim))  # [B, D]
+            time6 = float32(self.time_projection, time).unflatten(1, (6, -1))  # [B, 6, D]
+        tokens = tokens.float()
+        for block in self.blocks:
+            tokens = block(tokens, time6, context, rope)
+        out = self.head(tokens[:, :video_len], time).float()  # [B, L, 4C]
+        out = unpatchify(out, grid)  # [B, C, T, H, W] in latents
+        if c.prediction == "x0":
+            sigma = (t.float() / 1000).clamp(min=SIGMA_MIN).view(-1, 1, 1, 1, 1)
+            out = (x.float() - out) / sigma
+        return out
+
+    def context(self, text, vit):
+        """Text rows, zero padding, MFI rows: [B, S, E]. Cross-attention has no positions, so only the padding is given up."""
+        rows = [self.mfi(features, k) for k, features in enumerate(vit or ()) if features is not None]
+        mfi = torch.cat(rows, dim=1) if rows else text[:, :0]
+        padding = max(0, self.config.text_len - text.shape[1] - mfi.shape[1])
+        return torch.cat((F.pad(text, (0, 0, 0, padding)), mfi.to(text.dtype)), dim=1)
+
+    def embed_references(self, refs, batch, ref_hw):
+        """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions; and their grid (h, w)."""
+        slots = []
+        for views in refs:
+            for v, view in enumerate(VIEWS):
+                if view in views:
+                    latent = views[view].to(self.patch_embedding.weight.dtype)
+                    tokens = self.patch_embedding(latent[:, :, None])  # [B, D, 1, h, w]
+                    ref_hw = tuple(tokens.shape[3:])
+                    slots.append(tokens.flatten(2).transpose(1, 2))
+                elif self.proxies is not None:
+                    slots.append(self.proxies[v].expand(batch, -1, -1))
+        return slots, ref_hw
+
+    def check(self, x, text, refs, vit):
+        """Raise UserError, with what came and what fits, before anything is computed."""
+        c = self.config
+        if x.ndim != 5 or x.shape[1] != c.in_dim or x.shape[3] % PATCH or x.shape[4] % PATCH:
+            raise UserError(f"latents are {list(x.shape)}; expected [B, {c.in_dim}, T, H, W] with even H and W")
+        if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
+            raise UserError(f"text is {list(text.shape)}; expected [B, at most {c.text_len}, {c.text_dim}]")
+        for name, entries in (("refs", refs), ("vit", vit)):
+            if entries is not None and len(entries) > c.max_identities:
+                raise UserError(f"{name} holds {len(entries)} identities; this model holds {c.max_identities}")
+        latents = [(view, latent) for views in refs or () for view, latent in views.items()]
+        for view, latent in latents:
+            if view not in VIEWS:
+                raise UserError(f"unknown view {view!r}; expected one of {', '.join(VIEWS)}")
+            if latent.shape[:2] != x.shape[:2] or latent.shape != latents[0][1].shape or latent.ndim != 4:
+                raise UserError(f"reference {view!r} is {list(latent.shape)}; expected [{x.shape[0]}, {c.in_dim}, h, w], "
+                                 "the same h and w for every reference")
+
+
+def unpatchify(x, grid):
+    """x [B, T*H*W, PATCH*PATCH*C] -> [B, C, T, PATCH*H, PATCH*W]; the channel is the fastest index, as in Wan's head."""
+    B, (T, H, W) = len(x), grid
+    x = x.view(B, T, H, W, PATCH, PATCH, -1)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, PATCH * H, PATCH * W)
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+def save_checkpoint(folder, tensors, meta, files=(), keep=2):
+    """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest `keep` beside it.
+
+    tensors  {"model": state dict, ...}, one safetensors file each
+    meta     JSON-able; "sha256" of every file is added
+    files    further files that the checkpoint needs, copied into it
+    """
+    folder = Path(folder)
+    build = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(build, ignore_errors=True)
+    build.mkdir(parents=True)
+    try:
+        for name, state in tensors.items():
+            state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            safetensors.torch.save_file(state, build / f"{name}.safetensors")
+        for file in files:
+            shutil.copy(file, build)
+        sha256 = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(build.iterdir())}
+        (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
+        for f in build.iterdir():
+            with open(f, "rb") as opened:
+                os.fsync(opened.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(build, folder)
+    except BaseException:
+        shutil.rmtree(build, ignore_errors=True)
+        raise
+    steps = sorted(folder.parent.glob("step-*"), key=step_of)
+    for old in steps[:-keep]:
+        shutil.rmtree(old)
+
+
+def step_of(folder):
+    return int(folder.name.split("-")[1])
+
+
+def find_checkpoint(path):
+    """The checkpoint folder at `path`, or the newest one below it (of a stage, or of a run's last stage), or None."""
+    path = Path(path)
+    if (path / "checkpoint.json").exists():
+        return path
+    steps = sorted(path.glob("step-*/checkpoint.json"), key=lambda f: step_of(f.parent))
+    if steps:
+        return steps[-1].parent
+    for stage in sorted(path.glob("stage*"), reverse=True):
+        if found := find_checkpoint(stage):
+            return found
+    return None
+
+
+def load_tensors(folder, name):
+    """One tensor file of a checkpoint folder, checked against the sha256 that was written beside it."""
+    path = Path(folder) / f"{name}.safetensors"
+    expected = json.loads((Path(folder) / "checkpoint.json").read_text())["sha256"].get(path.name)
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): use another checkpoint")
+    return safetensors.torch.load_file(path)
+
+
+def load_checkpoint(folder, weights="ema"):
+    """A checkpoint folder -> HarmoView with its "ema" (or "model") weights, and what checkpoint.json holds.
+    Raises UserError for a damaged file, and for keys or shapes that do not fit its config."""
+    meta = json.loads((Path(folder) / "checkpoint.json").read_text())
+    unknown = set(meta["config"]) ^ {f.name for f in fields(DiTConfig)}
+    if unknown:
+        raise UserError(f"{folder}: its config and this version's differ in {', '.join(sorted(unknown))}")
+    model = HarmoView(DiTConfig(**meta["config"]))
+    try:
+        model.load_state_dict(load_tensors(folder, weights))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
+    return model, meta

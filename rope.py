@@ -1,0 +1,95 @@
+"""Rotary positions: where every token of a video and of its references sits, as data.
+
+A layout is nothing but an int64 tensor [L, 3] of (t, h, w); the network never branches on it. To try another layout, add a
+line to LAYOUTS. Positions other systems use are listed in README.md; Jump-RoPE is HarmoView's, RD-RoPE is Mv2ID's.
+
+T H W  token grid of the video        h w  token grid of one reference
+k      identity, from 0               v    view slot, index into VIEWS
+r      running number of the reference blocks that hold tokens, from 0
+"""
+import torch
+
+
+class UserError(ValueError):
+    """A wrong input. The scripts print its message as their one line and exit; it lives here because every file imports rope."""
+
+
+VIEWS = ("front", "left", "right", "back")  # as the viewer sees them: in "left" the subject looks to the picture's left edge
+RD_GAP = 1  # Mv2ID's temporal offset o; the paper gives no number
+
+
+def _jump(k, v, r, T, H, W, jump):
+    """HarmoView: identity k owns the times from T + jump*(k+1) on, so dropping a view moves nobody."""
+    return T + jump * (k + 1) + v, 0, 0
+
+
+def _rd(k, v, r, T, H, W, jump):
+    """Mv2ID: one shared time, each further reference one whole frame further down and right."""
+    return T + RD_GAP, (r + 1) * H, (r + 1) * W
+
+
+def _append(k, v, r, T, H, W, jump):
+    """Phantom: references are further frames of the video."""
+    return T + r, 0, 0
+
+
+LAYOUTS = {"jump": _jump, "rd": _rd, "append": _append}
+
+
+def video_positions(T, H, W):
+    """int64 [T*H*W, 3], t slowest: the positions of the video's own tokens."""
+    return torch.cartesian_prod(torch.arange(T), torch.arange(H), torch.arange(W)).reshape(-1, 3)
+
+
+def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16):
+    """int64 [L, 3]: the positions of all reference tokens, identity by identity, slot by slot in VIEWS order.
+
+    layout        "jump", "rd" or "append"
+    present       one collection of view names per identity, e.g. [("front", "left"), ("front",)]
+    ref_hw        token grid (h, w) of each reference; a present view has h*w tokens
+    proxy_tokens  tokens that stand for a missing view, all at the centre of its slot; 0 leaves the slot out
+    Raises UserError for an unknown layout or view, and for a jump that would let two identities overlap.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if layout == "jump" and jump < len(VIEWS):
+        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: they would overlap")
+    unknown = sorted({view for views in present for view in views} - set(VIEWS))
+    if unknown:
+        raise UserError(f"unknown view {unknown[0]!r}; expected one of {', '.join(VIEWS)}")
+    h, w = ref_hw
+    grid = video_positions(1, h, w)
+    proxies = torch.tensor([[0, h // 2, w // 2]]).expand(proxy_tokens, 3)
+    blocks = []
+    for k, views in enumerate(present):
+        for v, view in enumerate(VIEWS):
+            slot = grid if view in views else proxies
+            if len(slot):
+                blocks.append(slot + torch.tensor(LAYOUTS[layout](k, v, len(blocks), T, H, W, jump)))
+    return torch.cat(blocks) if blocks else torch.zeros(0, 3, dtype=torch.int64)
+
+
+def axis_pairs(head_dim):
+    """How many of the head_dim/2 rotated pairs turn with t, h and w: Wan's split, (22, 21, 21) for 128."""
+    side = head_dim // 6
+    return head_dim // 2 - 2 * side, side, side
+
+
+def rope_table(positions, head_dim, theta=1e4):
+    """positions [L, 3] -> cos, sin float32 [L, head_dim // 2]; angles in float64, as Wan computes them."""
+    if head_dim % 2:
+        raise UserError(f"head_dim {head_dim} is odd; rotary needs pairs")
+    angles = []
+    for axis, pairs in enumerate(axis_pairs(head_dim)):
+        exponent = torch.arange(pairs, dtype=torch.float64, device=positions.device) / max(pairs, 1)
+        angles.append(positions[:, axis, None].double() * theta**-exponent)
+    angles = torch.cat(angles, dim=1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x, cos, sin):
+    """Turn adjacent pairs (2i, 2i+1) of x [B, L, N, K] by the angles of cos, sin [L, K // 2]; same shape and dtype."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]  # [L, 1, K/2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

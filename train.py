@@ -1,0 +1,350 @@
+"""Train HarmoView, stage by stage (Progressive View Curriculum).
+
+  python train.py --stage all                        the toy world, all four stages
+  torchrun --nproc-per-node 8 train.py --stage 2     one stage on several processes; it starts from the stage before
+
+A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), metrics.jsonl and a sample sheet per stage.
+Everything random in a step comes from (seed, stage, step, sample), so a resumed run repeats the uninterrupted one bit for bit,
+and any split of the global batch into ranks and micro-batches sees the same samples.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from model import CONFIGS, HarmoView, find_checkpoint, load_checkpoint, load_tensors, save_checkpoint
+from rope import LAYOUTS, UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    people: tuple  # how many people a clip shows, drawn per step
+    views: str  # references: "none", "front" or "all"
+    drop: tuple  # probability that a non-frontal view is left out, at the stage's start and end
+    drop_front: float  # the same for the front; the last view left is never dropped
+    all_drop: float  # probability of a step without any reference: the null condition of guidance
+    lr: tuple  # times the recipe's learning rate, at the stage's start and end
+
+
+STAGES = {
+    1: Stage("t2v", (1, 2), "none", (0, 0), 0, 0, (1, 1)),
+    2: Stage("single", (1,), "front", (0, 0), 0, 0.1, (1, 1)),
+    3: Stage("multi", (1,), "all", (0.5, 0.2), 0.1, 0.1, (1, 1)),
+    4: Stage("harmony", (1, 2), "all", (0.1, 0.1), 0.1, 0.1, (0.8, 0.02)),
+}
+RECIPES = {  # per config: steps of each stage, global batch, learning rate of the matrices and of the rest
+    "tiny": dict(steps=(2, 2, 2, 2), batch=4, lr=2e-3),
+    "toy": dict(steps=(150, 200, 300, 600), batch=16, lr=2e-3),
+    "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, lr=1e-3),
+}
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = p.add_argument_group("run")
+    run.add_argument("--stage", default="all", help="1, 2, 3, 4 or all (default)")
+    run.add_argument("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
+    run.add_argument("--out", default=None, help="folder of the run (default out/CONFIG)")
+    run.add_argument("--data", default="cache", help="folder for rendered or encoded training data")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
+    run.add_argument("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
+    run.add_argument("--seed", type=int, default=0)
+    opt = p.add_argument_group("optimization")
+    opt.add_argument("--steps", type=int, nargs="+", help="steps of each stage: one number for all, or four")
+    opt.add_argument("--batch", type=int, help="global batch size: all ranks, all micro-steps")
+    opt.add_argument("--micro-batch", type=int, help="samples per forward on a rank (default: the rank's whole share)")
+    opt.add_argument("--lr", type=float, help="peak learning rate")
+    opt.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: on the blocks' matrices, AdamW on the rest")
+    opt.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up per stage")
+    opt.add_argument("--weight-decay", type=float, default=0.01)
+    opt.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    opt.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights, reached gradually")
+    opt.add_argument("--shift", type=float, default=1.0, help="timestep shift: more than 1 trains more on noisy steps")
+    opt.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="matmuls under autocast; auto: bf16 if fast here")
+    opt.add_argument("--compile", action="store_true", help="torch.compile every block (needs a C++ compiler or a GPU)")
+    method = p.add_argument_group("method")
+    method.add_argument("--no-mfi", action="store_true", help="without Multi-level Feature Injection")
+    method.add_argument("--rope-layout", choices=LAYOUTS, help="positions of references (default jump)")
+    method.add_argument("--rope-jump", type=int, help="Jump-RoPE's gap between identities, in frames")
+    method.add_argument("--proxy-tokens", type=int, help="learnable tokens for a missing view; 0 leaves it out")
+    method.add_argument("--pairs", choices=("cross", "in"), default="cross", help="references from elsewhere or from the clip itself")
+    method.add_argument("--mask", type=float, default=0.0, help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
+    log = p.add_argument_group("logging")
+    log.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; the stage's last step is always saved")
+    log.add_argument("--keep", type=int, default=2, help="checkpoints kept per stage")
+    log.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    log.add_argument("--no-samples", action="store_true", help="no sample sheet at the end of a stage")
+    return p.parse_args(argv)
+
+
+def seed_of(*key):
+    """A number for seeding generators from a tuple of numbers: equal keys, equal draws, on any machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def make_optimizers(model, args):
+    """Muon on the blocks' matrices where asked (about AdamW's loss in a third of the steps on the toy), AdamW on the rest."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad] if args.optimizer == "muon" else []
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained if id(p) not in chosen]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def pack_optimizers(optimizers):
+    """The optimizers' states as one flat dict of tensors, for safetensors; unpack_optimizers puts them back."""
+    return {f"{o}.{p}.{name}": value for o, optimizer in enumerate(optimizers)
+            for p, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+
+
+def unpack_optimizers(optimizers, packed):
+    for o, optimizer in enumerate(optimizers):
+        saved = optimizer.state_dict()
+        saved["state"] = {}
+        for key, value in packed.items():
+            owner, p, name = key.split(".")
+            if int(owner) == o:
+                saved["state"].setdefault(int(p), {})[name] = value
+        optimizer.load_state_dict(saved)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls):
+        """Under torchrun the process group of its environment (nccl on GPUs, gloo else), alone without it."""
+        size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return cls(int(os.environ.get("RANK", 0)), size, device)
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+def resolve(args, world):
+    """Fill in what the recipe decides and check what must fit together -> stages to train, DiTConfig."""
+    recipe = RECIPES[args.config]
+    args.out = Path(args.out or f"out/{args.config}")
+    args.batch = args.batch or recipe["batch"]
+    args.lr = args.lr or recipe["lr"]
+    args.steps = list(args.steps or recipe["steps"])
+    args.steps = args.steps * len(STAGES) if len(args.steps) == 1 else args.steps
+    if len(args.steps) != len(STAGES) or min(args.steps) < 1:
+        raise UserError(f"--steps {' '.join(map(str, args.steps))}: expected one positive number, or four, one a stage")
+    args.micro_batch = args.micro_batch or args.batch // world.size
+    if args.micro_batch < 1 or args.batch % (world.size * args.micro_batch):
+        raise UserError(f"--batch {args.batch} is no multiple of {world.size} process(es) x --micro-batch {args.micro_batch}")
+    if args.stage != "all" and args.stage not in map(str, STAGES):
+        raise UserError(f"--stage {args.stage}: expected {', '.join(map(str, STAGES))} or all")
+    if args.precision == "auto":  # autocast pays on a CPU only where it multiplies bf16 in hardware: 1.5x a step there
+        fast = world.device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        args.precision = "bf16" if fast else "fp32"
+    overrides = {"rope_layout": args.rope_layout, "rope_jump": args.rope_jump, "proxy_tokens": args.proxy_tokens}
+    if args.no_mfi:
+        overrides |= {"vit_dim": 0, "vit_levels": 0}
+    config = replace(CONFIGS[args.config], **{k: v for k, v in overrides.items() if v is not None})
+    return list(STAGES) if args.stage == "all" else [int(args.stage)], config
+
+
+def prepare(number, args, config, world):
+    """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before, or from nothing."""
+    folder, again = args.out / f"stage{number}", f"--config {args.config} --out {args.out}"
+    own, before = find_checkpoint(folder), find_checkpoint(args.out / f"stage{number - 1}")
+    if own and not (args.resume or args.overwrite):
+        raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, --out chooses another folder")
+    own = own if args.resume else None
+    source = own or before
+    if source is None and number > 1:
+        raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} holds no checkpoint: "
+                        f"run `python train.py --stage {number - 1} {again}` first")
+    if source is None:
+        torch.manual_seed(args.seed)
+        model, start = HarmoView(config), 0
+    else:
+        model, meta = load_checkpoint(source, "model" if own else "ema")
+        start = meta["step"] if own else 0
+        if not own and not meta["finished"]:
+            raise UserError(f"stage {number} starts from stage {number - 1}, which stopped at step {meta['step']}: "
+                            f"finish it with `python train.py --stage {number - 1} {again} --resume`")
+        differ = [f"{name} {getattr(model.config, name)} there, {value} here" for name, value in asdict(config).items()
+                  if getattr(model.config, name) != value]
+        if differ:
+            raise UserError(f"{source} has another config ({'; '.join(differ)}): give the same flags, or another --out")
+    model.to(world.device)
+    optimizers = make_optimizers(model, args)
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if own:
+        unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
+        ema = {name: value.to(world.device) for name, value in load_tensors(own, "ema").items()}
+    return model, ema, optimizers, start
+
+
+def loss_of(model, batch, sigma, noise):
+    """Mean squared error of the velocity noise - x0 at x_t = (1 - sigma) x0 + sigma noise, sigma [B] in 0..1."""
+    x0, text, refs, vit = batch
+    s = sigma.view(-1, 1, 1, 1, 1)
+    return F.mse_loss(model((1 - s) * x0 + s * noise, 1000 * sigma, text, refs, vit), noise - x0)
+
+
+def noise_of(x0, generators, shift):
+    """Each sample's sigma (logit-normal, shifted) and noise from its own generator."""
+    u = torch.stack([torch.randn((), generator=g) for g in generators]).sigmoid()
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
+    return (shift * u / (1 + (shift - 1) * u)).to(x0.device), noise.to(x0.device)
+
+
+def train_stage(number, args, config, dataset, world, stop):
+    """One stage from its first to its last step, unless stop() ends it early, after saving."""
+    stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
+    model, ema, optimizers, start = prepare(number, args, config, world)
+    if start >= steps:
+        return
+    share = args.batch // world.size  # samples per rank and step
+    metrics = open_metrics(folder, start) if world.rank == 0 else None
+
+    def save(step):
+        meta = {"config": asdict(config), "preset": args.config, "world": {k: data.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number, "name": stage.name, "step": step,
+                "finished": step == steps, "command": " ".join(sys.argv)}
+        tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
+        save_checkpoint(folder / f"step-{step:06d}", tensors, meta, dataset.encoders.files, keep=args.keep)
+
+    wrapped = model  # compile and DDP wrap last, so that no saved key carries their prefixes
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    if world.size > 1:  # a step's layout leaves some proxies or MFI unused, the same on all ranks
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"stage {number} {stage.name}", disable=None if world.rank == 0 else True,
+               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]")
+    skipped = 0
+    for step in bar:
+        # learning rate
+        progress = step / steps
+        factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = args.lr * factor
+        # micro-steps
+        layout = data.draw_layout(stage, progress, random.Random(seed_of(args.seed, number, step)))
+        total = torch.zeros((), device=world.device)
+        for first in range(0, share, args.micro_batch):
+            samples = range(world.rank * share + first, world.rank * share + first + args.micro_batch)
+            generators = [torch.Generator().manual_seed(seed_of(args.seed, number, step, i)) for i in samples]
+            batch = dataset.batch(layout, generators, world.device)
+            sigma, noise = noise_of(batch[0], generators, args.shift)
+            synchronize = world.size == 1 or first + args.micro_batch == share
+            with contextlib.nullcontext() if synchronize else wrapped.no_sync():
+                with autocast:
+                    loss = loss_of(wrapped, batch, sigma, noise) * (args.micro_batch / share)
+                loss.backward()
+            total += loss.detach()
+        # clip, step, EMA
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        if torch.isfinite(norm):
+            skipped = 0
+            for optimizer in optimizers:
+                optimizer.step()
+            decay = min(args.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
+        else:  # every rank sees the same summed gradient, so every rank skips
+            skipped += 1
+            tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; step skipped, no weight changed")
+            if skipped == 10:
+                raise UserError(f"stage {number}: 10 steps in a row without a finite gradient, the last one {step}; try a smaller --lr")
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        # log and save
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+            if world.size > 1:
+                dist.all_reduce(total)
+            if metrics:
+                row = dict(stage=number, step=step + 1, loss=float(total) / world.size, grad_norm=float(norm), lr=args.lr * factor)
+                print(json.dumps(row), file=metrics, flush=True)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}")
+        stopping = stop()
+        if (step + 1) % args.save_every == 0 or step + 1 == steps or stopping:
+            if world.rank == 0:
+                save(step + 1)
+            world.barrier()
+        if stopping:
+            return
+
+
+def open_metrics(folder, start):
+    """metrics.jsonl of a stage, open for appending; lines after step `start`, from a run that went further, are dropped."""
+    path = folder / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if path.exists() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+    return open(path, "a")
+
+
+def stop_on_sigterm(world):
+    """A function that says whether any rank has been asked to end; all ranks must call it together."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+
+    def stop():
+        flag = torch.tensor(float(bool(asked)), device=world.device)
+        if world.size > 1:
+            dist.all_reduce(flag)
+        return bool(flag)
+    return stop
+
+
+def main(argv=None):
+    args = arguments(argv)
+    world = World.join()
+    stages, config = resolve(args, world)
+    data.probe_writable(args.out)
+    if world.rank == 0:
+        print(f"{args.config}: {config}\nsteps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x {args.micro_batch} x "
+              f"{args.batch // world.size // args.micro_batch} micro-steps, lr {args.lr}, {args.optimizer}, {args.precision} on {world.device}")
+        data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs)
+    world.barrier()
+    dataset = data.ToyData(data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs), data.WORLDS[args.config]["size"], args.mask)
+    stop = stop_on_sigterm(world)
+    for number in stages:
+        train_stage(number, args, config, dataset, world, stop)
+        if stop():
+            break
+        if world.rank == 0 and not args.no_samples:  # what a user would run; a process of its own, since sample.py is above this file
+            sheet = args.out / f"stage{number}"
+            subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--ckpt", sheet, "--out", sheet / "sample"], check=False)
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"train.py: {error}")
