@@ -34,10 +34,8 @@ MOTIONS = {  # name: u -> (yaw, pitch, roll); yaw > 0 looks to the picture's rig
     "turns from right to left": lambda u: (90 - 180 * u, 0 * u, 0 * u),
     "looks around": lambda u: (75 * (TAU * u).sin(), 0 * u, 0 * u),
     "turns away": lambda u: (180 * u, 0 * u, 0 * u),
-    "shakes the head": lambda u: (40 * (2 * TAU * u).sin(), 0 * u, 0 * u),
     "nods": lambda u: (0 * u, 25 * (TAU * u).sin(), 0 * u),
     "tilts the head": lambda u: (0 * u, 0 * u, 25 * (TAU * u).sin()),
-    "looks up": lambda u: (0 * u, 35 * u, 0 * u),
 }
 SWEEPS = ("turns from left to right", "turns from right to left", "looks around", "turns away")  # show sides or back
 MOUTHS = {"the mouth closed": lambda u: 0 * u, "the mouth open": lambda u: 0 * u + 1, "the mouth opening": lambda u: u}
@@ -50,8 +48,14 @@ LIGHTS = {  # direction towards the light (x right, y up, z to the viewer) and i
 }
 SHIRTS = {"red": (0.80, 0.16, 0.18), "blue": (0.16, 0.32, 0.78), "green": (0.13, 0.55, 0.30), "yellow": (0.93, 0.78, 0.20),
           "white": (0.93, 0.93, 0.93), "black": (0.13, 0.13, 0.15)}
-BACKGROUNDS = ("a blue wall", "a meadow", "a sunset", "a brick wall", "a striped curtain", "a night sky", "a checkered wall",
-               "a grey studio")
+BACKGROUNDS = {  # colour at the bottom and at the top
+    "a blue wall": ((0.42, 0.56, 0.78), (0.50, 0.66, 0.88)),
+    "a green wall": ((0.46, 0.62, 0.46), (0.56, 0.74, 0.56)),
+    "a pink wall": ((0.80, 0.60, 0.64), (0.92, 0.72, 0.76)),
+    "a grey wall": ((0.55, 0.55, 0.57), (0.70, 0.70, 0.72)),
+    "a dark room": ((0.20, 0.20, 0.26), (0.28, 0.28, 0.36)),
+    "a sunset": ((0.96, 0.70, 0.42), (0.60, 0.42, 0.62)),
+}
 VIEW_YAW = {"front": 0.0, "left": -85.0, "right": 85.0, "back": 180.0}
 PATCHES = ("left", "right", "back")  # each seen in the view of that name and never from the front
 
@@ -71,7 +75,7 @@ def draw_clip(rng, people, motions=tuple(MOTIONS)):
     """A random Clip with one or two people; rng is a random.Random."""
     def each(names):
         return tuple(rng.choice(list(names)) for _ in range(people))
-    return Clip(each(motions), each(MOUTHS), each(SHIRTS), rng.choice(list(ZOOMS)), rng.choice(list(LIGHTS)), rng.choice(BACKGROUNDS))
+    return Clip(each(motions), each(MOUTHS), each(SHIRTS), rng.choice(list(ZOOMS)), rng.choice(list(LIGHTS)), rng.choice(list(BACKGROUNDS)))
 
 
 def caption(clip):
@@ -242,29 +246,13 @@ def render_heads(identity, pose, size, supersample=2):
     return channels[:, :3], channels[:, 3:4], channels[:, 4:]
 
 
-def background(names, size, supersample=2):
-    """Named backgrounds, a list of n -> float [n, 3, size, size] in 0..1."""
-    s = size * supersample
-    axis = (torch.arange(s) + 0.5) / s * 2 - 1
-    y, x = -axis[:, None].expand(s, s), axis[None].expand(s, s)  # y up
-
-    def blend(low, high, weight):
-        low, high = (torch.tensor(c)[:, None, None] for c in (low, high))
-        return low + (high - low) * weight
-    at = torch.tensor([(-0.9, 0.8), (-0.55, 0.35), (-0.3, 0.9), (0.0, 0.6), (0.1, 0.95), (0.45, 0.8), (0.8, 0.5), (0.9, 0.95), (-0.85, 0.1)])
-    stars = sum(((x - a) ** 2 + (y - b) ** 2 < 0.05**2).float() for a, b in at)
-    brick = ((y * 4) % 1 < 0.16) | ((x * 2 + (y * 4).floor() % 2 / 2) % 1 < 0.08)
-    pictures = {
-        "a blue wall": blend((0.36, 0.55, 0.80), (0.42, 0.62, 0.88), y),
-        "a meadow": torch.where(y < -0.15, blend((0.22, 0.52, 0.20), (0.40, 0.68, 0.28), -y), blend((0.75, 0.88, 0.97), (0.45, 0.70, 0.95), y)),
-        "a sunset": blend((0.98, 0.62, 0.28), (0.45, 0.20, 0.45), (y + 1) / 2),
-        "a brick wall": blend((0.62, 0.28, 0.20), (0.82, 0.76, 0.70), brick.float()),
-        "a striped curtain": blend((0.86, 0.80, 0.68), (0.60, 0.22, 0.28), ((x * 2.5) % 1 < 0.5).float()),
-        "a night sky": blend((0.05, 0.06, 0.20), (0.95, 0.95, 0.80), stars),
-        "a checkered wall": blend((0.90, 0.90, 0.86), (0.45, 0.62, 0.58), (((x * 2).floor() + (y * 2).floor()) % 2)),
-        "a grey studio": blend((0.78, 0.78, 0.78), (0.40, 0.40, 0.42), ((x * x + y * y) / 2).clamp(0, 1)),
-    }
-    return F.avg_pool2d(torch.stack([pictures[name] for name in names]), supersample)
+def background(names, size):
+    """Named backgrounds, a list of n -> float [n, 3, size, size] in 0..1: two colours blended from bottom to top, darker in the
+    corners. Smooth on purpose: with brick and checkered walls a small network spends its time on them (head PSNR -1.9 dB)."""
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = -axis[:, None], axis[None]
+    low, high = (torch.tensor([BACKGROUNDS[name][i] for name in names])[:, :, None, None] for i in (0, 1))
+    return torch.lerp(low, high, (y + 1) / 2) * (1 - 0.08 * (x * x + y * y))
 
 
 def in_chunks(render, n, rays):
