@@ -1,7 +1,9 @@
-"""What HarmoView trains on. So far: the toy world, procedural heads with exact ground truth for any identity in any clip.
+"""What HarmoView trains on. So far: the toy world, procedural heads with exact ground truth for any identity
+in any clip.
 
-A Clip says in names what happens; render_clips turns clips and identities into videos, caption(clip) into words. Re-rendering
-a clip with somebody else is the same call with another identity, which is how eval.py measures identity without a face network.
+A Clip says in names what happens; render_clips turns clips and identities into videos, caption(clip) into
+words. Re-rendering a clip with somebody else is the same call with another identity, which is how eval.py
+measures identity without a face network.
 
   python data.py toy --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
 """
@@ -26,7 +28,7 @@ from rope import VIEWS, UserError
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
 BENCHMARK_SEED, TRAIN_SEED = 52_000, 1
 
-# ---------------------------------------------------------------------------------------------------------- the toy world
+# ---------------------------------------------------------------------------------------------- the toy world
 # Every name below appears in captions word for word; u runs from 0 to 1 over the clip, angles in degrees.
 TAU = 2 * math.pi
 MOTIONS = {  # name: u -> (yaw, pitch, roll); yaw > 0 looks to the picture's right edge, pitch > 0 looks up
@@ -37,17 +39,20 @@ MOTIONS = {  # name: u -> (yaw, pitch, roll); yaw > 0 looks to the picture's rig
     "nods": lambda u: (0 * u, 25 * (TAU * u).sin(), 0 * u),
     "tilts the head": lambda u: (0 * u, 0 * u, 25 * (TAU * u).sin()),
 }
-SWEEPS = ("turns from left to right", "turns from right to left", "looks around", "turns away")  # show sides or back
-MOUTHS = {"the mouth closed": lambda u: 0 * u, "the mouth open": lambda u: 0 * u + 1, "the mouth opening": lambda u: u}
-ZOOMS = {"a close-up": (0.70, 0.70), "a medium shot": (0.58, 0.58), "a slow zoom in": (0.54, 0.72)}  # head radius, start and end
+# these show sides or back
+SWEEPS = ("turns from left to right", "turns from right to left", "looks around", "turns away")
+MOUTHS = {"the mouth closed": lambda u: 0 * u, "the mouth open": lambda u: 0 * u + 1,
+          "the mouth opening": lambda u: u}
+# head radius, start and end
+ZOOMS = {"a close-up": (0.70, 0.70), "a medium shot": (0.58, 0.58), "a slow zoom in": (0.54, 0.72)}
 LIGHTS = {  # direction towards the light (x right, y up, z to the viewer) and its colour
     "soft light": ((0.0, 0.4, 1.0), (1.0, 1.0, 1.0)),
     "light from the left": ((-1.0, 0.3, 0.5), (1.0, 1.0, 1.0)),
     "light from the right": ((1.0, 0.3, 0.5), (1.0, 1.0, 1.0)),
     "warm light": ((0.2, 0.8, 0.7), (1.0, 0.86, 0.66)),
 }
-SHIRTS = {"red": (0.80, 0.16, 0.18), "blue": (0.16, 0.32, 0.78), "green": (0.13, 0.55, 0.30), "yellow": (0.93, 0.78, 0.20),
-          "white": (0.93, 0.93, 0.93), "black": (0.13, 0.13, 0.15)}
+SHIRTS = {"red": (0.80, 0.16, 0.18), "blue": (0.16, 0.32, 0.78), "green": (0.13, 0.55, 0.30),
+          "yellow": (0.93, 0.78, 0.20), "white": (0.93, 0.93, 0.93), "black": (0.13, 0.13, 0.15)}
 BACKGROUNDS = {  # colour at the bottom and at the top
     "a blue wall": ((0.42, 0.56, 0.78), (0.50, 0.66, 0.88)),
     "a green wall": ((0.46, 0.62, 0.46), (0.56, 0.74, 0.56)),
@@ -62,7 +67,8 @@ PATCHES = ("left", "right", "back")  # each seen in the view of that name and ne
 
 @dataclass(frozen=True)
 class Clip:
-    """What happens in a clip, in the names above; one motion, mouth and shirt per person, the first person on the left."""
+    """What happens in a clip, in the names above; one motion, mouth and shirt per person,
+    the first person on the left."""
     motions: tuple
     mouths: tuple
     shirts: tuple
@@ -75,7 +81,8 @@ def draw_clip(rng, people, motions=tuple(MOTIONS)):
     """A random Clip with one or two people; rng is a random.Random."""
     def each(names):
         return tuple(rng.choice(list(names)) for _ in range(people))
-    return Clip(each(motions), each(MOUTHS), each(SHIRTS), rng.choice(list(ZOOMS)), rng.choice(list(LIGHTS)), rng.choice(list(BACKGROUNDS)))
+    return Clip(each(motions), each(MOUTHS), each(SHIRTS), rng.choice(list(ZOOMS)),
+                rng.choice(list(LIGHTS)), rng.choice(list(BACKGROUNDS)))
 
 
 def caption(clip):
@@ -96,7 +103,8 @@ def hsv(h, s, v):
 
 
 def draw_identities(n, seed):
-    """n identities as a dict of tensors whose first axis is the identity; lengths in head heights, angles in degrees."""
+    """n identities as a dict of tensors whose first axis is the identity; lengths in head heights,
+    angles in degrees."""
     g = torch.Generator().manual_seed(seed)
 
     def between(low, high, *shape):
@@ -104,7 +112,8 @@ def draw_identities(n, seed):
     tone = between(0, 1, 1)
     hue = between(0, 1)
     return {
-        "skin": torch.lerp(torch.tensor([0.36, 0.22, 0.15]), torch.tensor([0.98, 0.82, 0.70]), tone) + between(-0.04, 0.04, 3),
+        "skin": torch.lerp(torch.tensor([0.36, 0.22, 0.15]), torch.tensor([0.98, 0.82, 0.70]), tone)
+                + between(-0.04, 0.04, 3),
         "hair": hsv(between(0, 1), between(0.25, 0.9), between(0.15, 0.95)),
         "eyes": hsv(between(0, 1), between(0.6, 1), between(0.4, 0.9)),
         "lips": hsv(between(0.9, 1.05), between(0.5, 0.8), between(0.45, 0.85)),
@@ -136,12 +145,14 @@ def rotation(yaw, pitch, roll):
 
     def matrix(*rows):
         return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
-    return (matrix(cy, zero, sy, zero, one, zero, -sy, zero, cy) @ matrix(one, zero, zero, zero, cp, -sp, zero, sp, cp)
+    return (matrix(cy, zero, sy, zero, one, zero, -sy, zero, cy)
+            @ matrix(one, zero, zero, zero, cp, -sp, zero, sp, cp)
             @ matrix(cr, -sr, zero, sr, cr, zero, zero, zero, one))
 
 
 def ellipsoid(o, d, centre, radii):
-    """Depth z at which rays o + z*d first meet an ellipsoid, -inf where they miss; o, d, centre and radii are (x, y, z)."""
+    """Depth z at which rays o + z*d first meet an ellipsoid, -inf where they miss;
+    o, d, centre and radii are (x, y, z)."""
     o = [(a - c) / r for a, c, r in zip(o, centre, radii)]
     d = [a / r for a, r in zip(d, radii)]
     a, b, c = (sum(x * y for x, y in zip(p, q)) for p, q in ((d, d), (o, d), (o, o)))
@@ -150,15 +161,18 @@ def ellipsoid(o, d, centre, radii):
 
 
 def render_heads(identity, pose, size, supersample=2):
-    """Ray-cast one head with shoulders an image, orthographic: premultiplied RGB, alpha and head mask, float 0..1.
+    """Ray-cast one head with shoulders an image, orthographic: premultiplied RGB, alpha and head mask,
+    float 0..1.
 
     identity  dict as from draw_identities, n of them
-    pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), x, y, scale (of the picture's half side, y up),
-              light and light_colour, shirt [n, 3]
-    returns   rgb [n, 3, size, size], alpha [n, 1, size, size], head [n, 1, size, size] (skin and hair, without the body)
+    pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), x, y, scale (of the picture's
+              half side, y up), light and light_colour, shirt [n, 3]
+    returns   rgb [n, 3, size, size], alpha [n, 1, size, size], head [n, 1, size, size] (skin and hair,
+              without the body)
     """
     n, s = len(pose["yaw"]), size * supersample
     axis = (torch.arange(s) + 0.5) / s * 2 - 1
+
     def column(a):
         return a[:, None]  # [n] -> [n, 1], to go with rays [n, s*s]
     X = (axis.repeat(s)[None] - column(pose["x"])) / column(pose["scale"])
@@ -184,13 +198,14 @@ def render_heads(identity, pose, size, supersample=2):
     z |= {name: ellipsoid((X, Y, 0), (0, 0, 1), *part) for name, part in body.items()}
 
     def angles(name):
-        """Azimuth (0 front, 90 the side seen in the left view) and elevation in degrees of the ray's point on a part."""
+        """Azimuth (0 front, 90 the side seen in the left view) and elevation in degrees of the ray's point
+        on a part."""
         x, y, w = ((a + z[name].clamp(min=-9) * b - c) / r for a, b, c, r in zip(o, d, *parts[name]))
         return torch.atan2(x, w).rad2deg(), torch.asin(y.clamp(-1, 1)).rad2deg()
 
     def spot(az, el, at_az, at_el, size_az, size_el):
         return ((az - at_az) / size_az) ** 2 + ((el - at_el) / size_el) ** 2 < 1
-    # Hair is the shell where it lies above the hairline, which falls from the fringe over the sideburn to the nape.
+    # Hair is the shell above the hairline, which falls from the fringe over the sideburn to the nape.
     az, el = angles("shell")
     at_side, at_back = ((az.abs() - 45) / 30).clamp(0, 1), ((az.abs() - 85) / 35).clamp(0, 1)
     line = i["fringe"] + (i["sideburn"] - i["fringe"]) * at_side + (i["nape"] - i["sideburn"]) * at_back
@@ -223,7 +238,8 @@ def render_heads(identity, pose, size, supersample=2):
     for p, name in enumerate(PATCHES):
         from_centre = {"left": az - 119, "right": -az - 119, "back": az.abs() - 180}[name]
         at, size_of = column(i["patch_height"][:, p]), column(i["patch_size"][:, p])
-        layers.append(((skull | shell) & spot(from_centre, el, 0, at, 1.2 * size_of, size_of), i[f"patch_{name}"]))
+        patch = (skull | shell) & spot(from_centre, el, 0, at, 1.2 * size_of, size_of)
+        layers.append((patch, i[f"patch_{name}"]))
     top = torch.zeros(n, s * s, dtype=torch.int64)
     for j, (where, _) in enumerate(layers):
         top[where] = j
@@ -237,7 +253,8 @@ def render_heads(identity, pose, size, supersample=2):
         ray = zip(o, d) if of_head else ((X, 0), (Y, 0), (0, 1))
         toward = head_light if of_head else light
         normal = [(a + nearest.clamp(min=-9) * b - c) / (r * r) for (a, b), c, r in zip(ray, centre, radii)]
-        cosine = sum(m * column(toward[:, j]) for j, m in enumerate(normal)) / sum(m * m for m in normal).sqrt()
+        cosine = (sum(m * column(toward[:, j]) for j, m in enumerate(normal))
+                  / sum(m * m for m in normal).sqrt())
         shade = torch.where(on[name], cosine.clamp(min=0), shade)
     colour = colour * (0.55 + 0.5 * shade[..., None]) * pose["light_colour"][:, None]
     colour = colour.clamp(0, 1) * hit[..., None]
@@ -247,8 +264,9 @@ def render_heads(identity, pose, size, supersample=2):
 
 
 def background(names, size):
-    """Named backgrounds, a list of n -> float [n, 3, size, size] in 0..1: two colours blended from bottom to top, darker in the
-    corners. Smooth on purpose: with brick and checkered walls a small network spends its time on them (head PSNR -1.9 dB)."""
+    """Named backgrounds, a list of n -> float [n, 3, size, size] in 0..1: two colours blended from bottom to
+    top, darker in the corners. Smooth on purpose: with brick and checkered walls a small network spends its
+    time on them (head PSNR -1.9 dB)."""
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = -axis[:, None], axis[None]
     low, high = (torch.tensor([BACKGROUNDS[name][i] for name in names])[:, :, None, None] for i in (0, 1))
@@ -256,21 +274,25 @@ def background(names, size):
 
 
 def in_chunks(render, n, rays):
-    """render(slice) for slices that keep one call's rays within the CPU's cache, concatenated; about 2.5x faster than one call."""
+    """render(slice) for slices that keep one call's rays within the CPU's cache, concatenated;
+    about 2.5x faster than one call."""
     step = max(1, (1 << 18) // rays)
     parts = [render(slice(i, min(i + step, n))) for i in range(0, n, step)]
     return tuple(torch.cat(p) for p in zip(*parts))
 
 
 def clip_pose(clips, k, frames):
-    """How person k stands in every frame of n clips: the pose dict of render_heads, every entry [n, frames] or [n, frames, 3]."""
+    """How person k stands in every frame of n clips: the pose dict of render_heads, every entry [n, frames]
+    or [n, frames, 3]."""
     u = torch.linspace(0, 1, frames)
     people = len(clips[0].motions)
 
     def stack(values):
-        return torch.stack([torch.as_tensor(v).float().expand(frames, *torch.as_tensor(v).shape[1:]) for v in values])
+        return torch.stack([torch.as_tensor(v).float().expand(frames, *torch.as_tensor(v).shape[1:])
+                            for v in values])
     yaw, pitch, roll = (stack([MOTIONS[c.motions[k]](u)[a] for c in clips]) for a in range(3))
-    zoom = stack([torch.lerp(torch.tensor(ZOOMS[c.zoom][0]), torch.tensor(ZOOMS[c.zoom][1]), u) for c in clips])
+    zoom = stack([torch.lerp(torch.tensor(ZOOMS[c.zoom][0]), torch.tensor(ZOOMS[c.zoom][1]), u)
+                  for c in clips])
     light = [LIGHTS[c.light] for c in clips]
     return {
         "yaw": yaw, "pitch": pitch, "roll": roll, "mouth": stack([MOUTHS[c.mouths[k]](u) for c in clips]),
@@ -295,9 +317,11 @@ def render_clips(clips, people, frames, size):
     for k, identities in enumerate(people):
         pose = {name: v.flatten(0, 1) for name, v in clip_pose(clips, k, frames).items()}
         who = pick(identities, torch.arange(n).repeat_interleave(frames))
-        rgb, alpha, head = in_chunks(lambda part: render_heads({a: v[part] for a, v in who.items()}, {a: v[part] for a, v in pose.items()}, size),
+        rgb, alpha, head = in_chunks(lambda part: render_heads({a: v[part] for a, v in who.items()},
+                                                               {a: v[part] for a, v in pose.items()}, size),
                                      n * frames, (2 * size) ** 2)
-        rgb, alpha, head = (a.unflatten(0, (n, frames)).transpose(1, 2) for a in (rgb, alpha, head))  # [n, ., F, S, S]
+        # [n, ., F, S, S] each
+        rgb, alpha, head = (a.unflatten(0, (n, frames)).transpose(1, 2) for a in (rgb, alpha, head))
         scene = rgb + (1 - alpha) * scene
         masks = [m * (1 - alpha[:, 0]) for m in masks] + [head[:, 0]]  # a later person covers an earlier one
     return scene * 2 - 1, torch.stack(masks, dim=1)
@@ -306,9 +330,11 @@ def render_clips(clips, people, frames, size):
 def render_references(identities, seed, size, clips=None, k=0, frames=6):
     """The four VIEWS of n identities on white, [n, V, 3, size, size] in -1..1.
 
-    Cross-pair (clips is None): each picture has a light, shirt, mouth and slight turn of its own, drawn from seed.
-    In-pair: person k of n clips as it looks in the clip's frame that comes nearest to the view, re-framed; where no frame
-    comes near (see clip_views), the picture shows the nearest one all the same, and training leaves it out.
+    Cross-pair (clips is None): each picture has a light, shirt, mouth and slight turn of its own,
+    drawn from seed.
+    In-pair: person k of n clips as it looks in the clip's frame that comes nearest to the view, re-framed;
+    where no frame comes near (see clip_views), the picture shows the nearest one all the same, and training
+    leaves it out.
     """
     n, V = len(identities["width"]), len(VIEWS)
     g = torch.Generator().manual_seed(seed)
@@ -320,8 +346,9 @@ def render_references(identities, seed, size, clips=None, k=0, frames=6):
                           ((0, LIGHTS.values()), (1, LIGHTS.values()))), torch.tensor(list(SHIRTS.values()))
         which = torch.randint(len(LIGHTS), (n * V,), generator=g)
         light, light_colour = (table[which] for table in lights)
-        pose = {"yaw": torch.tensor([VIEW_YAW[v] for v in VIEWS]).repeat(n) + jitter(8), "pitch": jitter(6), "roll": jitter(4),
-                "mouth": torch.rand(n * V, generator=g).round(), "light": light, "light_colour": light_colour,
+        pose = {"yaw": torch.tensor([VIEW_YAW[v] for v in VIEWS]).repeat(n) + jitter(8),
+                "pitch": jitter(6), "roll": jitter(4), "mouth": torch.rand(n * V, generator=g).round(),
+                "light": light, "light_colour": light_colour,
                 "shirt": shirts[torch.randint(len(SHIRTS), (n * V,), generator=g)]}
     else:
         pose = clip_pose(clips, k, frames)
@@ -329,7 +356,8 @@ def render_references(identities, seed, size, clips=None, k=0, frames=6):
         pose = {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in pose.items()}
     pose |= {"x": torch.zeros(n * V), "y": torch.full((n * V,), 0.06), "scale": 0.66 + jitter(0.03)}
     who = pick(identities, torch.arange(n).repeat_interleave(V))
-    rgb, alpha, _ = in_chunks(lambda part: render_heads({a: v[part] for a, v in who.items()}, {a: v[part] for a, v in pose.items()}, size),
+    rgb, alpha, _ = in_chunks(lambda part: render_heads({a: v[part] for a, v in who.items()},
+                                                        {a: v[part] for a, v in pose.items()}, size),
                               n * V, (2 * size) ** 2)
     return (rgb + (1 - alpha)).unflatten(0, (n, V)) * 2 - 1
 
@@ -340,8 +368,9 @@ def view_distance(yaw):
     return ((turn + 180) % 360 - 180).abs()
 
 
-# ------------------------------------------------------------------------------------------- the toy's encoders and its cache
-WORLDS = {  # what a config of model.CONFIGS trains on: pixels a side, frames, clips rendered once with one person, with two
+# --------------------------------------------------------------------------- the toy's encoders and its cache
+# What configs of model.CONFIGS train on: pixels a side, frames, clips rendered once with one person, with two
+WORLDS = {
     "tiny": dict(size=32, frames=3, clips=(12, 12)),
     "toy": dict(size=32, frames=6, clips=(2500, 2500)),
     "toy64": dict(size=64, frames=13, clips=(4000, 4000)),
@@ -351,20 +380,25 @@ FROZEN_SEED = 7
 
 
 class ToyEncoders:
-    """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed, beside a trained tokenizer.
+    """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed,
+    beside a trained tokenizer.
 
     folder  holds spiece.model, and vit.safetensors where a trained ViT takes the random one's place
     """
 
     def __init__(self, folder, size):
-        self.files = [f for f in (Path(folder) / "spiece.model", Path(folder) / "vit.safetensors") if f.exists()]
+        self.files = [f for f in (Path(folder) / "spiece.model", Path(folder) / "vit.safetensors")
+                      if f.exists()]
         self.codec = ToyCodec()
         self.tokenizer = Tokenizer(Path(folder) / "spiece.model")
         with torch.random.fork_rng([]):
             torch.manual_seed(FROZEN_SEED)
-            self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM, num_heads=6, num_layers=2)
-            self.vit = DINOv2(dim=VIT_DIM, num_layers=4, num_heads=3, patch=size // 4, image_size=size, levels=VIT_LEVELS)
-            for block in self.t5.blocks:  # attention that looks at near words, or two people's clauses would read alike
+            self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM,
+                           num_heads=6, num_layers=2)
+            self.vit = DINOv2(dim=VIT_DIM, num_layers=4, num_heads=3, patch=size // 4, image_size=size,
+                              levels=VIT_LEVELS)
+            # attention that looks at near words, or two people's clauses would read alike
+            for block in self.t5.blocks:
                 torch.nn.init.normal_(block.pos_embedding.embedding.weight, std=3)
                 torch.nn.init.normal_(block.attn.q.weight, std=0.5 / TEXT_DIM)
             torch.nn.init.normal_(self.vit.pos_embed, std=0.5)
@@ -394,8 +428,9 @@ def train_tokenizer(path):
     """A sentencepiece model of the toy's captions with umT5's special ids: pad 0, </s> 1, unknown 2."""
     captions = [caption(c) for people in (1, 2) for c in toy_clips(2000, people, "tokenizer")]
     with open(path, "wb") as f:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(captions), model_writer=f, vocab_size=300, model_type="bpe", hard_vocab_limit=False,
-                                                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions), model_writer=f, vocab_size=300, model_type="bpe",
+            hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
 
 
 def to_bytes(video):
@@ -406,14 +441,16 @@ def from_bytes(video):
     return video.float() / 127.5 - 1
 
 
-IN_PAIR_MOTIONS = ("turns from left to right", "turns from right to left", "looks around")  # these show front, left and right
+# these show front, left and right
+IN_PAIR_MOTIONS = ("turns from left to right", "turns from right to left", "looks around")
 
 
 def build_cache(root, size, frames, clips, pairs="cross"):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
 
-    The folder holds one.safetensors and two.safetensors (video uint8 [n, 3, F, S, S], refs uint8 [n, people, V, 3, S, S], text
-    float16 [n, S, E] with its last row the empty caption's), captions.txt and spiece.model.
+    The folder holds one.safetensors and two.safetensors (video uint8 [n, 3, F, S, S],
+    refs uint8 [n, people, V, 3, S, S], text float16 [n, S, E] with its last row the empty caption's),
+    captions.txt and spiece.model.
     """
     folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}"
     if folder.exists():
@@ -437,12 +474,14 @@ def build_cache(root, size, frames, clips, pairs="cross"):
                 who = [pick(identities, at + k * n) for k in range(people)]
                 video.append(to_bytes(render_clips(part, who, frames, size)[0]))
                 clip = part if pairs == "in" else None
-                refs.append(torch.stack([to_bytes(render_references(who[k], 10**6 * people + 10**5 * k + i, size, clip, k, frames))
-                                         for k in range(people)], dim=1))
+                pictures = [render_references(who[k], 10**6 * people + 10**5 * k + i, size, clip, k, frames)
+                            for k in range(people)]
+                refs.append(torch.stack([to_bytes(p) for p in pictures], dim=1))
                 bar.update(len(part))
             words = [caption(c) for c in todo]
             captions += words
-            safetensors.torch.save_file({"video": torch.cat(video), "refs": torch.cat(refs), "text": encoders.text([*words, ""]).half()},
+            safetensors.torch.save_file({"video": torch.cat(video), "refs": torch.cat(refs),
+                                         "text": encoders.text([*words, ""]).half()},
                                         build / f"{('one', 'two')[people - 1]}.safetensors")
         (build / "captions.txt").write_text("\n".join(captions) + "\n")
         bar.close()
@@ -450,13 +489,15 @@ def build_cache(root, size, frames, clips, pairs="cross"):
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------------- the benchmark
+# ---------------------------------------------------------------------------------------------- the benchmark
 def benchmark_cases():
-    """The 100 fixed cases, 60 with one person and 40 with two: [(Clip, identity indices)], all with a motion that sweeps the yaw."""
+    """The 100 fixed cases, 60 with one person and 40 with two: [(Clip, identity indices)],
+    all with a motion that sweeps the yaw."""
     cases = []
     for people, n in ((1, 60), (2, 40)):
         rng = random.Random(f"{BENCHMARK_SEED}-{people}")
-        cases += [(draw_clip(rng, people, SWEEPS), tuple(rng.sample(range(BENCHMARK_IDENTITIES), people))) for _ in range(n)]
+        cases += [(draw_clip(rng, people, SWEEPS), tuple(rng.sample(range(BENCHMARK_IDENTITIES), people)))
+                  for _ in range(n)]
     return cases
 
 
@@ -466,14 +507,14 @@ def benchmark_references(who, size):
     return everybody[who]
 
 
-# ------------------------------------------------------------------------------------------------- drawing a training batch
+# ----------------------------------------------------------------------------------- drawing a training batch
 def draw_layout(stage, progress, rng):
     """What one step trains on: how many people its clips show, and which views of each the network is given.
 
     stage     a row of train.STAGES
     progress  0..1 through the stage, which moves the dropout from drop[0] to drop[1]
-    returns   one tuple of view names per person; all samples of a step share it, so every rank does the same work and
-              shapes stay static
+    returns   one tuple of view names per person; all samples of a step share it, so every rank does the
+              same work and shapes stay static
     """
     if stage.views == "none" or rng.random() < stage.all_drop:
         return ((),) * rng.choice(stage.people)
@@ -487,7 +528,8 @@ def draw_layout(stage, progress, rng):
 
 
 def mask_regions(image, fraction, block, generator):
-    """Mv2ID's region masking: image [3, H, W] with a random `fraction` of its block x block squares painted grey."""
+    """Mv2ID's region masking: image [3, H, W] with a random `fraction` of its block x block squares
+    painted grey."""
     C, H, W = image.shape
     squares = (H // block) * (W // block)
     hidden = torch.randperm(squares, generator=generator) < round(fraction * squares)
@@ -496,8 +538,8 @@ def mask_regions(image, fraction, block, generator):
 
 
 class ToyData:
-    """Batches from a cache folder of build_cache; every sample is drawn from a generator of its own, so that batches are the
-    same for any number of ranks and micro-batches.
+    """Batches from a cache folder of build_cache; every sample is drawn from a generator of its own,
+    so that batches are the same for any number of ranks and micro-batches.
 
     mask          fraction of each reference that region masking hides
     text_dropout  share of the samples that lose their caption
@@ -505,12 +547,13 @@ class ToyData:
 
     def __init__(self, folder, size, mask=0.0, text_dropout=0.1):
         self.encoders = ToyEncoders(folder, size)
-        self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors") for people in ("one", "two")]
+        self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors")
+                      for people in ("one", "two")]
         self.mask, self.text_dropout = mask, text_dropout
 
     def batch(self, layout, generators, device):
-        """layout from draw_layout, one torch.Generator a sample -> latents x0 [B, C, T, H, W], text [B, S, E], refs, vit,
-        the last two as HarmoView.forward takes them."""
+        """layout from draw_layout, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
+        text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
         clips = self.clips[len(layout) - 1]
         n = len(clips["video"])
         index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
@@ -522,11 +565,13 @@ class ToyData:
             images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)]) for v in views}
             if self.mask:
                 block = 2 * self.encoders.codec.stride  # one token
-                images = {v: torch.stack([mask_regions(i, self.mask, block, g) for i, g in zip(image, generators)])
-                          for v, image in images.items()}
-            refs.append({v: self.encoders.codec.encode(image[:, :, None])[:, :, 0] for v, image in images.items()})
+                images = {v: torch.stack([mask_regions(i, self.mask, block, g)
+                                          for i, g in zip(image, generators)]) for v, image in images.items()}
+            refs.append({v: self.encoders.codec.encode(image[:, :, None])[:, :, 0]
+                         for v, image in images.items()})
             vit.append(self.encoders.features(images["front"]) if "front" in images else None)
-        return (x0.to(device), text.to(device), [{v: latent.to(device) for v, latent in views.items()} for views in refs],
+        return (x0.to(device), text.to(device),
+                [{v: latent.to(device) for v, latent in views.items()} for views in refs],
                 [features if features is None else features.to(device) for features in vit])
 
 

@@ -1,7 +1,8 @@
-"""The frozen networks around the transformer: what it sees of text, of pictures and of references. None of them is trained here.
+"""The frozen networks around the transformer: what it sees of text, of pictures and of references.
+None of them is trained here.
 
-Module trees carry the key names of the released files, so load_state_dict(strict=True) works on them. The toy world uses the same
-classes, small and randomly initialised from a fixed seed.
+Module trees carry the key names of the released files, so load_state_dict(strict=True) works on them. The toy
+world uses the same classes, small and randomly initialised from a fixed seed.
   Tokenizer, UMT5    umT5 text encoder, as Wan uses it
   DINOv2             the ViT whose hidden states feed MFI
   ToyCodec           the toy's stand-in for the VAE: pixels folded into channels, exactly invertible
@@ -15,16 +16,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ------------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 class Tokenizer:
-    """sentencepiece model file -> ids and mask, with Wan's cleaning: HTML unescaped twice, white space collapsed, </s> last."""
+    """sentencepiece model file -> ids and mask, with Wan's cleaning: HTML unescaped twice,
+    white space collapsed, </s> last."""
 
     def __init__(self, path, max_len=512):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.max_len = max_len
 
     def __call__(self, texts):
-        """A list of B strings -> ids, mask int64 [B, S]; S is the longest one's length, at most max_len, padded with 0."""
+        """A list of B strings -> ids, mask int64 [B, S]; S is the longest one's length, at most max_len,
+        padded with 0."""
         rows = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
         rows = [ids[: self.max_len - 1] + [self.model.eos_id()] for ids in self.model.encode(rows)]
         ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -77,13 +80,15 @@ class RelativeBias(nn.Module):
         self.max_distance = max_distance
 
     def forward(self, length):
-        """-> [N, S, S]. Half the buckets for each direction; half of those exact, the others logarithmic in distance."""
+        """-> [N, S, S]. Half the buckets for each direction; half of those exact,
+        the others logarithmic in distance."""
         at = torch.arange(length, device=self.embedding.weight.device)
         offset = at[None] - at[:, None]  # key minus query
         half = self.embedding.num_embeddings // 2
         exact = half // 2
         distance = offset.abs()
-        far = exact + (torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact) * (half - exact)).long()
+        ratio = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
+        far = exact + (ratio * (half - exact)).long()
         bucket = (offset > 0) * half + torch.where(distance < exact, distance, far.clamp(max=half - 1))
         return self.embedding(bucket).permute(2, 0, 1)
 
@@ -101,7 +106,8 @@ class T5Block(nn.Module):
 
 
 class UMT5(nn.Module):
-    """umT5 encoder (Chung et al. 2023), key names of Wan's models_t5_umt5-xxl-enc-bf16.pth; defaults are umT5-XXL."""
+    """umT5 encoder (Chung et al. 2023), key names of Wan's models_t5_umt5-xxl-enc-bf16.pth;
+    defaults are umT5-XXL."""
 
     def __init__(self, vocab=256384, dim=4096, ffn_dim=10240, num_heads=64, num_layers=24):
         super().__init__()
@@ -118,7 +124,7 @@ class UMT5(nn.Module):
         return self.norm(x)
 
 
-# -------------------------------------------------------------------------------------------------------------------- ViT
+# -------------------------------------------------------------------------------------------------------- ViT
 class LayerScale(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -135,7 +141,7 @@ class ViTAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, N, L, K] each
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, N, L, K]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -151,7 +157,8 @@ class ViTMLP(nn.Module):
 class ViTBlock(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim, eps=1e-6), ViTAttention(dim, num_heads), LayerScale(dim)
+        self.norm1, self.attn, self.ls1 = (nn.LayerNorm(dim, eps=1e-6), ViTAttention(dim, num_heads),
+                                           LayerScale(dim))
         self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim, eps=1e-6), ViTMLP(dim), LayerScale(dim)
 
     def forward(self, x):
@@ -169,9 +176,11 @@ class PatchEmbed(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """DINOv2 ViT (Oquab et al. 2023), key names of the released dinov2_vit*14_pretrain.pth; defaults are ViT-L/14 at 518 pixels."""
+    """DINOv2 ViT (Oquab et al. 2023), key names of the released dinov2_vit*14_pretrain.pth;
+    defaults are ViT-L/14 at 518 pixels."""
 
-    def __init__(self, dim=1024, num_layers=24, num_heads=16, patch=14, image_size=518, levels=(5, 11, 17, 23)):
+    def __init__(self, dim=1024, num_layers=24, num_heads=16, patch=14, image_size=518,
+                 levels=(5, 11, 17, 23)):
         super().__init__()
         self.patch, self.levels = patch, levels
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -182,21 +191,24 @@ class DINOv2(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def positions(self, h, w):
-        """The position embedding [1, 1 + h*w, D], bicubically resized to h x w patches; 0.1 added to the scale as the release does."""
+        """The position embedding [1, 1 + h*w, D], bicubically resized to h x w patches;
+        0.1 added to the scale as the release does."""
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         side = math.isqrt(grid.shape[1])
         if (h, w) != (side, side):
             grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
             scale = ((h + 0.1) / side, (w + 0.1) / side)
-            grid = F.interpolate(grid.float(), scale_factor=scale, mode="bicubic").to(cls.dtype).flatten(2).transpose(1, 2)
+            resized = F.interpolate(grid.float(), scale_factor=scale, mode="bicubic")
+            grid = resized.to(cls.dtype).flatten(2).transpose(1, 2)
         return torch.cat((cls, grid), dim=1)
 
     def forward(self, image):
-        """image [B, 3, H, W], ImageNet-normalised, sides a multiple of the patch -> the chosen layers' outputs
-        [B, levels, 1 + H*W/patch^2, dim], CLS first, before the final norm."""
+        """image [B, 3, H, W], ImageNet-normalised, sides a multiple of the patch -> the chosen layers'
+        outputs [B, levels, 1 + H*W/patch^2, dim], CLS first, before the final norm."""
         x = self.patch_embed(image)
         h, w = x.shape[2:]
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)), dim=1) + self.positions(h, w)
+        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
+        x = tokens + self.positions(h, w)
         states = []
         for block in self.blocks:
             x = block(x)
@@ -204,9 +216,10 @@ class DINOv2(nn.Module):
         return torch.stack([states[level] for level in self.levels], dim=1)
 
 
-# -------------------------------------------------------------------------------------------------------------- toy codec
+# -------------------------------------------------------------------------------------------------- toy codec
 class ToyCodec:
-    """Space to depth: the toy's exactly invertible VAE, 4x4 pixels to one latent of 48 channels, every frame its own."""
+    """Space to depth: the toy's exactly invertible VAE, 4x4 pixels to one latent of 48 channels,
+    every frame its own."""
     stride = 4
 
     def encode(self, video):

@@ -2,9 +2,11 @@
 
   python eval.py --ckpt out/toy            the table, and one JSON line a case and reference setting in OUT
 
-A case is a clip of one or two people whose motion sweeps the yaw. The clip is sampled from its caption and references, then
-compared with the same clip rendered from its known parameters, and with 51 others rendered in the same person's place:
-  PSNR      on the person's head, against the truth; "side" over frames with the yaw 45 degrees or more from the front
+A case is a clip of one or two people whose motion sweeps the yaw. The clip is sampled from its caption and
+references, then compared with the same clip rendered from its known parameters, and with 51 others rendered
+in the same person's place:
+  PSNR      on the person's head, against the truth;
+            "side" over frames with the yaw 45 degrees or more from the front
   top-1     is the right identity the nearest of the 52 (chance 1.9 %)
   swaps     two people: is the generated person nearer to the other one, rendered in the same place
 """
@@ -25,15 +27,18 @@ SETTINGS = {"none": (), "front": ("front",), "all": VIEWS}  # which views the re
 
 
 def truth_of(clip, who, k, identities, frames, size):
-    """Person k of a case replaced by each of the 52 -> videos [52, 3, F, S, S] and the union of their head masks [F, S, S]."""
+    """Person k of a case replaced by each of the 52 -> videos [52, 3, F, S, S] and the union of their
+    head masks [F, S, S]."""
     n = data.BENCHMARK_IDENTITIES
-    people = [data.pick(identities, torch.arange(n) if j == k else torch.full((n,), i)) for j, i in enumerate(who)]
+    people = [data.pick(identities, torch.arange(n) if j == k else torch.full((n,), i))
+              for j, i in enumerate(who)]
     videos, masks = data.render_clips([clip] * n, people, frames, size)
     return videos, masks[:, k]
 
 
 def psnr(a, b, mask):
-    """Of a and b [3, ..., S, S] in -1..1 where mask [..., S, S] is 1, peak 2; in dB, None where the mask is empty."""
+    """Of a and b [3, ..., S, S] in -1..1 where mask [..., S, S] is 1, peak 2; in dB,
+    None where the mask is empty."""
     weight = mask.sum() * 3
     error = ((a - b).square() * mask).sum() / weight
     return float(10 * torch.log10(4 / error)) if weight > 0 else None
@@ -50,8 +55,9 @@ def measure(video, clip, who, identities):
         yaw = data.clip_pose([clip], k, F)["yaw"][0]
         side = ((yaw + 180) % 360 - 180).abs() >= 45
         rank = int((distance < distance[i]).sum()) + 1
-        results.append({"person": i, "psnr": psnr(video, videos[i], masks[i]), "psnr_side": psnr(video[:, side], videos[i][:, side], masks[i][side]),
-                        "rank": rank, "swapped": bool(distance[who[1 - k]] < distance[i]) if len(who) == 2 else None})
+        results.append({"person": i, "psnr": psnr(video, videos[i], masks[i]),
+                        "psnr_side": psnr(video[:, side], videos[i][:, side], masks[i][side]), "rank": rank,
+                        "swapped": bool(distance[who[1 - k]] < distance[i]) if len(who) == 2 else None})
     return results
 
 
@@ -67,7 +73,8 @@ def table(rows):
             if found:
                 persons = [p for r in found for p in r["people"]]
                 swaps = f"{mean(p['swapped'] for p in persons):9.1%}" if people == 2 else f"{'-':>9}"
-                lines.append(f"{people:<8}{setting:12}{len(found):6}{mean(p['psnr'] for p in persons):8.2f} {mean(p['psnr_side'] for p in persons):8.2f} "
+                lines.append(f"{people:<8}{setting:12}{len(found):6}{mean(p['psnr'] for p in persons):8.2f} "
+                             f"{mean(p['psnr_side'] for p in persons):8.2f} "
                              f"{mean(p['rank'] == 1 for p in persons):9.1%}{swaps}")
     return lines
 
@@ -85,11 +92,14 @@ def evaluate(model, encoders, meta, cases, settings, args, write=lambda row: Non
             group = [(number, clip, who) for number, (clip, who) in todo if len(who) == people]
             for first in range(0, len(group), args.batch):
                 batch = group[first:first + args.batch]
-                refs = [{v: pictures[[who[k] for _, _, who in batch], VIEWS.index(v)] for v in SETTINGS[setting]} for k in range(people)]
-                videos = generate(model, encoders, [data.caption(clip) for _, clip, _ in batch], refs, frames, size, [number for number, _, _ in batch],
-                                  args.steps, args.shift, guide_text=args.guide_text, guide_refs=args.guide_refs)
+                refs = [{v: pictures[[who[k] for _, _, who in batch], VIEWS.index(v)]
+                         for v in SETTINGS[setting]} for k in range(people)]
+                videos = generate(model, encoders, [data.caption(clip) for _, clip, _ in batch], refs,
+                                  frames, size, [number for number, _, _ in batch], args.steps, args.shift,
+                                  guide_text=args.guide_text, guide_refs=args.guide_refs)
                 for video, (number, clip, who) in zip(videos, batch):
-                    rows.append({"case": number, "setting": setting, "caption": data.caption(clip), "people": measure(video, clip, who, identities)})
+                    rows.append({"case": number, "setting": setting, "caption": data.caption(clip),
+                                 "people": measure(video, clip, who, identities)})
                     write(rows[-1])
                     bar.update()
     bar.close()
@@ -98,9 +108,11 @@ def evaluate(model, encoders, meta, cases, settings, args, write=lambda row: Non
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="out/toy", help="checkpoint folder, or a run's folder: its newest one (default out/toy)")
+    p.add_argument("--ckpt", default="out/toy",
+                   help="checkpoint folder, or a run's folder: its newest one (default out/toy)")
     p.add_argument("--out", default="out/eval.jsonl", help="file for the JSON lines")
-    p.add_argument("--limit", type=int, default=100, help="only this many cases, spread over the 100, for a quick look")
+    p.add_argument("--limit", type=int, default=100,
+                   help="only this many cases, spread over the 100, for a quick look")
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
     p.add_argument("--batch", type=int, default=20, help="cases sampled together")
     p.add_argument("--steps", type=int, default=16, help="solver steps")
@@ -116,7 +128,8 @@ def main(argv=None):
     cases = {i * 100 // args.limit for i in range(args.limit)}
     start = time.perf_counter()
     with open(out, "w") as f:
-        rows = evaluate(model, encoders, meta, cases, args.settings, args, lambda row: print(json.dumps(row), file=f, flush=True))
+        rows = evaluate(model, encoders, meta, cases, args.settings, args,
+                        lambda row: print(json.dumps(row), file=f, flush=True))
     print("\n".join(table(rows)))
     print(f"{out} in {time.perf_counter() - start:.0f} s")
 

@@ -1,9 +1,12 @@
 """The network: Wan's video transformer, which also sees several views of each person it has to show.
 
 HarmoView adds three things to Wan (arXiv 2606.10839; what the paper leaves open is decided in README.md):
-  references      clean latents of each view ride behind the video tokens in self-attention, placed by Jump-RoPE;
-  proxy tokens    a missing view's slot holds learnable tokens, so one to four views are one layout and need no mask;
-  MFI             ViT features of each frontal reference ride in the text context, in rows that Wan leaves as padding.
+  references    clean latents of each view ride behind the video tokens in self-attention,
+                placed by Jump-RoPE;
+  proxy tokens  a missing view's slot holds learnable tokens, so one to four views are one layout
+                and need no mask;
+  MFI           ViT features of each frontal reference ride in the text context, in rows that Wan
+                leaves as padding.
 Every parameter that Wan has too carries the name it has in the released checkpoints.
 
 Dimension key
@@ -46,16 +49,16 @@ class DiTConfig:
     proxy_tokens: int = 16  # P: learnable tokens for a missing view; 0 leaves the view out
     rope_layout: str = "jump"  # a key of rope.LAYOUTS
     rope_jump: int = 16  # Jump-RoPE's gap between identities
-    prediction: str = "velocity"  # what the head predicts: "velocity" (Wan) or "x0" (better on pixel-like latents)
+    prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
     max_identities: int = 2  # I: people that MFI can tell apart
 
 
-TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2, proxy_tokens=4,
-           prediction="x0")
+TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
+           proxy_tokens=4, prediction="x0")
 CONFIGS = {
-    "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: runs in seconds, learns little
-    "toy": DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, **TOY),  # 32x32, two laptop cores, 10 minutes
+    "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
+    "toy": DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, **TOY),  # 32x32, 2 laptop cores, 10 min
     "toy64": DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=12, **TOY),  # 64x64, one GPU
 }
 
@@ -99,7 +102,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def attend(q, k, v):
-    """Softmax attention without a mask, q [B, N, L, K]. At toy lengths on a CPU plain matmuls are 2-3x faster than SDPA."""
+    """Softmax attention without a mask, q [B, N, L, K]. At toy lengths on a CPU plain matmuls are 2-3x
+    faster than SDPA."""
     if q.device.type == "cpu" and k.shape[2] <= 1024:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -138,7 +142,8 @@ class Block(nn.Module):
 
     def forward(self, x, time, context, rope):
         """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D]."""
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation.float() + time).unbind(1)  # [B, D]
+        modulation = (self.modulation.float() + time).unbind(1)  # [B, D] each
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype = context.dtype
         h = modulate(self.norm1(x), shift_sa, scale_sa).to(dtype)
         x = x + self.self_attn(h, h, rope) * gate_sa[:, None]
@@ -163,8 +168,8 @@ class Head(nn.Module):
 class MFI(nn.Module):
     """Multi-level Feature Injection: hidden states of a frozen ViT as further rows of the text context.
 
-    Everything that can move a row away from zero starts at zero, and Wan pads its text with zero rows and attends to
-    them, so a network that has just been given an MFI is bit for bit the base model.
+    Everything that can move a row away from zero starts at zero, and Wan pads its text with zero rows and
+    attends to them, so a network that has just been given an MFI is bit for bit the base model.
     """
 
     def __init__(self, c):
@@ -197,13 +202,15 @@ class HarmoView(nn.Module):
         super().__init__()
         c = self.config = config
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"),
+                                            nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
         # HarmoView's own
-        self.proxies = nn.Parameter(torch.randn(len(VIEWS), c.proxy_tokens, c.dim) * 0.02) if c.proxy_tokens else None
+        self.proxies = (nn.Parameter(torch.randn(len(VIEWS), c.proxy_tokens, c.dim) * 0.02)
+                        if c.proxy_tokens else None)
         self.mfi = MFI(c) if c.vit_dim else None
         self.init_weights()
 
@@ -225,8 +232,10 @@ class HarmoView(nn.Module):
         x     [B, C, T, H, W], H and W even
         t     [B] in 0..1000, 1000 * sigma
         text  [B, S, E], S <= text_len unless MFI's rows need the room; short ones are zero-padded here
-        refs  None: plain Wan. Else one dict per identity, {view: clean latent [B, C, h, w]}; a missing view is its proxies
-        vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the frontal reference, or None
+        refs  None: plain Wan. Else one dict per identity, {view: clean latent [B, C, h, w]};
+              a missing view is its proxies
+        vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the
+              frontal reference, or None
         Raises UserError where a shape, a view or the number of identities does not fit the config.
         """
         c = self.config
@@ -240,7 +249,8 @@ class HarmoView(nn.Module):
             present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
             ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
             tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
-        rope = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump, c.dim // c.num_heads, x.device)
+        rope = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump,
+                       c.dim // c.num_heads, x.device)
 
         with torch.autocast(x.device.type, enabled=False):  # time and modulation stay in float32
             time = float32(self.time_embedding, sinusoid(t, c.freq_dim))  # [B, D]
@@ -256,14 +266,16 @@ class HarmoView(nn.Module):
         return out
 
     def context(self, text, vit):
-        """Text rows, zero padding, MFI rows: [B, S, E]. Cross-attention has no positions, so only the padding is given up."""
+        """Text rows, zero padding, MFI rows: [B, S, E]. Cross-attention has no positions,
+        so only the padding is given up."""
         rows = [self.mfi(features, k) for k, features in enumerate(vit or ()) if features is not None]
         mfi = torch.cat(rows, dim=1) if rows else text[:, :0]
         padding = max(0, self.config.text_len - text.shape[1] - mfi.shape[1])
         return torch.cat((F.pad(text, (0, 0, 0, padding)), mfi.to(text.dtype)), dim=1)
 
     def embed_references(self, refs, batch, ref_hw):
-        """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions; and their grid (h, w)."""
+        """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions;
+        and their grid (h, w)."""
         slots = []
         for views in refs:
             for v, view in enumerate(VIEWS):
@@ -280,31 +292,35 @@ class HarmoView(nn.Module):
         """Raise UserError, with what came and what fits, before anything is computed."""
         c = self.config
         if x.ndim != 5 or x.shape[1] != c.in_dim or x.shape[3] % PATCH or x.shape[4] % PATCH:
-            raise UserError(f"latents are {list(x.shape)}; expected [B, {c.in_dim}, T, H, W] with even H and W")
+            raise UserError(f"latents are {list(x.shape)}; "
+                            f"expected [B, {c.in_dim}, T, H, W] with even H and W")
         if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
             raise UserError(f"text is {list(text.shape)}; expected [B, at most {c.text_len}, {c.text_dim}]")
         for name, entries in (("refs", refs), ("vit", vit)):
             if entries is not None and len(entries) > c.max_identities:
-                raise UserError(f"{name} holds {len(entries)} identities; this model holds {c.max_identities}")
+                raise UserError(f"{name} holds {len(entries)} identities; "
+                                f"this model holds {c.max_identities}")
         latents = [(view, latent) for views in refs or () for view, latent in views.items()]
         for view, latent in latents:
             if view not in VIEWS:
                 raise UserError(f"unknown view {view!r}; expected one of {', '.join(VIEWS)}")
             if latent.shape[:2] != x.shape[:2] or latent.shape != latents[0][1].shape or latent.ndim != 4:
-                raise UserError(f"reference {view!r} is {list(latent.shape)}; expected [{x.shape[0]}, {c.in_dim}, h, w], "
-                                 "the same h and w for every reference")
+                raise UserError(f"reference {view!r} is {list(latent.shape)}; expected "
+                                f"[{x.shape[0]}, {c.in_dim}, h, w], the same h and w for every reference")
 
 
 def unpatchify(x, grid):
-    """x [B, T*H*W, PATCH*PATCH*C] -> [B, C, T, PATCH*H, PATCH*W]; the channel is the fastest index, as in Wan's head."""
+    """x [B, T*H*W, PATCH*PATCH*C] -> [B, C, T, PATCH*H, PATCH*W]; the channel is the fastest index,
+    as in Wan's head."""
     B, (T, H, W) = len(x), grid
     x = x.view(B, T, H, W, PATCH, PATCH, -1)
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, PATCH * H, PATCH * W)
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 def save_checkpoint(folder, tensors, meta, files=(), keep=2):
-    """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest `keep` beside it.
+    """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest
+    `keep` beside it.
 
     tensors  {"model": state dict, ...}, one safetensors file each
     meta     JSON-able; "sha256" of every file is added
@@ -341,7 +357,8 @@ def step_of(folder):
 
 
 def find_checkpoint(path):
-    """The checkpoint folder at `path`, or the newest one below it (of a stage, or of a run's last stage), or None."""
+    """The checkpoint folder at `path`, or the newest one below it (of a stage, or of a run's last stage),
+    or None."""
     path = Path(path)
     if (path / "checkpoint.json").exists():
         return path
@@ -359,7 +376,8 @@ def load_tensors(folder, name):
     path = Path(folder) / f"{name}.safetensors"
     expected = json.loads((Path(folder) / "checkpoint.json").read_text())["sha256"].get(path.name)
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): use another checkpoint")
+        raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): "
+                        "use another checkpoint")
     return safetensors.torch.load_file(path)
 
 

@@ -1,7 +1,8 @@
 """Rotary positions: where every token of a video and of its references sits, as data.
 
-A layout is nothing but an int64 tensor [L, 3] of (t, h, w); the network never branches on it. To try another layout, add a
-line to LAYOUTS. Positions other systems use are listed in README.md; Jump-RoPE is HarmoView's, RD-RoPE is Mv2ID's.
+A layout is nothing but an int64 tensor [L, 3] of (t, h, w); the network never branches on it. To try another
+layout, add a line to LAYOUTS. Positions other systems use are listed in README.md; Jump-RoPE is HarmoView's,
+RD-RoPE is Mv2ID's.
 
 T H W  token grid of the video        h w  token grid of one reference
 k      identity, from 0               v    view slot, index into VIEWS
@@ -11,10 +12,12 @@ import torch
 
 
 class UserError(ValueError):
-    """A wrong input. The scripts print its message as their one line and exit; it lives here because every file imports rope."""
+    """A wrong input. The scripts print its message as their one line and exit; it lives here because every
+    file imports rope."""
 
 
-VIEWS = ("front", "left", "right", "back")  # as the viewer sees them: in "left" the subject looks to the picture's left edge
+# as the viewer sees them: in "left" the subject looks to the picture's left edge
+VIEWS = ("front", "left", "right", "back")
 RD_GAP = 1  # Mv2ID's temporal offset o; the paper gives no number
 
 
@@ -53,7 +56,8 @@ def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16)
     if layout not in LAYOUTS:
         raise UserError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
     if layout == "jump" and jump < len(VIEWS):
-        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: they would overlap")
+        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
+                        "they would overlap")
     unknown = sorted({view for views in present for view in views} - set(VIEWS))
     if unknown:
         raise UserError(f"unknown view {unknown[0]!r}; expected one of {', '.join(VIEWS)}")
@@ -88,7 +92,8 @@ def rope_table(positions, head_dim, theta=1e4):
 
 
 def apply_rope(x, cos, sin):
-    """Turn adjacent pairs (2i, 2i+1) of x [B, L, N, K] by the angles of cos, sin [L, K // 2]; same shape and dtype."""
+    """Turn adjacent pairs (2i, 2i+1) of x [B, L, N, K] by the angles of cos, sin [L, K // 2];
+    same shape and dtype."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]  # [L, 1, K/2]

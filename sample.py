@@ -1,10 +1,11 @@
 """Make videos from a caption and reference pictures.
 
-  python sample.py                                                       people the toy never saw, from the newest checkpoint
+  python sample.py          people the toy never saw, from the newest checkpoint
   python sample.py --refs a_front.png a_left.png --refs b_front.png --prompt "a close-up of two people, ..."
 
-One --refs per person, in the caption's order. A file's view is the word front, left, right or back in its name, or view=path.
-Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames on the right.
+One --refs per person, in the caption's order. A file's view is the word front, left, right or back in its
+name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames
+on the right.
 """
 import argparse
 import re
@@ -25,7 +26,7 @@ from rope import VIEWS, UserError
 SOLVERS = ("euler",)
 
 
-# --------------------------------------------------------------------------------------------------- solvers and guidance
+# --------------------------------------------------------------------------------------- solvers and guidance
 def solve(velocity, x, steps, shift, solver="euler"):
     """Integrate dx/dsigma = velocity from noise x at sigma 1 to x0 at sigma 0.
 
@@ -45,22 +46,27 @@ def solve(velocity, x, steps, shift, solver="euler"):
 
 
 def guided(model, text, no_text, refs, vit, guide_text=1.0, guide_refs=1.0):
-    """velocity(x, t) with two guidance scales: from nothing to the caption, and from the caption to caption and references.
+    """velocity(x, t) with two guidance scales: from nothing to the caption, and from the caption to
+    caption and references.
 
-    v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no references" is
-    every slot as proxies and "no caption" the rows no_text. Written as one weighted sum, terms of weight 0 cost nothing.
+    v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no
+    references" is every slot as proxies and "no caption" the rows no_text. Written as one weighted sum, terms
+    of weight 0 cost nothing.
     """
     nobody, unseen = [{} for _ in refs], [None for _ in refs]
-    terms = [(guide_refs, text, refs, vit), (guide_text - guide_refs, text, nobody, unseen), (1 - guide_text, no_text, nobody, unseen)]
+    terms = [(guide_refs, text, refs, vit), (guide_text - guide_refs, text, nobody, unseen),
+             (1 - guide_text, no_text, nobody, unseen)]
     terms = [term for term in terms if term[0]]
 
     def velocity(x, t):
-        return sum(weight * model(x, t.expand(len(x)), rows.expand(len(x), -1, -1), r, v) for weight, rows, r, v in terms)
+        return sum(weight * model(x, t.expand(len(x)), rows.expand(len(x), -1, -1), r, v)
+                   for weight, rows, r, v in terms)
     return velocity
 
 
 @torch.no_grad()
-def generate(model, encoders, captions, people, frames, size, seeds, steps=16, shift=1.0, solver="euler", guide_text=1.0, guide_refs=1.0, device="cpu"):
+def generate(model, encoders, captions, people, frames, size, seeds, steps=16, shift=1.0, solver="euler",
+             guide_text=1.0, guide_refs=1.0, device="cpu"):
     """Videos [B, 3, frames, size, size] in -1..1.
 
     captions  B strings
@@ -68,16 +74,18 @@ def generate(model, encoders, captions, people, frames, size, seeds, steps=16, s
     seeds     B ints: a video's noise depends on its own seed alone
     """
     codec = encoders.codec
-    refs = [{view: codec.encode(image[:, :, None])[:, :, 0].to(device) for view, image in views.items()} for views in people]
+    refs = [{view: codec.encode(image[:, :, None])[:, :, 0].to(device) for view, image in views.items()}
+            for views in people]
     vit = [encoders.features(views["front"]).to(device) if "front" in views else None for views in people]
     text, no_text = encoders.text(captions).to(device), encoders.text([""]).to(device)
     shape = (model.config.in_dim, frames, size // codec.stride, size // codec.stride)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                         for seed in seeds]).to(device)
     velocity = guided(model, text, no_text, refs, vit, guide_text, guide_refs)
     return codec.decode(solve(velocity, noise, steps, shift, solver).cpu()).clamp(-1, 1)
 
 
-# -------------------------------------------------------------------------------------------------- reading and writing
+# ---------------------------------------------------------------------------------------- reading and writing
 def view_of(argument):
     """"left=path" or a path with one view's word in its name -> (view, path)."""
     name, found, path = argument.partition("=")
@@ -85,23 +93,27 @@ def view_of(argument):
         return name, path
     words = [word for word in re.findall("[a-z]+", Path(argument).stem.lower()) if word in VIEWS]
     if len(words) != 1:
-        raise UserError(f"{argument}: which view is it? Its name says {' and '.join(words) or 'none'}; name the file or write "
-                        f"view=path with one of {', '.join(VIEWS)}, for example front={argument}")
+        raise UserError(f"{argument}: which view is it? Its name says {' and '.join(words) or 'none'}; "
+                        f"name the file or write view=path with one of {', '.join(VIEWS)}, "
+                        f"for example front={argument}")
     return words[0], argument
 
 
 def read_picture(path, size):
-    """A picture file -> [3, size, size] in -1..1: EXIF orientation, alpha on white, Lanczos fit, white padding."""
+    """A picture file -> [3, size, size] in -1..1: EXIF orientation, alpha on white, Lanczos fit,
+    white padding."""
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --refs expects picture files") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error}); --refs expects PNG, JPEG or WebP files") from None
+        raise UserError(f"{path}: not a readable picture ({error}); "
+                        "--refs expects PNG, JPEG or WebP files") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color="white")
-    return data.from_bytes(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)).permute(2, 0, 1)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    return data.from_bytes(pixels).permute(2, 0, 1)
 
 
 def read_people(arguments, size):
@@ -111,22 +123,27 @@ def read_people(arguments, size):
         views = {}
         for view, path in map(view_of, files):
             if view in views:
-                raise UserError(f"{path}: a second {view} view of the same person; give one picture a view, and one --refs a person")
+                raise UserError(f"{path}: a second {view} view of the same person; "
+                                "give one picture a view, and one --refs a person")
             views[view] = read_picture(path, size)[None]
         people.append(views)
     return people
 
 
 def to_image(picture, side):
-    """[3, H, W] in -1..1 -> PIL image of side x side; nearest where it grows, so that the toy's pixels stay pixels."""
+    """[3, H, W] in -1..1 -> PIL image of side x side; nearest where it grows, so that the toy's pixels
+    stay pixels."""
     image = Image.fromarray(data.to_bytes(picture).permute(1, 2, 0).numpy())
-    return image.resize((side, side), Image.Resampling.NEAREST if side >= image.width else Image.Resampling.LANCZOS)
+    resample = Image.Resampling.NEAREST if side >= image.width else Image.Resampling.LANCZOS
+    return image.resize((side, side), resample)
 
 
 def contact_sheet(rows, tile=112):
-    """A PIL image. rows: dicts of people (list of {view: [3, S, S]}), video [3, F, S, S], prompt, and perhaps truth, a second video.
+    """A PIL image. rows: dicts of people (list of {view: [3, S, S]}), video [3, F, S, S], prompt,
+    and perhaps truth, a second video.
 
-    Each person is a block of 2 x 2 views on the left, a view that was not given an empty square; frames are on the right.
+    Each person is a block of 2 x 2 views on the left, a view that was not given an empty square;
+    frames are on the right.
     """
     font, gap = ImageFont.load_default(13), 6
     blocks = max(len(row["people"]) for row in rows)
@@ -146,7 +163,8 @@ def contact_sheet(rows, tile=112):
             for f in range(video.shape[1]):
                 sheet.paste(to_image(video[:, f], tile - 1), (left + f * tile, y + i * tile))
         if "truth" in row:
-            draw.text((gap, y + tile + tile // 2 - 8), "the truth, never shown to the model:", fill="#666666", font=font)
+            draw.text((gap, y + tile + tile // 2 - 8), "the truth, never shown to the model:",
+                      fill="#666666", font=font)
         draw.text((gap, y + height - 22), row["prompt"], fill="black", font=font)
         y += height
     return sheet
@@ -163,16 +181,21 @@ def write_video(path, video, fps=16):
         container.mux(stream.encode())
 
 
-# -------------------------------------------------------------------------------------------------------------------- CLI
+# -------------------------------------------------------------------------------------------------------- CLI
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to show")
-    what.add_argument("--refs", nargs="+", action="append", metavar="PICTURE", help="one person's views; give it once per person")
+    what.add_argument("--refs", nargs="+", action="append", metavar="PICTURE",
+                      help="one person's views; give it once per person")
     what.add_argument("--prompt", help="the caption (without --refs: of people the toy held out)")
-    what.add_argument("--views", nargs="+", choices=VIEWS, default=VIEWS, help="without --refs: the views that are given")
-    what.add_argument("--swap", action="store_true", help="again below with the two people's references exchanged, same noise")
-    what.add_argument("--ckpt", default="out/toy", help="checkpoint folder, or a run's folder: its newest one (default out/toy)")
-    what.add_argument("--out", default="out/sample", help="where to write, without suffix (default out/sample)")
+    what.add_argument("--views", nargs="+", choices=VIEWS, default=VIEWS,
+                      help="without --refs: the views that are given")
+    what.add_argument("--swap", action="store_true",
+                      help="again below with the two people's references exchanged, same noise")
+    what.add_argument("--ckpt", default="out/toy",
+                      help="checkpoint folder, or a run's folder: its newest one (default out/toy)")
+    what.add_argument("--out", default="out/sample",
+                      help="where to write, without suffix (default out/sample)")
     how = p.add_argument_group("how")
     how.add_argument("--frames", type=int, help="frames (default: what the checkpoint was trained on)")
     how.add_argument("--size", type=int, help="pixels a side (default: what the checkpoint was trained on)")
@@ -181,7 +204,8 @@ def arguments(argv=None):
     how.add_argument("--shift", type=float, default=1.0, help="timestep shift")
     how.add_argument("--solver", choices=SOLVERS, default="euler")
     how.add_argument("--guide-text", type=float, default=1.0, help="guidance towards the caption; 1 is none")
-    how.add_argument("--guide-refs", type=float, default=1.5, help="guidance towards the references; 1 is none")
+    how.add_argument("--guide-refs", type=float, default=1.5,
+                     help="guidance towards the references; 1 is none")
     how.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
 
@@ -190,33 +214,37 @@ def load(ckpt):
     """--ckpt -> model, its encoders, its checkpoint.json; says which checkpoint it took."""
     folder = find_checkpoint(ckpt)
     if folder is None:
-        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten minutes on a laptop")
+        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, "
+                        "about ten minutes on a laptop")
     model, meta = load_checkpoint(folder)
     print(f"checkpoint {folder} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
     return model.eval(), data.ToyEncoders(folder, meta["world"]["size"]), meta
 
 
 def held_out(prompt, views, frames, size):
-    """Rows of people that training never saw: [{people, prompt, truth}], four benchmark cases, or one with the prompt given."""
+    """Rows of people that training never saw: [{people, prompt, truth}], four benchmark cases,
+    or one with the prompt given."""
     if prompt is not None:
         people = 2 if "two people" in prompt else 1
         pictures = data.benchmark_references(torch.arange(people), size)
-        return [{"people": [{v: pictures[k:k + 1, VIEWS.index(v)] for v in views} for k in range(people)], "prompt": prompt}]
+        given = [{v: pictures[k:k + 1, VIEWS.index(v)] for v in views} for k in range(people)]
+        return [{"people": given, "prompt": prompt}]
     rows = []
     identities = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
     cases = data.benchmark_cases()
     for clip, who in (cases[i] for i in (0, 1, 60, 61)):
         pictures = data.benchmark_references(torch.tensor(who), size)
         truth, _ = data.render_clips([clip], [data.pick(identities, i) for i in who], frames, size)
-        rows.append({"people": [{v: pictures[k:k + 1, VIEWS.index(v)] for v in views} for k in range(len(who))],
-                     "prompt": data.caption(clip), "truth": truth[0]})
+        given = [{v: pictures[k:k + 1, VIEWS.index(v)] for v in views} for k in range(len(who))]
+        rows.append({"people": given, "prompt": data.caption(clip), "truth": truth[0]})
     return rows
 
 
 def main(argv=None):
     args = arguments(argv)
     if args.prompt is not None and not args.prompt.strip():
-        raise UserError("--prompt is empty: say what happens, for example \"a close-up of one person in a red shirt nods ...\"")
+        raise UserError("--prompt is empty: say what happens, "
+                        "for example \"a close-up of one person in a red shirt nods ...\"")
     if args.refs and args.prompt is None:
         raise UserError("--refs needs --prompt: say what the people do")
     out = Path(args.out)
@@ -225,9 +253,11 @@ def main(argv=None):
     world, held = meta["world"], model.config.max_identities
     frames, size = args.frames or world["frames"], args.size or world["size"]
     if (frames, size) != (world["frames"], world["size"]):
-        raise UserError(f"{frames} frames of {size}x{size}: this checkpoint makes {world['frames']} frames of {world['size']}x{world['size']}")
+        raise UserError(f"{frames} frames of {size}x{size}: "
+                        f"this checkpoint makes {world['frames']} frames of {world['size']}x{world['size']}")
     if args.refs and len(args.refs) > held:
-        raise UserError(f"{len(args.refs)} people (--refs given {len(args.refs)} times): this checkpoint holds at most {held}")
+        raise UserError(f"{len(args.refs)} people (--refs given {len(args.refs)} times): "
+                        f"this checkpoint holds at most {held}")
     if args.refs:
         rows = [{"people": read_people(args.refs, size), "prompt": args.prompt}]
     else:
@@ -236,18 +266,21 @@ def main(argv=None):
         if not any(len(row["people"]) == 2 for row in rows):
             raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
         rows = [each for row in rows if len(row["people"]) == 2
-                for each in (row, {"people": row["people"][::-1], "prompt": row["prompt"] + "   (references exchanged)"})]
+                for each in (row, {"people": row["people"][::-1],
+                                   "prompt": row["prompt"] + "   (references exchanged)"})]
     start = time.perf_counter()
     for row in tqdm(rows, desc="sampling", unit=" videos", disable=None):
         caption = row["prompt"].removesuffix("   (references exchanged)")
-        row["video"] = generate(model, encoders, [caption], row["people"], frames, size, [args.seed], args.steps, args.shift,
-                                args.solver, args.guide_text, args.guide_refs)[0]
+        row["video"] = generate(model, encoders, [caption], row["people"], frames, size, [args.seed],
+                                args.steps, args.shift, args.solver, args.guide_text, args.guide_refs)[0]
         row["people"] = [{view: picture[0] for view, picture in views.items()} for views in row["people"]]
-    names = [out.with_suffix(".mp4")] if len(rows) == 1 else [out.with_name(f"{out.name}-{i}.mp4") for i in range(1, len(rows) + 1)]
+    names = ([out.with_suffix(".mp4")] if len(rows) == 1 else
+             [out.with_name(f"{out.name}-{i}.mp4") for i in range(1, len(rows) + 1)])
     for name, row in zip(names, rows):
         write_video(name, row["video"], args.fps)
     contact_sheet(rows).save(out.with_suffix(".png"))
-    print(f"{', '.join(map(str, names))} and {out.with_suffix('.png')} in {time.perf_counter() - start:.1f} s")
+    print(f"{', '.join(map(str, names))} and {out.with_suffix('.png')} "
+          f"in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

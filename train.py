@@ -1,11 +1,13 @@
 """Train HarmoView, stage by stage (Progressive View Curriculum).
 
-  python train.py --stage all                        the toy world, all four stages
-  torchrun --nproc-per-node 8 train.py --stage 2     one stage on several processes; it starts from the stage before
+  python train.py --stage all                      the toy world, all four stages
+  torchrun --nproc-per-node 8 train.py --stage 2   one stage on several processes;
+                                                   it starts from the stage before
 
-A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), metrics.jsonl and a sample sheet per stage.
-Everything random in a step comes from (seed, stage, step, sample), so a resumed run repeats the uninterrupted one bit for bit,
-and any split of the global batch into ranks and micro-batches sees the same samples.
+A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), metrics.jsonl and a
+sample sheet per stage. Everything random in a step comes from (seed, stage, step, sample), so a resumed run
+repeats the uninterrupted one bit for bit, and any split of the global batch into ranks and micro-batches sees
+the same samples.
 """
 import argparse
 import contextlib
@@ -58,34 +60,46 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run = p.add_argument_group("run")
     run.add_argument("--stage", default="all", help="1, 2, 3, 4 or all (default)")
-    run.add_argument("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
+    run.add_argument("--config", default="toy", choices=CONFIGS,
+                     help="a preset of model.CONFIGS and its recipe")
     run.add_argument("--out", default=None, help="folder of the run (default out/CONFIG)")
     run.add_argument("--data", default="cache", help="folder for rendered or encoded training data")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
-    run.add_argument("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
+    run.add_argument("--overwrite", action="store_true",
+                     help="start the stages afresh where checkpoints exist")
     run.add_argument("--seed", type=int, default=0)
     opt = p.add_argument_group("optimization")
     opt.add_argument("--steps", type=int, nargs="+", help="steps of each stage: one number for all, or four")
     opt.add_argument("--batch", type=int, help="global batch size: all ranks, all micro-steps")
-    opt.add_argument("--micro-batch", type=int, help="samples per forward on a rank (default: the rank's whole share)")
+    opt.add_argument("--micro-batch", type=int,
+                     help="samples per forward on a rank (default: the rank's whole share)")
     opt.add_argument("--lr", type=float, help="peak learning rate")
-    opt.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: on the blocks' matrices, AdamW on the rest")
+    opt.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
+                     help="muon: on the blocks' matrices, AdamW on the rest")
     opt.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up per stage")
     opt.add_argument("--weight-decay", type=float, default=0.01)
     opt.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    opt.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights, reached gradually")
-    opt.add_argument("--shift", type=float, default=1.0, help="timestep shift: more than 1 trains more on noisy steps")
-    opt.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="matmuls under autocast; auto: bf16 if fast here")
-    opt.add_argument("--compile", action="store_true", help="torch.compile every block (needs a C++ compiler or a GPU)")
+    opt.add_argument("--ema", type=float, default=0.995,
+                     help="decay of the averaged weights, reached gradually")
+    opt.add_argument("--shift", type=float, default=1.0,
+                     help="timestep shift: more than 1 trains more on noisy steps")
+    opt.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                     help="matmuls under autocast; auto: bf16 if fast here")
+    opt.add_argument("--compile", action="store_true",
+                     help="torch.compile every block (needs a C++ compiler or a GPU)")
     method = p.add_argument_group("method")
     method.add_argument("--no-mfi", action="store_true", help="without Multi-level Feature Injection")
     method.add_argument("--rope-layout", choices=LAYOUTS, help="positions of references (default jump)")
     method.add_argument("--rope-jump", type=int, help="Jump-RoPE's gap between identities, in frames")
-    method.add_argument("--proxy-tokens", type=int, help="learnable tokens for a missing view; 0 leaves it out")
-    method.add_argument("--pairs", choices=("cross", "in"), default="cross", help="references from elsewhere or from the clip itself")
-    method.add_argument("--mask", type=float, default=0.0, help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
+    method.add_argument("--proxy-tokens", type=int,
+                        help="learnable tokens for a missing view; 0 leaves it out")
+    method.add_argument("--pairs", choices=("cross", "in"), default="cross",
+                        help="references from elsewhere or from the clip itself")
+    method.add_argument("--mask", type=float, default=0.0,
+                        help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
     log = p.add_argument_group("logging")
-    log.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; the stage's last step is always saved")
+    log.add_argument("--save-every", type=int, default=500,
+                     help="steps between checkpoints; the stage's last step is always saved")
     log.add_argument("--keep", type=int, default=2, help="checkpoints kept per stage")
     log.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
     log.add_argument("--no-samples", action="store_true", help="no sample sheet at the end of a stage")
@@ -98,19 +112,23 @@ def seed_of(*key):
 
 
 def make_optimizers(model, args):
-    """Muon on the blocks' matrices where asked (about AdamW's loss in a third of the steps on the toy), AdamW on the rest."""
+    """Muon on the blocks' matrices where asked (about AdamW's loss in a third of the steps on the toy),
+    AdamW on the rest."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad] if args.optimizer == "muon" else []
+    matrices = ([p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
+                if args.optimizer == "muon" else [])
     chosen = {id(p) for p in matrices}
     rest = [p for p in trained if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                                    fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
 def pack_optimizers(optimizers):
-    """The optimizers' states as one flat dict of tensors, for safetensors; unpack_optimizers puts them back."""
+    """The optimizers' states as a flat dict of tensors, for safetensors; unpack_optimizers puts them back."""
     return {f"{o}.{p}.{name}": value for o, optimizer in enumerate(optimizers)
             for p, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
 
@@ -158,16 +176,20 @@ def resolve(args, world):
     args.steps = list(args.steps or recipe["steps"])
     args.steps = args.steps * len(STAGES) if len(args.steps) == 1 else args.steps
     if len(args.steps) != len(STAGES) or min(args.steps) < 1:
-        raise UserError(f"--steps {' '.join(map(str, args.steps))}: expected one positive number, or four, one a stage")
+        raise UserError(f"--steps {' '.join(map(str, args.steps))}: "
+                        "expected one positive number, or four, one a stage")
     args.micro_batch = args.micro_batch or args.batch // world.size
     if args.micro_batch < 1 or args.batch % (world.size * args.micro_batch):
-        raise UserError(f"--batch {args.batch} is no multiple of {world.size} process(es) x --micro-batch {args.micro_batch}")
+        raise UserError(f"--batch {args.batch} is no multiple of {world.size} process(es) x "
+                        f"--micro-batch {args.micro_batch}")
     if args.stage != "all" and args.stage not in map(str, STAGES):
         raise UserError(f"--stage {args.stage}: expected {', '.join(map(str, STAGES))} or all")
-    if args.precision == "auto":  # autocast pays on a CPU only where it multiplies bf16 in hardware: 1.5x a step there
+    # autocast pays on a CPU only where it multiplies bf16 in hardware: 1.5x a step there
+    if args.precision == "auto":
         fast = world.device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         args.precision = "bf16" if fast else "fp32"
-    overrides = {"rope_layout": args.rope_layout, "rope_jump": args.rope_jump, "proxy_tokens": args.proxy_tokens}
+    overrides = {"rope_layout": args.rope_layout, "rope_jump": args.rope_jump,
+                 "proxy_tokens": args.proxy_tokens}
     if args.no_mfi:
         overrides |= {"vit_dim": 0, "vit_levels": 0}
     config = replace(CONFIGS[args.config], **{k: v for k, v in overrides.items() if v is not None})
@@ -175,16 +197,18 @@ def resolve(args, world):
 
 
 def prepare(number, args, config, world):
-    """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before, or from nothing."""
+    """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before,
+    or from nothing."""
     folder, again = args.out / f"stage{number}", f"--config {args.config} --out {args.out}"
     own, before = find_checkpoint(folder), find_checkpoint(args.out / f"stage{number - 1}")
     if own and not (args.resume or args.overwrite):
-        raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, --out chooses another folder")
+        raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
+                        "--out chooses another folder")
     own = own if args.resume else None
     source = own or before
     if source is None and number > 1:
-        raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} holds no checkpoint: "
-                        f"run `python train.py --stage {number - 1} {again}` first")
+        raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
+                        f"holds no checkpoint: run `python train.py --stage {number - 1} {again}` first")
     if source is None:
         torch.manual_seed(args.seed)
         model, start = HarmoView(config), 0
@@ -192,12 +216,14 @@ def prepare(number, args, config, world):
         model, meta = load_checkpoint(source, "model" if own else "ema")
         start = meta["step"] if own else 0
         if not own and not meta["finished"]:
-            raise UserError(f"stage {number} starts from stage {number - 1}, which stopped at step {meta['step']}: "
+            raise UserError(f"stage {number} starts from stage {number - 1}, "
+                            f"which stopped at step {meta['step']}: "
                             f"finish it with `python train.py --stage {number - 1} {again} --resume`")
-        differ = [f"{name} {getattr(model.config, name)} there, {value} here" for name, value in asdict(config).items()
-                  if getattr(model.config, name) != value]
+        differ = [f"{name} {getattr(model.config, name)} there, {value} here"
+                  for name, value in asdict(config).items() if getattr(model.config, name) != value]
         if differ:
-            raise UserError(f"{source} has another config ({'; '.join(differ)}): give the same flags, or another --out")
+            raise UserError(f"{source} has another config ({'; '.join(differ)}): "
+                            "give the same flags, or another --out")
     model.to(world.device)
     optimizers = make_optimizers(model, args)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -208,7 +234,8 @@ def prepare(number, args, config, world):
 
 
 def loss_of(model, batch, sigma, noise):
-    """Mean squared error of the velocity noise - x0 at x_t = (1 - sigma) x0 + sigma noise, sigma [B] in 0..1."""
+    """Mean squared error of the velocity noise - x0 at x_t = (1 - sigma) x0 + sigma noise,
+    sigma [B] in 0..1."""
     x0, text, refs, vit = batch
     s = sigma.view(-1, 1, 1, 1, 1)
     return F.mse_loss(model((1 - s) * x0 + s * noise, 1000 * sigma, text, refs, vit), noise - x0)
@@ -231,8 +258,9 @@ def train_stage(number, args, config, dataset, world, stop):
     metrics = open_metrics(folder, start) if world.rank == 0 else None
 
     def save(step):
-        meta = {"config": asdict(config), "preset": args.config, "world": {k: data.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number, "name": stage.name, "step": step,
-                "finished": step == steps, "command": " ".join(sys.argv)}
+        meta = {"config": asdict(config), "preset": args.config,
+                "world": {k: data.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number,
+                "name": stage.name, "step": step, "finished": step == steps, "command": " ".join(sys.argv)}
         tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
         save_checkpoint(folder / f"step-{step:06d}", tensors, meta, dataset.encoders.files, keep=args.keep)
 
@@ -243,8 +271,10 @@ def train_stage(number, args, config, dataset, world, stop):
     if world.size > 1:  # a step's layout leaves some proxies or MFI unused, the same on all ranks
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"stage {number} {stage.name}", disable=None if world.rank == 0 else True,
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]")
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"stage {number} {stage.name}",
+               disable=None if world.rank == 0 else True,
+               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                          "[{elapsed}, {remaining} left, {rate_fmt}{postfix}]")
     skipped = 0
     for step in bar:
         # learning rate
@@ -276,9 +306,11 @@ def train_stage(number, args, config, dataset, world, stop):
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
         else:  # every rank sees the same summed gradient, so every rank skips
             skipped += 1
-            tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; step skipped, no weight changed")
+            tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; "
+                       "step skipped, no weight changed")
             if skipped == 10:
-                raise UserError(f"stage {number}: 10 steps in a row without a finite gradient, the last one {step}; try a smaller --lr")
+                raise UserError(f"stage {number}: 10 steps in a row without a finite gradient, "
+                                f"the last one {step}; try a smaller --lr")
         for optimizer in optimizers:
             optimizer.zero_grad()
         # log and save
@@ -286,7 +318,8 @@ def train_stage(number, args, config, dataset, world, stop):
             if world.size > 1:
                 dist.all_reduce(total)
             if metrics:
-                row = dict(stage=number, step=step + 1, loss=float(total) / world.size, grad_norm=float(norm), lr=args.lr * factor)
+                row = dict(stage=number, step=step + 1, loss=float(total) / world.size,
+                           grad_norm=float(norm), lr=args.lr * factor)
                 print(json.dumps(row), file=metrics, flush=True)
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
         stopping = stop()
@@ -299,9 +332,11 @@ def train_stage(number, args, config, dataset, world, stop):
 
 
 def open_metrics(folder, start):
-    """metrics.jsonl of a stage, open for appending; lines after step `start`, from a run that went further, are dropped."""
+    """metrics.jsonl of a stage, open for appending; lines after step `start`, from a run that went further,
+    are dropped."""
     path = folder / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if path.exists() else []
+    lines = ([line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+             if path.exists() else [])
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines))
     return open(path, "a")
@@ -326,19 +361,24 @@ def main(argv=None):
     stages, config = resolve(args, world)
     data.probe_writable(args.out)
     if world.rank == 0:
-        print(f"{args.config}: {config}\nsteps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x {args.micro_batch} x "
-              f"{args.batch // world.size // args.micro_batch} micro-steps, lr {args.lr}, {args.optimizer}, {args.precision} on {world.device}")
+        print(f"{args.config}: {config}\n"
+              f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
+              f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
+              f"lr {args.lr}, {args.optimizer}, {args.precision} on {world.device}")
         data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs)
     world.barrier()
-    dataset = data.ToyData(data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs), data.WORLDS[args.config]["size"], args.mask)
+    dataset = data.ToyData(data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs),
+                           data.WORLDS[args.config]["size"], args.mask)
     stop = stop_on_sigterm(world)
     for number in stages:
         train_stage(number, args, config, dataset, world, stop)
         if stop():
             break
-        if world.rank == 0 and not args.no_samples:  # what a user would run; a process of its own, since sample.py is above this file
+        # what a user would run; a process of its own, since sample.py is above this file
+        if world.rank == 0 and not args.no_samples:
             sheet = args.out / f"stage{number}"
-            subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--ckpt", sheet, "--out", sheet / "sample"], check=False)
+            subprocess.run([sys.executable, Path(__file__).with_name("sample.py"),
+                            "--ckpt", sheet, "--out", sheet / "sample"], check=False)
     if world.size > 1:
         dist.destroy_process_group()
 
