@@ -1,0 +1,283 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, run
+
+import data
+import sample
+import train
+from model import CONFIGS, HarmoView, find_checkpoint, load_checkpoint
+from rope import VIEWS, UserError
+
+FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
+
+
+@pytest.fixture
+def fresh(tiny, tmp_path):
+    """A folder of its own with the tiny preset's cache, so that nothing is rendered again."""
+    shutil.copytree(tiny / "cache", tmp_path / "cache")
+    return tmp_path
+
+
+def metrics(folder, stage):
+    return [
+        json.loads(line) for line in (folder / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def weights(folder):
+    found = find_checkpoint(folder)
+    return {f.name: safetensors.torch.load_file(f) for f in sorted(found.glob("*.safetensors"))}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    for file in a:
+        assert a[file].keys() == b[file].keys()
+        assert all(torch.equal(a[file][key], b[file][key]) for key in a[file]), file
+
+
+# ----------------------------------------------------------------------------------------------- equivalences
+def test_accumulation_and_two_processes_equal_the_full_batch(fresh):
+    """The same global batch, by one process at once, in micro-steps, and by two gloo processes."""
+    common = (*FAST, "--stage", 1, "--steps", 3, "--precision", "fp32")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    found = {}
+    for name, before, after in (
+        ("whole", (), ()),
+        ("micro", (), ("--micro-batch", 1)),
+        ("two", torchrun, ()),
+        ("both", torchrun, ("--micro-batch", 1)),
+    ):
+        run(*before, ROOT / "train.py", *common, *after, "--out", name, cwd=fresh)
+        found[name] = ([(r["loss"], r["grad_norm"]) for r in metrics(fresh / name, 1)], weights(fresh / name))
+    for name in ("micro", "two", "both"):
+        for a, b in zip(found["whole"][0], found[name][0], strict=True):
+            assert a == pytest.approx(b, rel=1e-4), name
+        whole, other = (found[n][1]["model.safetensors"] for n in ("whole", name))
+        moved = max(float((whole[k] - other[k]).abs().max()) for k in whole)
+        assert moved < 2e-4, (name, moved)
+
+
+def test_resume_is_bit_exact(fresh):
+    out = fresh / "out" / "tiny"
+    run(ROOT / "train.py", *FAST, "--stage", 1, "--steps", 6, "--save-every", 3, cwd=fresh)
+    straight, lines = weights(out / "stage1"), metrics(out, 1)
+    shutil.rmtree(out / "stage1" / "step-000006")
+    run(ROOT / "train.py", *FAST, "--stage", 1, "--steps", 6, "--save-every", 3, "--resume", cwd=fresh)
+    assert_equal(straight, weights(out / "stage1"))
+    assert metrics(out, 1) == lines
+    run(ROOT / "train.py", *FAST, "--stage", 1, "--steps", 6, "--resume", cwd=fresh)  # nothing left to do
+    assert_equal(straight, weights(out / "stage1"))
+
+
+def test_sigterm_saves_and_the_run_can_go_on(fresh):
+    out, steps = fresh / "out" / "tiny", 60
+    command = [ROOT / "train.py", *FAST, "--stage", 1, "--steps", steps]
+    run(*command, cwd=fresh)
+    straight = weights(out / "stage1")
+    shutil.rmtree(out)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=fresh,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = out / "stage1" / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    step = json.loads((find_checkpoint(out) / "checkpoint.json").read_text())["step"]
+    assert 3 <= step < steps
+    line = run(ROOT / "train.py", *FAST, "--stage", 2, cwd=fresh, fails=True)
+    assert f"stopped at step {step}" in line and "--stage 1" in line and "--resume" in line
+    run(*command, "--resume", cwd=fresh)
+    assert_equal(straight, weights(out / "stage1"))
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+def test_every_stage_starts_from_the_one_before(tiny):
+    out = tiny / "out" / "tiny"
+    for number, stage in train.STAGES.items():
+        meta = json.loads((find_checkpoint(out / f"stage{number}") / "checkpoint.json").read_text())
+        assert (meta["stage"], meta["name"], meta["step"], meta["finished"]) == (number, stage.name, 2, True)
+        assert meta["config"] == vars(CONFIGS["tiny"]) and "train.py" in meta["command"]
+    assert load_checkpoint(find_checkpoint(out))[1]["stage"] == 4
+    args = train.arguments(["--config", "tiny", "--out", str(out)])
+    world = train.World(0, 1, torch.device("cpu"))
+    _, config = train.resolve(args, world)
+    model, _, _, start = train.prepare(2, Namespace(**{**vars(args), "overwrite": True}), config, world)
+    ema = weights(out / "stage1")["ema.safetensors"]
+    assert start == 0 and all(torch.equal(p, ema[name]) for name, p in model.named_parameters())
+
+
+def test_one_clip_can_be_overfitted(tiny):
+    """150 steps on one clip with one person, then sampling from noise gives that clip."""
+    torch.manual_seed(0)
+    dataset = data.ToyData(next((tiny / "cache").iterdir()), 32, text_dropout=0)
+    one = {key: value[:1] for key, value in dataset.clips[0].items()}
+    dataset.clips[0] = one | {"text": dataset.clips[0]["text"][[0, -1]]}
+    model = HarmoView(replace(CONFIGS["tiny"], dim=96, ffn_dim=192))
+    optimizers = train.make_optimizers(model, Namespace(optimizer="muon", lr=1e-2, weight_decay=0.0))
+    for step in range(150):
+        generators = [torch.Generator().manual_seed(train.seed_of(step, i)) for i in range(8)]
+        batch = dataset.batch((VIEWS,), generators, "cpu")
+        train.loss_of(model, batch, *train.noise_of(batch[0], generators, 8.0)).backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * (1 - step / 150)
+            optimizer.step()
+            optimizer.zero_grad()
+    x0, text, refs, vit = dataset.batch((VIEWS,), [torch.Generator().manual_seed(0)], "cpu")
+    noise = torch.randn(x0.shape)
+    with torch.no_grad():
+        made = sample.solve(sample.guided(model, text, text, refs, vit), noise, 8, 8.0, "euler")
+    psnr = float(10 * torch.log10(4 / (made - x0).square().mean()))
+    assert psnr > 22, psnr
+
+
+def test_muon_makes_updates_orthogonal():
+    """Newton-Schulz against the SVD: singular values near 1, vectors kept, for wide and tall alike."""
+    torch.manual_seed(0)
+    for shape in ((3, 24, 48), (2, 48, 24)):
+        x = torch.randn(shape)
+        u, s, v = torch.linalg.svd(train.orthogonalize(x), full_matrices=False)
+        assert 0.6 < s.min() and s.max() < 1.3
+        a, _, b = torch.linalg.svd(x, full_matrices=False)
+        assert ((train.orthogonalize(x) - a @ b).norm() / (a @ b).norm()) < 0.35
+
+
+def test_our_muon_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(8, 16)), torch.nn.Parameter(torch.ones(16, 8))] for _ in range(2)
+    )
+    a = train.Muon(ours, lr=0.01, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=0)  # torch's multiplies in bf16
+        assert (p - 1).abs().max() > 0.01
+
+
+def test_noise_levels_are_shifted_logit_normals(tiny):
+    x0 = torch.zeros(4000, 1, 1, 1, 1)
+    generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+    sigma, noise = train.noise_of(x0, generators, 1.0)
+    shifted, same = train.noise_of(x0, [torch.Generator().manual_seed(i) for i in range(4000)], 3.0)
+    assert (
+        torch.equal(noise, same)
+        and abs(float(sigma.logit().std()) - 1) < 0.05
+        and abs(float(sigma.mean()) - 0.5) < 0.02
+    )
+    torch.testing.assert_close(shifted, 3 * sigma / (1 + 2 * sigma))
+    assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
+
+
+def test_a_step_without_finite_gradients_changes_nothing(fresh, monkeypatch, capsys):
+    monkeypatch.chdir(fresh)
+    real, calls = train.loss_of, []
+
+    def spoiled(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(train, "loss_of", spoiled)
+    train.main([*map(str, FAST), "--stage", "1", "--steps", "2"])
+    assert "step 1: gradient norm nan; step skipped" in capsys.readouterr().out
+    state = weights(fresh / "out" / "tiny")["model.safetensors"]
+    assert all(torch.isfinite(v).all() for v in state.values())
+    monkeypatch.setattr(train, "loss_of", lambda *args: real(*args) * float("nan"))
+    with pytest.raises(UserError, match="10 steps in a row without a finite gradient"):
+        train.main([*map(str, FAST), "--stage", "1", "--steps", "20", "--out", "nan"])
+
+
+def test_switches_of_the_method(fresh):
+    for flags, check in (
+        (("--no-mfi",), lambda c: c["vit_dim"] == 0),
+        (("--rope-layout", "rd"), lambda c: c["rope_layout"] == "rd"),
+        (("--proxy-tokens", 0, "--rope-layout", "append"), lambda c: c["proxy_tokens"] == 0),
+    ):
+        run(
+            ROOT / "train.py",
+            *FAST,
+            *flags,
+            "--steps",
+            1,
+            "--out",
+            "x",
+            "--overwrite",
+            "--mask",
+            0.6,
+            cwd=fresh,
+        )
+        assert check(json.loads((find_checkpoint(fresh / "x") / "checkpoint.json").read_text())["config"])
+        shutil.rmtree(fresh / "x")
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--stage 5", "--stage 5: expected 1, 2, 3, 4 or all"),
+        ("--stage two", "--stage two: expected"),
+        (
+            "--stage 3 --out new",
+            "stage 3 starts from stage 2, .* run `python train.py --stage 2 --config tiny --out new` first",
+        ),
+        ("--stage 2", "exists: --resume goes on"),
+        ("--stage all", "exists: --resume goes on"),
+        ("--stage 2 --overwrite --no-mfi", "another config .*vit_dim 96 there, 0 here"),
+        ("--stage 1 --out new --rope-jump 2", "rope jump 2 is smaller"),
+        ("--stage 1 --out new --steps 0", "--steps 0: expected"),
+        ("--stage 1 --out new --steps 1 2", "--steps 1 2: expected one positive number, or four"),
+        ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is no multiple of"),
+        ("--stage 1 --out new --batch 0", "--batch 0"),
+        ("--stage 1 --out new --mask 1.5", "--mask 1.5"),
+        ("--stage 1 --out file/below", "cannot write to"),
+        ("--stage 1 --out new --data file/below", "cannot write to"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(arguments, says, tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    (tmp_path / "run" / "file").write_text("")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError) as error:
+        train.main(["--config", "tiny", "--no-samples", *arguments.split()])
+    assert re.search(says, str(error.value)) and "\n" not in str(error.value)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_the_script_exits_with_that_line(tmp_path):
+    line = run(ROOT / "train.py", "--stage", "9", cwd=tmp_path, fails=True)
+    assert line == "train.py: --stage 9: expected 1, 2, 3, 4 or all"
+
+
+def test_an_interrupted_rendering_leaves_no_cache(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "render_clips", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.build_cache(tmp_path, **data.WORLDS["tiny"])
+    assert not list(tmp_path.iterdir())
