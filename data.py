@@ -12,14 +12,16 @@ import math
 import random
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
+import av
 import safetensors.torch
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from encoders import UMT5, DINOv2, Tokenizer, ToyCodec
@@ -433,15 +435,6 @@ def train_tokenizer(path):
             hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
 
 
-def to_bytes(video):
-    return ((video + 1) * 127.5).round().clamp(0, 255).byte().contiguous()
-
-
-def from_bytes(video):
-    return video.float() / 127.5 - 1
-
-
-# these show front, left and right
 IN_PAIR_MOTIONS = ("turns from left to right", "turns from right to left", "looks around")
 
 
@@ -575,6 +568,35 @@ class ToyData:
                 [features if features is None else features.to(device) for features in vit])
 
 
+# ---------------------------------------------------------------------------------------- pictures and videos
+def to_bytes(video):
+    return ((video + 1) * 127.5).round().clamp(0, 255).byte().contiguous()
+
+
+def from_bytes(video):
+    return video.float() / 127.5 - 1
+
+
+# these show front, left and right
+def to_image(picture, side):
+    """[3, H, W] in -1..1 -> PIL image of side x side; nearest where it grows, so that the toy's pixels
+    stay pixels."""
+    image = Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy())
+    resample = Image.Resampling.NEAREST if side >= image.width else Image.Resampling.LANCZOS
+    return image.resize((side, side), resample)
+
+
+def write_video(path, video, fps=16):
+    """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that."""
+    side = max(256, video.shape[2])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for f in range(video.shape[1]):
+            container.mux(stream.encode(av.VideoFrame.from_image(to_image(video[:, f], side))))
+        container.mux(stream.encode())
+
+
 def probe_writable(folder):
     """Fail before any work where a folder cannot be written."""
     try:
@@ -583,3 +605,48 @@ def probe_writable(folder):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+
+
+# -------------------------------------------------------------------------------------------------------- CLI
+NAMES = ("ann", "ben", "cho", "dan")  # the first held-out identities
+
+
+def write_samples(folder, size, frames, fps):
+    """Four clips of four people that training never sees, with their references and captions, as files."""
+    folder = Path(folder)
+    probe_writable(folder)
+    identities = draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED)
+    pictures = render_references(pick(identities, range(len(NAMES))), BENCHMARK_SEED, size)
+    for name, views in zip(NAMES, pictures):
+        for view, picture in zip(VIEWS, views):
+            to_image(picture, size).save(folder / f"{name}_{view}.png")
+    captions = []
+    for number, who in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
+        clip = draw_clip(random.Random(number), len(who), SWEEPS)
+        video, _ = render_clips([clip], [pick(identities, i) for i in who], frames, size)
+        write_video(folder / f"clip{number}.mp4", video[0], fps)
+        captions.append(caption(clip))
+        print(f"{folder}/clip{number}.mp4, {' and '.join(NAMES[i] for i in who)}: {captions[-1]}")
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_subparsers(dest="what", required=True)
+    toy = what.add_parser("toy", help="write sample clips, references and captions of the toy world")
+    toy.add_argument("--out", required=True, help="folder to write to")
+    toy.add_argument("--size", type=int, default=256, help="pixels a side")
+    toy.add_argument("--frames", type=int, default=32, help="frames of a clip")
+    toy.add_argument("--fps", type=int, default=16, help="frames per second")
+    args = p.parse_args(argv)
+    if args.size < 16 or args.size % 2 or args.frames < 1 or args.fps < 1:
+        raise UserError(f"--size {args.size} --frames {args.frames} --fps {args.fps}: expected an even size "
+                        "from 16, at least one frame, at least one frame a second")
+    write_samples(args.out, args.size, args.frames, args.fps)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"data.py: {error}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 from rope import VIEWS, UserError
-from sample import generate, load
+from sample import GUIDE_REFS, SHIFT, STEPS, generate, load
 
 SETTINGS = {"none": (), "front": ("front",), "all": VIEWS}  # which views the references hold
 
@@ -115,10 +115,10 @@ def main(argv=None):
                    help="only this many cases, spread over the 100, for a quick look")
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
     p.add_argument("--batch", type=int, default=20, help="cases sampled together")
-    p.add_argument("--steps", type=int, default=16, help="solver steps")
-    p.add_argument("--shift", type=float, default=1.0, help="timestep shift")
+    p.add_argument("--steps", type=int, default=STEPS, help="solver steps")
+    p.add_argument("--shift", type=float, default=SHIFT, help="timestep shift")
     p.add_argument("--guide-text", type=float, default=1.0)
-    p.add_argument("--guide-refs", type=float, default=1.5)
+    p.add_argument("--guide-refs", type=float, default=GUIDE_REFS)
     args = p.parse_args(argv)
     if not 1 <= args.limit <= 100:
         raise UserError(f"--limit {args.limit}: expected 1 to 100 cases")

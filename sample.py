@@ -11,19 +11,18 @@ import argparse
 import re
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
-from model import find_checkpoint, load_checkpoint
+from model import autocast, find_checkpoint, load_checkpoint
 from rope import VIEWS, UserError
 
 SOLVERS = ("euler",)
+STEPS, SHIFT, GUIDE_REFS = 8, 8.0, 1.5  # defaults for the toy, chosen on its benchmark (LOG.md)
 
 
 # --------------------------------------------------------------------------------------- solvers and guidance
@@ -65,15 +64,15 @@ def guided(model, text, no_text, refs, vit, guide_text=1.0, guide_refs=1.0):
 
 
 @torch.no_grad()
-def generate(model, encoders, captions, people, frames, size, seeds, steps=16, shift=1.0, solver="euler",
-             guide_text=1.0, guide_refs=1.0, device="cpu"):
+def generate(model, encoders, captions, people, frames, size, seeds, steps=STEPS, shift=SHIFT, solver="euler",
+             guide_text=1.0, guide_refs=1.0):
     """Videos [B, 3, frames, size, size] in -1..1.
 
     captions  B strings
     people    one dict per identity, {view: reference pictures [B, 3, size, size] in -1..1}
     seeds     B ints: a video's noise depends on its own seed alone
     """
-    codec = encoders.codec
+    codec, device = encoders.codec, next(model.parameters()).device
     refs = [{view: codec.encode(image[:, :, None])[:, :, 0].to(device) for view, image in views.items()}
             for views in people]
     vit = [encoders.features(views["front"]).to(device) if "front" in views else None for views in people]
@@ -82,7 +81,9 @@ def generate(model, encoders, captions, people, frames, size, seeds, steps=16, s
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
                          for seed in seeds]).to(device)
     velocity = guided(model, text, no_text, refs, vit, guide_text, guide_refs)
-    return codec.decode(solve(velocity, noise, steps, shift, solver).cpu()).clamp(-1, 1)
+    with autocast(device):
+        latent = solve(velocity, noise, steps, shift, solver)
+    return codec.decode(latent.cpu()).clamp(-1, 1)
 
 
 # ---------------------------------------------------------------------------------------- reading and writing
@@ -130,55 +131,49 @@ def read_people(arguments, size):
     return people
 
 
-def to_image(picture, side):
-    """[3, H, W] in -1..1 -> PIL image of side x side; nearest where it grows, so that the toy's pixels
-    stay pixels."""
-    image = Image.fromarray(data.to_bytes(picture).permute(1, 2, 0).numpy())
-    resample = Image.Resampling.NEAREST if side >= image.width else Image.Resampling.LANCZOS
-    return image.resize((side, side), resample)
+def wrap(text, font, width):
+    """text with line breaks where a line would be wider than `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def contact_sheet(rows, tile=112):
     """A PIL image. rows: dicts of people (list of {view: [3, S, S]}), video [3, F, S, S], prompt,
-    and perhaps truth, a second video.
+    and perhaps truth, a second video, and a note to go behind the prompt.
 
     Each person is a block of 2 x 2 views on the left, a view that was not given an empty square;
-    frames are on the right.
+    frames are on the right, the prompt is below.
     """
-    font, gap = ImageFont.load_default(13), 6
+    font, gap, line = ImageFont.load_default(13), 6, 17
     blocks = max(len(row["people"]) for row in rows)
     left = blocks * (tile + gap) + gap
     width = left + max(row["video"].shape[1] for row in rows) * tile + gap
-    heights = [tile * (1 + ("truth" in row)) + 24 for row in rows]
+    prompts = [wrap(row["prompt"] + row.get("note", ""), font, width - 2 * gap) for row in rows]
+    heights = [tile * (1 + ("truth" in row)) + line * (text.count("\n") + 1) + 2 * gap
+               for row, text in zip(rows, prompts)]
     sheet = Image.new("RGB", (width, sum(heights) + gap), "white")
     draw, y = ImageDraw.Draw(sheet), gap
-    for row, height in zip(rows, heights):
+    for row, text, height in zip(rows, prompts, heights):
         for k, views in enumerate(row["people"]):
             for v, view in enumerate(VIEWS):
                 at = (gap + k * (tile + gap) + v % 2 * tile // 2, y + v // 2 * tile // 2)
                 if view in views:
-                    sheet.paste(to_image(views[view], tile // 2), at)
+                    sheet.paste(data.to_image(views[view], tile // 2), at)
                 draw.rectangle((*at, at[0] + tile // 2 - 1, at[1] + tile // 2 - 1), outline="#cccccc")
         for i, video in enumerate((row["video"], row["truth"]) if "truth" in row else (row["video"],)):
             for f in range(video.shape[1]):
-                sheet.paste(to_image(video[:, f], tile - 1), (left + f * tile, y + i * tile))
+                sheet.paste(data.to_image(video[:, f], tile - 1), (left + f * tile, y + i * tile))
         if "truth" in row:
-            draw.text((gap, y + tile + tile // 2 - 8), "the truth, never shown to the model:",
-                      fill="#666666", font=font)
-        draw.text((gap, y + height - 22), row["prompt"], fill="black", font=font)
+            draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
+        draw.multiline_text((gap, y + tile * (1 + ("truth" in row))), text, fill="black", font=font)
         y += height
     return sheet
-
-
-def write_video(path, video, fps=16):
-    """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that."""
-    side = max(256, video.shape[2])
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
-        for f in range(video.shape[1]):
-            container.mux(stream.encode(av.VideoFrame.from_image(to_image(video[:, f], side))))
-        container.mux(stream.encode())
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
@@ -200,11 +195,11 @@ def arguments(argv=None):
     how.add_argument("--frames", type=int, help="frames (default: what the checkpoint was trained on)")
     how.add_argument("--size", type=int, help="pixels a side (default: what the checkpoint was trained on)")
     how.add_argument("--fps", type=int, default=4, help="frames per second of the MP4")
-    how.add_argument("--steps", type=int, default=16, help="solver steps")
-    how.add_argument("--shift", type=float, default=1.0, help="timestep shift")
+    how.add_argument("--steps", type=int, default=STEPS, help="solver steps")
+    how.add_argument("--shift", type=float, default=SHIFT, help="timestep shift")
     how.add_argument("--solver", choices=SOLVERS, default="euler")
     how.add_argument("--guide-text", type=float, default=1.0, help="guidance towards the caption; 1 is none")
-    how.add_argument("--guide-refs", type=float, default=1.5,
+    how.add_argument("--guide-refs", type=float, default=GUIDE_REFS,
                      help="guidance towards the references; 1 is none")
     how.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
@@ -218,7 +213,8 @@ def load(ckpt):
                         "about ten minutes on a laptop")
     model, meta = load_checkpoint(folder)
     print(f"checkpoint {folder} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
-    return model.eval(), data.ToyEncoders(folder, meta["world"]["size"]), meta
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(device), data.ToyEncoders(folder, meta["world"]["size"]), meta
 
 
 def held_out(prompt, views, frames, size):
@@ -247,11 +243,14 @@ def main(argv=None):
                         "for example \"a close-up of one person in a red shirt nods ...\"")
     if args.refs and args.prompt is None:
         raise UserError("--refs needs --prompt: say what the people do")
+    if args.fps < 1:
+        raise UserError(f"--fps {args.fps}: expected at least 1 frame a second")
     out = Path(args.out)
     data.probe_writable(out.parent)
     model, encoders, meta = load(args.ckpt)
     world, held = meta["world"], model.config.max_identities
-    frames, size = args.frames or world["frames"], args.size or world["size"]
+    frames = world["frames"] if args.frames is None else args.frames
+    size = world["size"] if args.size is None else args.size
     if (frames, size) != (world["frames"], world["size"]):
         raise UserError(f"{frames} frames of {size}x{size}: "
                         f"this checkpoint makes {world['frames']} frames of {world['size']}x{world['size']}")
@@ -265,19 +264,18 @@ def main(argv=None):
     if args.swap:
         if not any(len(row["people"]) == 2 for row in rows):
             raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
-        rows = [each for row in rows if len(row["people"]) == 2
-                for each in (row, {"people": row["people"][::-1],
-                                   "prompt": row["prompt"] + "   (references exchanged)"})]
+        rows = [{"people": people, "prompt": row["prompt"], "note": note}
+                for row in rows if len(row["people"]) == 2
+                for people, note in ((row["people"], ""), (row["people"][::-1], "  (references exchanged)"))]
     start = time.perf_counter()
     for row in tqdm(rows, desc="sampling", unit=" videos", disable=None):
-        caption = row["prompt"].removesuffix("   (references exchanged)")
-        row["video"] = generate(model, encoders, [caption], row["people"], frames, size, [args.seed],
+        row["video"] = generate(model, encoders, [row["prompt"]], row["people"], frames, size, [args.seed],
                                 args.steps, args.shift, args.solver, args.guide_text, args.guide_refs)[0]
         row["people"] = [{view: picture[0] for view, picture in views.items()} for views in row["people"]]
     names = ([out.with_suffix(".mp4")] if len(rows) == 1 else
              [out.with_name(f"{out.name}-{i}.mp4") for i in range(1, len(rows) + 1)])
     for name, row in zip(names, rows):
-        write_video(name, row["video"], args.fps)
+        data.write_video(name, row["video"], args.fps)
     contact_sheet(rows).save(out.with_suffix(".png"))
     print(f"{', '.join(map(str, names))} and {out.with_suffix('.png')} "
           f"in {time.perf_counter() - start:.1f} s")

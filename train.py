@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import CONFIGS, HarmoView, find_checkpoint, load_checkpoint, load_tensors, save_checkpoint
+from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors,
+                   save_checkpoint)
 from rope import LAYOUTS, UserError
 
 
@@ -220,10 +221,6 @@ def resolve(args, world):
         raise UserError(f"--mask {args.mask}: expected a fraction from 0 to below 1")
     if args.stage != "all" and args.stage not in map(str, STAGES):
         raise UserError(f"--stage {args.stage}: expected {', '.join(map(str, STAGES))} or all")
-    # autocast pays on a CPU only where it multiplies bf16 in hardware: 1.5x a step there
-    if args.precision == "auto":
-        fast = world.device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-        args.precision = "bf16" if fast else "fp32"
     overrides = {"rope_layout": args.rope_layout, "rope_jump": args.rope_jump,
                  "proxy_tokens": args.proxy_tokens}
     if args.no_mfi:
@@ -308,7 +305,6 @@ def train_stage(number, args, config, dataset, world, stop):
             block.compile()
     if world.size > 1:  # a step's layout leaves some proxies or MFI unused, the same on all ranks
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=args.precision == "bf16")
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"stage {number} {stage.name}",
                disable=None if world.rank == 0 else True,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
@@ -330,7 +326,7 @@ def train_stage(number, args, config, dataset, world, stop):
             sigma, noise = noise_of(batch[0], generators, args.shift)
             synchronize = world.size == 1 or first + args.micro_batch == share
             with contextlib.nullcontext() if synchronize else wrapped.no_sync():
-                with autocast:
+                with autocast(world.device, args.precision):
                     loss = loss_of(wrapped, batch, sigma, noise) * (args.micro_batch / share)
                 loss.backward()
             total += loss.detach()

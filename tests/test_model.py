@@ -14,7 +14,7 @@ B, GRID = 2, (3, 8, 8)
 
 
 def network(stirred=True, **changes):
-    """A tiny network; stirred: every parameter is moved off its initial value, so that no zero hides a fault."""
+    """A tiny network; stirred: every parameter is moved off its initial value, so no zero hides a fault."""
     torch.manual_seed(0)
     net = HarmoView(replace(TINY, **changes))
     if stirred:

@@ -12,8 +12,8 @@ import sample
 from rope import VIEWS, UserError
 
 PROMPT = (
-    "a close-up of two people, the first on the left in a red shirt nods with the mouth closed, the second on "
-    "the right in a blue shirt turns away with the mouth open, soft light, a grey wall"
+    "a close-up of two people, the first on the left in a red shirt nods with the mouth closed, "
+    "the second on the right in a blue shirt turns away with the mouth open, soft light, a grey wall"
 )
 
 
@@ -23,7 +23,7 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for k, views in enumerate(data.benchmark_references(torch.arange(2), 48)):
         for view, picture in zip(VIEWS, views, strict=True):
-            sample.to_image(picture, 48).save(folder / f"{k}_{view}.png")
+            data.to_image(picture, 48).save(folder / f"{k}_{view}.png")
     return folder
 
 
@@ -109,7 +109,7 @@ def test_pictures_are_turned_flattened_and_fitted(tmp_path):
 def test_writing_a_video_and_reading_it_back(tmp_path):
     video = torch.full((3, 5, 32, 32), -1.0)
     video[0, 3:] = 1
-    sample.write_video(tmp_path / "v.mp4", video, fps=4)
+    data.write_video(tmp_path / "v.mp4", video, fps=4)
     with av.open(str(tmp_path / "v.mp4")) as container:
         assert container.streams.video[0].average_rate == 4
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]

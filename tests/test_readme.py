@@ -1,0 +1,54 @@
+"""README.md's commands, run in its order on the tiny preset, and its picture and file names looked up."""
+
+import re
+import shlex
+
+from conftest import ROOT, run
+
+README = (ROOT / "README.md").read_text()
+TINY = {
+    "train.py": ["--config", "tiny", "--out", "out/toy"],
+    "eval.py": ["--limit", "2", "--steps", "1"],
+    "sample.py": ["--steps", "1"],
+}
+
+
+def commands():
+    """Every command that starts one of our scripts in the README's bash blocks, in order, as a list of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        part.strip()
+        for line in lines
+        for part in line.split("  #")[0].split("&&")
+        if re.search(r"\b\w+\.py\b", part)
+    ]
+
+
+def test_the_two_commands_stand_in_the_first_screen():
+    first = "\n".join(README.splitlines()[:60])
+    assert "pip install -r requirements.txt && torchrun train.py --stage all && python sample.py" in first
+    assert "pip install -r requirements.txt -r tests/requirements.txt && pytest" in README
+
+
+def test_every_command_runs_on_the_tiny_preset(tmp_path):
+    found = commands()
+    assert {"train.py", "sample.py", "eval.py", "data.py"} <= {word for c in found for word in c.split()}
+    for command in found:
+        words = shlex.split(command.replace("$(sed -n 3p toy/captions.txt)", "two people"))
+        launcher, script = words[0], next(w for w in words if w.endswith(".py"))
+        rest = words[words.index(script) + 1 :] + TINY.get(script, [])
+        if script == "train.py" and (tmp_path / "out" / "toy").exists():
+            rest.append("--overwrite")
+        before = words[1 : words.index(script)]
+        before = ["-m", "torch.distributed.run", *before] if launcher == "torchrun" else before
+        assert launcher in ("python", "torchrun"), command
+        run(*before, ROOT / script, *rest, cwd=tmp_path)
+    assert (tmp_path / "out" / "toy" / "stage4" / "sample.png").exists()
+    assert list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_every_file_is_named_and_every_named_file_exists():
+    ours = {p.name for p in ROOT.glob("*.py")}
+    assert ours <= set(re.findall(r"\b\w+\.py\b", README))
+    assert all((ROOT / link).exists() for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README))
