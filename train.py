@@ -11,6 +11,7 @@ the same samples.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -97,6 +98,8 @@ def arguments(argv=None):
                         help="learnable tokens for a missing view; 0 leaves it out")
     method.add_argument("--pairs", choices=("cross", "in"), default="cross",
                         help="references from elsewhere or from the clip itself")
+    method.add_argument("--vit", choices=("random", "trained"), default="random",
+                        help="the toy's ViT: random, or trained for a minute to tell people apart")
     method.add_argument("--mask", type=float, default=0.0,
                         help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
     log = p.add_argument_group("logging")
@@ -229,34 +232,40 @@ def resolve(args, world):
     return list(STAGES) if args.stage == "all" else [int(args.stage)], config
 
 
-def prepare(number, args, config, world):
-    """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before,
-    or from nothing."""
-    folder, again = args.out / f"stage{number}", f"--config {args.config} --out {args.out}"
-    own, before = find_checkpoint(folder), find_checkpoint(args.out / f"stage{number - 1}")
+def source_of(number, args):
+    """Where a stage's weights come from -> (its own checkpoint to go on from, the stage before's), each or None.
+    Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
+    again = f"--config {args.config} --out {args.out}"
+    own, before = (find_checkpoint(args.out / f"stage{n}") for n in (number, number - 1))
     if own and not (args.resume or args.overwrite):
         raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
                         "--out chooses another folder")
-    own = own if args.resume else None
-    source = own or before
-    if source is None and number > 1:
+    if own and args.resume:
+        return own, before
+    if number > 1 and before is None:
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {again}` first")
-    if source is None:
-        torch.manual_seed(args.seed)
-        model, start = HarmoView(config), 0
-    else:
-        model, meta = load_checkpoint(source, "model" if own else "ema")
+    if before and not (meta := json.loads((before / "checkpoint.json").read_text()))["finished"]:
+        raise UserError(f"stage {number} starts from stage {number - 1}, which stopped at step "
+                        f"{meta['step']}: finish it with `python train.py --stage {number - 1} {again} --resume`")
+    return None, before
+
+
+def prepare(number, args, config, world):
+    """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before's EMA,
+    or from nothing."""
+    own, before = source_of(number, args)
+    if own or before:
+        model, meta = load_checkpoint(own or before, "model" if own else "ema")
         start = meta["step"] if own else 0
-        if not own and not meta["finished"]:
-            raise UserError(f"stage {number} starts from stage {number - 1}, "
-                            f"which stopped at step {meta['step']}: "
-                            f"finish it with `python train.py --stage {number - 1} {again} --resume`")
         differ = [f"{name} {getattr(model.config, name)} there, {value} here"
                   for name, value in asdict(config).items() if getattr(model.config, name) != value]
         if differ:
-            raise UserError(f"{source} has another config ({'; '.join(differ)}): "
+            raise UserError(f"{own or before} has another config ({'; '.join(differ)}): "
                             "give the same flags, or another --out")
+    else:
+        torch.manual_seed(args.seed)
+        model, start = HarmoView(config), 0
     model.to(world.device)
     optimizers = make_optimizers(model, args)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -393,16 +402,22 @@ def main(argv=None):
     args = arguments(argv)
     world = World.join()
     stages, config = resolve(args, world)
+    prepare(stages[0], args, config, world)  # what it refuses, it refuses before minutes of rendering
+    for number in stages[1:]:
+        if not (args.resume or args.overwrite) and find_checkpoint(args.out / f"stage{number}"):
+            source_of(number, args)
     data.probe_writable(args.out)
+    data.probe_writable(args.data)
+    cache = functools.partial(data.build_cache, args.data, **data.WORLDS[args.config], pairs=args.pairs,
+                              vit=args.vit)
     if world.rank == 0:
         print(f"{args.config}: {config}\n"
               f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
               f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
               f"lr {args.lr}, {args.optimizer}, {args.precision} on {world.device}")
-        data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs)
+        cache()
     world.barrier()
-    dataset = data.ToyData(data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs),
-                           data.WORLDS[args.config]["size"], args.mask)
+    dataset = data.ToyData(cache(), data.WORLDS[args.config]["size"], args.mask)
     stop = stop_on_sigterm(world)
     for number in stages:
         train_stage(number, args, config, dataset, world, stop)

@@ -14,7 +14,7 @@ TINY = {
 
 
 def commands():
-    """Every command that starts one of our scripts in the README's bash blocks, in order, as a list of words."""
+    """Every command in the README's bash blocks that starts one of our scripts, in order."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [
