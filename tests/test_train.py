@@ -132,14 +132,16 @@ def test_one_clip_can_be_overfitted(tiny):
     one = {key: value[:1] for key, value in dataset.clips[0].items()}
     dataset.clips[0] = one | {"text": dataset.clips[0]["text"][[0, -1]]}
     model = HarmoView(replace(CONFIGS["tiny"], dim=96, ffn_dim=192))
-    optimizers = train.make_optimizers(model, Namespace(optimizer="muon", lr=1e-2, weight_decay=0.0))
+    optimizers = train.make_optimizers(
+        model, Namespace(optimizer="muon", muon_lr=1e-2, adamw_lr=3e-3, weight_decay=0.0)
+    )
     for step in range(150):
         generators = [torch.Generator().manual_seed(train.seed_of(step, i)) for i in range(8)]
         batch = dataset.batch((VIEWS,), generators, "cpu")
         train.loss_of(model, batch, *train.noise_of(batch[0], generators, 8.0)).backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = 1e-2 * (1 - step / 150)
+                group["lr"] = group["peak_lr"] * (1 - step / 150)
             optimizer.step()
             optimizer.zero_grad()
     x0, text, refs, vit = dataset.batch((VIEWS,), [torch.Generator().manual_seed(0)], "cpu")
