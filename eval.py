@@ -27,8 +27,7 @@ SETTINGS = {"none": (), "front": ("front",), "all": VIEWS}  # which views the re
 
 
 def truth_of(clip, who, k, identities, frames, size):
-    """Person k of a case replaced by each of the 52 -> videos [52, 3, F, S, S] and the union of their
-    head masks [F, S, S]."""
+    """Person k of a case replaced by each of the 52 -> videos [52, 3, F, S, S], head masks [52, F, S, S]."""
     n = data.BENCHMARK_IDENTITIES
     people = [data.pick(identities, torch.arange(n) if j == k else torch.full((n,), i))
               for j, i in enumerate(who)]
@@ -44,20 +43,21 @@ def psnr(a, b, mask):
     return float(10 * torch.log10(4 / error)) if weight > 0 else None
 
 
-def measure(video, clip, who, identities):
-    """One generated case [3, F, S, S] -> one dict of metrics per person."""
-    _, F, S, _ = video.shape
-    results = []
+def measure(videos, clip, who, identities):
+    """Generated videos [3, F, S, S] of one case -> for each, one dict of metrics per person."""
+    _, F, S, _ = videos[0].shape
+    results = [[] for _ in videos]
     for k, i in enumerate(who):
-        videos, masks = truth_of(clip, who, k, identities, F, S)
+        truths, masks = truth_of(clip, who, k, identities, F, S)
         anybody = masks.amax(dim=0)
-        distance = ((videos - video) * anybody).square().sum(dim=(1, 2, 3, 4))  # to each of the 52
         yaw = data.clip_pose([clip], k, F)["yaw"][0]
         side = ((yaw + 180) % 360 - 180).abs() >= 45
-        rank = int((distance < distance[i]).sum()) + 1
-        results.append({"person": i, "psnr": psnr(video, videos[i], masks[i]),
-                        "psnr_side": psnr(video[:, side], videos[i][:, side], masks[i][side]), "rank": rank,
-                        "swapped": bool(distance[who[1 - k]] < distance[i]) if len(who) == 2 else None})
+        for video, result in zip(videos, results):
+            distance = ((truths - video) * anybody).square().sum(dim=(1, 2, 3, 4))  # to each of the 52
+            result.append({"person": i, "psnr": psnr(video, truths[i], masks[i]),
+                           "psnr_side": psnr(video[:, side], truths[i][:, side], masks[i][side]),
+                           "rank": int((distance < distance[i]).sum()) + 1,
+                           "swapped": bool(distance[who[1 - k]] < distance[i]) if len(who) == 2 else None})
     return results
 
 
@@ -86,22 +86,24 @@ def evaluate(model, encoders, meta, cases, settings, args, write=lambda row: Non
     pictures = data.benchmark_references(torch.arange(data.BENCHMARK_IDENTITIES), size)
     todo = [(number, case) for number, case in enumerate(data.benchmark_cases()) if number in cases]
     rows = []
-    bar = tqdm(total=len(todo) * len(settings), desc="evaluating", unit=" videos", disable=None)
-    for setting in settings:
-        for people in (1, 2):
-            group = [(number, clip, who) for number, (clip, who) in todo if len(who) == people]
-            for first in range(0, len(group), args.batch):
-                batch = group[first:first + args.batch]
-                refs = [{v: pictures[[who[k] for _, _, who in batch], VIEWS.index(v)]
-                         for v in SETTINGS[setting]} for k in range(people)]
-                videos = generate(model, encoders, [data.caption(clip) for _, clip, _ in batch], refs,
-                                  frames, size, [number for number, _, _ in batch], args.steps, args.shift,
-                                  guide_text=args.guide_text, guide_refs=args.guide_refs)
-                for video, (number, clip, who) in zip(videos, batch):
+    bar = tqdm(total=len(todo), desc="evaluating", unit=" cases", disable=None)
+    for people in (1, 2):
+        group = [(number, clip, who) for number, (clip, who) in todo if len(who) == people]
+        for first in range(0, len(group), args.batch):
+            numbers, clips, whos = zip(*group[first:first + args.batch])
+            captions = [data.caption(clip) for clip in clips]
+            made = []  # per setting a batch of videos
+            for setting in settings:
+                refs = [{v: pictures[[who[k] for who in whos], VIEWS.index(v)] for v in SETTINGS[setting]}
+                        for k in range(people)]
+                made.append(generate(model, encoders, captions, refs, frames, size, numbers, args.steps,
+                                     args.shift, guide_text=args.guide_text, guide_refs=args.guide_refs))
+            for number, clip, who, *videos in zip(numbers, clips, whos, *made):
+                for setting, result in zip(settings, measure(videos, clip, who, identities)):
                     rows.append({"case": number, "setting": setting, "caption": data.caption(clip),
-                                 "people": measure(video, clip, who, identities)})
+                                 "people": result})
                     write(rows[-1])
-                    bar.update()
+                bar.update()
     bar.close()
     return rows
 

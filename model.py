@@ -59,7 +59,7 @@ TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_d
            proxy_tokens=4, prediction="x0")
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
-    "toy": DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, **TOY),  # 32x32, 2 laptop cores, 10 min
+    "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=2, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
     "toy64": DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=12, **TOY),  # 64x64, one GPU
 }
 

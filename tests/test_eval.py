@@ -19,7 +19,7 @@ def truth(number):
 @pytest.mark.parametrize("number", [0, 75])
 def test_the_truth_itself_scores_full_marks(number):
     clip, who, people, video, _ = truth(number)
-    for row in evaluation.measure(video, clip, who, people):
+    for row in evaluation.measure([video], clip, who, people)[0]:
         assert row["psnr"] == float("inf") and row["rank"] == 1 and not row["swapped"]
 
 
@@ -27,14 +27,14 @@ def test_somebody_else_is_noticed():
     clip, who, people, _, _ = truth(0)
     other = (who[0] + 1) % 52
     video, _ = data.render_clips([clip], [data.pick(people, other)], 6, 32)
-    (row,) = evaluation.measure(video[0], clip, who, people)
+    (row,) = evaluation.measure([video[0]], clip, who, people)[0]
     assert row["rank"] > 1 and row["psnr"] < 25
 
 
 def test_exchanged_people_are_counted_as_swaps():
     clip, who, people, _, _ = truth(75)
     video, _ = data.render_clips([clip], [data.pick(people, i) for i in who[::-1]], 6, 32)
-    assert [row["swapped"] for row in evaluation.measure(video[0], clip, who, people)] == [True, True]
+    assert [row["swapped"] for row in evaluation.measure([video[0]], clip, who, people)[0]] == [True, True]
 
 
 def test_psnr_is_ten_log_ten_of_peak_two():
@@ -49,7 +49,7 @@ def test_psnr_is_ten_log_ten_of_peak_two():
 def test_only_the_head_counts():
     clip, who, people, video, mask = truth(0)
     elsewhere = video + 0.5 * (mask.amax(0) == 0)
-    (row,) = evaluation.measure(elsewhere, clip, who, people)
+    (row,) = evaluation.measure([elsewhere], clip, who, people)[0]
     assert row["psnr"] > 100
 
 
