@@ -53,10 +53,11 @@ class DiTConfig:
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
     max_identities: int = 2  # I: people that MFI can tell apart
+    coordinates: int = 0  # planes that tell a token its place, added to the latent's channels; 0 is Wan
 
 
 TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
-           proxy_tokens=4, prediction="x0")
+           proxy_tokens=4, prediction="x0", coordinates=8)
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
     "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=2, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
@@ -206,11 +207,22 @@ def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device)
     return rope_table(positions.to(device), head_dim)
 
 
+@functools.lru_cache(maxsize=64)
+def place_planes(n, H, W, device):
+    """n planes [n, H, W] of sines and cosines of a token's place. Rotary tells distances only, and to find its
+    place from those costs a network from scratch more steps than the toy has (+1 dB after 250 steps)."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
+    waves = [wave(k * torch.pi / 2 * axis) for k in range(1, n // 4 + 1)
+             for wave in (torch.sin, torch.cos) for axis in (y, x)]
+    return 1.5 * torch.stack(waves).to(device)
+
+
 class HarmoView(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
+        channels = c.in_dim + c.coordinates
+        self.patch_embedding = nn.Conv3d(channels, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"),
                                             nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
@@ -257,7 +269,7 @@ class HarmoView(nn.Module):
         c = self.config
         self.check(x, text, refs, vit)
         context = self.text_embedding(self.context(text, vit))  # [B, S, D]
-        tokens = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # [B, D, T, H, W] in tokens
+        tokens = self.embed(x)  # [B, D, T, H, W] in tokens
         grid = tokens.shape[2:]
         tokens = tokens.flatten(2).transpose(1, 2)  # [B, L, D]
         video_len, present, ref_hw = tokens.shape[1], None, tuple(grid[1:])
@@ -281,6 +293,14 @@ class HarmoView(nn.Module):
             out = (x.float() - out) / sigma
         return out
 
+    def embed(self, latent):
+        """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""
+        if self.config.coordinates:
+            B, _, T, H, W = latent.shape
+            place = place_planes(self.config.coordinates, H, W, latent.device)
+            latent = torch.cat((latent, place[None, :, None].expand(B, -1, T, -1, -1)), dim=1)
+        return self.patch_embedding(latent.to(self.patch_embedding.weight.dtype))
+
     def context(self, text, vit):
         """Text rows, zero padding, MFI rows: [B, S, E]. Cross-attention has no positions,
         so only the padding is given up."""
@@ -296,8 +316,7 @@ class HarmoView(nn.Module):
         for views in refs:
             for v, view in enumerate(VIEWS):
                 if view in views:
-                    latent = views[view].to(self.patch_embedding.weight.dtype)
-                    tokens = self.patch_embedding(latent[:, :, None])  # [B, D, 1, h, w]
+                    tokens = self.embed(views[view][:, :, None])  # [B, D, 1, h, w]
                     ref_hw = tuple(tokens.shape[3:])
                     slots.append(tokens.flatten(2).transpose(1, 2))
                 elif self.proxies is not None:
