@@ -209,8 +209,8 @@ def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device)
 
 @functools.lru_cache(maxsize=64)
 def place_planes(n, H, W, device):
-    """n planes [n, H, W] of sines and cosines of a token's place. Rotary tells distances only, and to find its
-    place from those costs a network from scratch more steps than the toy has (+1 dB after 250 steps)."""
+    """n planes [n, H, W], sines and cosines of a token's place. Rotary tells distances only; finding places
+    from those costs a network from scratch more steps than the toy has (+1 dB after 250 steps)."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
     waves = [wave(k * torch.pi / 2 * axis) for k in range(1, n // 4 + 1)
              for wave in (torch.sin, torch.cos) for axis in (y, x)]

@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -326,7 +327,7 @@ def train_stage(number, args, config, dataset, world, stop):
                disable=None if world.rank == 0 else True,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
                           "[{elapsed}, {remaining} left, {rate_fmt}{postfix}]")
-    skipped = 0
+    skipped, began = 0, time.perf_counter()
     for step in bar:
         # learning rate
         progress = step / steps
@@ -380,6 +381,10 @@ def train_stage(number, args, config, dataset, world, stop):
             world.barrier()
         if stopping:
             return
+    if world.rank == 0:
+        minutes = (time.perf_counter() - began) / 60
+        print(f"stage {number} {stage.name}: steps {start + 1} to {steps} in {minutes:.1f} min, "
+              f"loss {float(total) / world.size:.4f}")
 
 
 def open_metrics(folder, start):
