@@ -661,9 +661,9 @@ def main(argv=None):
     what = p.add_subparsers(dest="what", required=True)
     toy = what.add_parser("toy", help="write sample clips, references and captions of the toy world")
     toy.add_argument("--out", required=True, help="folder to write to")
-    toy.add_argument("--size", type=int, default=256, help="pixels a side")
-    toy.add_argument("--frames", type=int, default=32, help="frames of a clip")
-    toy.add_argument("--fps", type=int, default=16, help="frames per second")
+    toy.add_argument("--size", type=int, default=128, help="pixels a side")
+    toy.add_argument("--frames", type=int, default=16, help="frames of a clip")
+    toy.add_argument("--fps", type=int, default=8, help="frames per second")
     args = p.parse_args(argv)
     if args.size < 16 or args.size % 2 or args.frames < 1 or args.fps < 1:
         raise UserError(f"--size {args.size} --frames {args.frames} --fps {args.fps}: expected an even size "

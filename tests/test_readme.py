@@ -10,6 +10,7 @@ TINY = {
     "train.py": ["--config", "tiny", "--out", "out/toy"],
     "eval.py": ["--limit", "2", "--steps", "1"],
     "sample.py": ["--steps", "1"],
+    "data.py": ["--size", "32", "--frames", "3"],
 }
 
 
