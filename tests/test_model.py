@@ -168,6 +168,19 @@ def test_bad_input(change, says):
         network()(*change(inputs([VIEWS])))
 
 
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(dim=50, num_heads=4), "dim 50 is no multiple of 2 x 4 heads"),
+        (dict(rope_layout="spiral"), "unknown rope layout"),
+        (dict(rope_jump=3), "rope jump 3 is smaller"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        HarmoView(replace(TINY, **changes))
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 def test_a_checkpoint_comes_back_bit_for_bit_and_old_ones_go(tmp_path):
     net, meta = network(), {"config": vars(TINY), "stage": 1}
