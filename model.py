@@ -223,7 +223,7 @@ class HarmoView(nn.Module):
         c = self.config = config
         if c.dim % (2 * c.num_heads):
             raise UserError(f"dim {c.dim} is no multiple of 2 x {c.num_heads} heads: rotary turns pairs")
-        reference_positions(c.rope_layout, [], 1, 1, 1, (1, 1), c.proxy_tokens, c.rope_jump)  # may refuse them
+        reference_positions(c.rope_layout, [], 1, 1, 1, (1, 1), c.proxy_tokens, c.rope_jump)  # may raise
         channels = c.in_dim + c.coordinates
         self.patch_embedding = nn.Conv3d(channels, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"),
