@@ -375,7 +375,7 @@ def view_distance(yaw):
 # What configs of model.CONFIGS train on: pixels a side, frames, clips rendered once with one person, with two
 WORLDS = {
     "tiny": dict(size=32, frames=3, clips=(12, 12)),
-    "toy": dict(size=32, frames=6, clips=(2000, 2000)),
+    "toy": dict(size=32, frames=6, clips=(1600, 1600)),
     "toy64": dict(size=64, frames=13, clips=(4000, 4000)),
 }
 TEXT_DIM, VIT_DIM, VIT_LEVELS = 96, 96, (1, 3)

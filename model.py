@@ -57,7 +57,7 @@ class DiTConfig:
 
 
 TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
-           proxy_tokens=4, prediction="x0", coordinates=8)
+           proxy_tokens=4, prediction="x0", coordinates=12)
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
     "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=2, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
@@ -208,12 +208,12 @@ def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device)
 
 
 @functools.lru_cache(maxsize=64)
-def place_planes(n, H, W, device):
-    """n planes [n, H, W], sines and cosines of a token's place. Rotary tells distances only; finding places
+def place_planes(n, T, H, W, device):
+    """n planes [n, T, H, W], sines and cosines of a token's place. Rotary tells distances only; finding places
     from those costs a network from scratch more steps than the toy has (+1 dB after 250 steps)."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
-    waves = [wave(k * torch.pi / 2 * axis) for k in range(1, n // 4 + 1)
-             for wave in (torch.sin, torch.cos) for axis in (y, x)]
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in (T, H, W)), indexing="ij")
+    waves = [wave(k * torch.pi / 2 * axis) for k in range(1, n // 6 + 1)
+             for wave in (torch.sin, torch.cos) for axis in axes]
     return 1.5 * torch.stack(waves).to(device)
 
 
@@ -300,8 +300,8 @@ class HarmoView(nn.Module):
         """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""
         if self.config.coordinates:
             B, _, T, H, W = latent.shape
-            place = place_planes(self.config.coordinates, H, W, latent.device)
-            latent = torch.cat((latent, place[None, :, None].expand(B, -1, T, -1, -1)), dim=1)
+            place = place_planes(self.config.coordinates, T, H, W, latent.device)
+            latent = torch.cat((latent, place.expand(B, -1, -1, -1, -1)), dim=1)
         return self.patch_embedding(latent.to(self.patch_embedding.weight.dtype))
 
     def context(self, text, vit):

@@ -55,7 +55,7 @@ STAGES = {
 }
 RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=10.0),
-    "toy": dict(steps=(60, 90, 350, 840), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=10.0),
+    "toy": dict(steps=(60, 90, 350, 800), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=10.0),
     "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=10.0),
 }
 
