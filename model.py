@@ -209,7 +209,7 @@ def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device)
 
 @functools.lru_cache(maxsize=64)
 def place_planes(n, T, H, W, device):
-    """n planes [n, T, H, W], sines and cosines of a token's place. Rotary tells distances only; finding places
+    """n planes [n, T, H, W], sines and cosines of a token's place. Rotary tells distances; finding places
     from those costs a network from scratch more steps than the toy has (+1 dB after 250 steps)."""
     axes = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in (T, H, W)), indexing="ij")
     waves = [wave(k * torch.pi / 2 * axis) for k in range(1, n // 6 + 1)
@@ -307,7 +307,8 @@ class HarmoView(nn.Module):
     def context(self, text, vit):
         """Text rows, zero padding, MFI rows: [B, S, E]. Cross-attention has no positions,
         so only the padding is given up."""
-        rows = [self.mfi(features, k) for k, features in enumerate(vit or ()) if features is not None]
+        given = enumerate(vit or ()) if self.mfi is not None else ()
+        rows = [self.mfi(features, k) for k, features in given if features is not None]
         mfi = torch.cat(rows, dim=1) if rows else text[:, :0]
         padding = max(0, self.config.text_len - text.shape[1] - mfi.shape[1])
         return torch.cat((F.pad(text, (0, 0, 0, padding)), mfi.to(text.dtype)), dim=1)

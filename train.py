@@ -280,7 +280,8 @@ def prepare(number, args, config, world):
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     if own:
         unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
-        ema = {name: value.to(world.device) for name, value in load_tensors(own, "ema").items()}
+        saved = load_tensors(own, "ema")  # sorted by name, unlike the parameters
+        ema = {name: saved[name].to(world.device) for name in ema}
     return model, ema, optimizers, start
 
 

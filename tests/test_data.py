@@ -37,7 +37,7 @@ def magenta(identity, yaw, size=64):
 def test_a_patch_shows_in_its_own_view_only(patch):
     one = person(**{f"patch_{patch}": RED})
     seen = {view: magenta(one, data.VIEW_YAW[view]) for view in VIEWS}
-    assert seen[patch] > 100
+    assert seen[patch] > 40
     assert seen["front"] == 0
     opposite = {"left": "right", "right": "left"}.get(patch)
     assert opposite is None or seen[opposite] == 0

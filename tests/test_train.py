@@ -250,7 +250,7 @@ def test_switches_of_the_method(fresh):
         ("--stage all", "exists: --resume goes on"),
         ("--stage 2 --overwrite --no-mfi", "another config .*vit_dim 96 there, 0 here"),
         ("--stage 1 --out new --rope-jump 2", "rope jump 2 is smaller"),
-        ("--stage 1 --out new --steps 0", "--steps 0: expected"),
+        ("--stage 1 --out new --steps 0", "--steps 0 .*: expected one positive number"),
         ("--stage 1 --out new --steps 1 2", "--steps 1 2: expected one positive number, or four"),
         ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is no multiple of"),
         ("--stage 1 --out new --batch 0", "--batch 0"),
