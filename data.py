@@ -336,8 +336,7 @@ def render_references(identities, seed, size, clips=None, k=0, frames=6):
     Cross-pair (clips is None): each picture has a light, shirt, mouth and slight turn of its own,
     drawn from seed.
     In-pair: person k of n clips as it looks in the clip's frame that comes nearest to the view, re-framed;
-    where no frame comes near (see clip_views), the picture shows the nearest one all the same, and training
-    leaves it out.
+    IN_PAIR_MOTIONS come near to IN_PAIR_VIEWS only, and training uses no other.
     """
     n, V = len(identities["width"]), len(VIEWS)
     g = torch.Generator().manual_seed(seed)
@@ -437,6 +436,7 @@ def train_tokenizer(path):
 
 
 IN_PAIR_MOTIONS = ("turns from left to right", "turns from right to left", "looks around")
+IN_PAIR_VIEWS = ("front", "left", "right")  # what each of them shows
 
 
 def train_vit(vit, size, people=2048, steps=600):
@@ -560,15 +560,16 @@ class ToyData:
     """Batches from a cache folder of build_cache; every sample is drawn from a generator of its own,
     so that batches are the same for any number of ranks and micro-batches.
 
+    views         the views that the cache has pictures of; others in a layout become proxies
     mask          fraction of each reference that region masking hides
     text_dropout  share of the samples that lose their caption
     """
 
-    def __init__(self, folder, size, mask=0.0, text_dropout=0.1):
+    def __init__(self, folder, size, views=VIEWS, mask=0.0, text_dropout=0.1):
         self.encoders = ToyEncoders(folder, size)
         self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors")
                       for people in ("one", "two")]
-        self.mask, self.text_dropout = mask, text_dropout
+        self.views, self.mask, self.text_dropout = views, mask, text_dropout
 
     def batch(self, layout, generators, device):
         """layout from draw_layout, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
@@ -581,7 +582,8 @@ class ToyData:
         x0 = self.encoders.codec.encode(from_bytes(clips["video"][index]))
         refs, vit = [], []
         for k, views in enumerate(layout):
-            images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)]) for v in views}
+            images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)])
+                      for v in views if v in self.views}
             if self.mask:
                 block = 2 * self.encoders.codec.stride  # one token
                 images = {v: torch.stack([mask_regions(i, self.mask, block, g)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors,
                    save_checkpoint)
-from rope import LAYOUTS, UserError
+from rope import LAYOUTS, VIEWS, UserError
 
 
 @dataclass(frozen=True)
@@ -432,7 +432,8 @@ def main(argv=None):
               f"on {world.device}")
         cache()
     world.barrier()
-    dataset = data.ToyData(cache(), data.WORLDS[args.config]["size"], args.mask)
+    dataset = data.ToyData(cache(), data.WORLDS[args.config]["size"],
+                           VIEWS if args.pairs == "cross" else data.IN_PAIR_VIEWS, args.mask)
     stop = stop_on_sigterm(world)
     for number in stages:
         train_stage(number, args, config, dataset, world, stop)

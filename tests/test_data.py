@@ -230,6 +230,21 @@ def test_masking_is_for_references_only(tiny):
     assert 0.55 < hidden < 0.68
 
 
+def test_views_that_a_cache_lacks_are_proxies(tiny):
+    folder = next((tiny / "cache").iterdir())
+    dataset = data.ToyData(folder, 32, data.IN_PAIR_VIEWS)
+    _, _, refs, vit = dataset.batch((VIEWS, ("back",)), [torch.Generator().manual_seed(1)], "cpu")
+    assert tuple(refs[0]) == data.IN_PAIR_VIEWS and refs[1] == {} and vit[1] is None
+
+
+@pytest.mark.parametrize("motion", data.IN_PAIR_MOTIONS)
+def test_in_pair_motions_show_the_in_pair_views(motion):
+    clip = replace(data.toy_clips(1, 1, 0)[0], motions=(motion,))
+    distance = data.view_distance(data.clip_pose([clip], 0, 6)["yaw"])[0].amin(dim=1)
+    assert all(distance[VIEWS.index(view)] < 25 for view in data.IN_PAIR_VIEWS)
+    assert distance[VIEWS.index("back")] > 60
+
+
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
