@@ -83,7 +83,7 @@ def evaluate(model, encoders, meta, cases, settings, args, write=lambda row: Non
     """Sample and measure the cases under each setting -> rows, each given to `write` as it finishes."""
     frames, size = meta["world"]["frames"], meta["world"]["size"]
     identities = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
-    pictures = data.benchmark_references(torch.arange(data.BENCHMARK_IDENTITIES), size)
+    pictures = data.benchmark_references(size)
     todo = [(number, case) for number, case in enumerate(data.benchmark_cases()) if number in cases]
     rows = []
     bar = tqdm(total=len(todo), desc="evaluating", unit=" cases", disable=None)

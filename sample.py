@@ -220,19 +220,18 @@ def load(ckpt):
 def held_out(prompt, views, frames, size):
     """Rows of people that training never saw: [{people, prompt, truth}], four benchmark cases,
     or one with the prompt given."""
+    pictures = data.benchmark_references(size)
+
+    def given(who):
+        return [{v: pictures[i:i + 1, VIEWS.index(v)] for v in views} for i in who]
     if prompt is not None:
-        people = 2 if "two people" in prompt else 1
-        pictures = data.benchmark_references(torch.arange(people), size)
-        given = [{v: pictures[k:k + 1, VIEWS.index(v)] for v in views} for k in range(people)]
-        return [{"people": given, "prompt": prompt}]
+        return [{"people": given(range(2 if "two people" in prompt else 1)), "prompt": prompt}]
     rows = []
     identities = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
     cases = data.benchmark_cases()
     for clip, who in (cases[i] for i in (0, 1, 60, 61)):
-        pictures = data.benchmark_references(torch.tensor(who), size)
         truth, _ = data.render_clips([clip], [data.pick(identities, i) for i in who], frames, size)
-        given = [{v: pictures[k:k + 1, VIEWS.index(v)] for v in views} for k in range(len(who))]
-        rows.append({"people": given, "prompt": data.caption(clip), "truth": truth[0]})
+        rows.append({"people": given(who), "prompt": data.caption(clip), "truth": truth[0]})
     return rows
 
 

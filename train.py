@@ -241,14 +241,20 @@ def resolve(args, world):
     return list(STAGES) if args.stage == "all" else [int(args.stage)], config
 
 
+def refuse_to_lose(number, args):
+    """The newest checkpoint of a stage, or None; UserError where training it would destroy that unasked."""
+    own = find_checkpoint(args.out / f"stage{number}")
+    if own and not (args.resume or args.overwrite):
+        raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
+                        "--out chooses another folder")
+    return own
+
+
 def source_of(number, args):
     """Where a stage's weights come from -> (its own checkpoint to resume, the stage before's), each or None.
     Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
     again = f"--config {args.config} --out {args.out}"
-    own, before = (find_checkpoint(args.out / f"stage{n}") for n in (number, number - 1))
-    if own and not (args.resume or args.overwrite):
-        raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
-                        "--out chooses another folder")
+    own, before = refuse_to_lose(number, args), find_checkpoint(args.out / f"stage{number - 1}")
     if own and args.resume:
         return own, before
     if number > 1 and before is None:
@@ -418,8 +424,7 @@ def main(argv=None):
     stages, config = resolve(args, world)
     prepare(stages[0], args, config, world)  # what it refuses, it refuses before minutes of rendering
     for number in stages[1:]:
-        if not (args.resume or args.overwrite) and find_checkpoint(args.out / f"stage{number}"):
-            source_of(number, args)
+        refuse_to_lose(number, args)
     data.probe_writable(args.out)
     data.probe_writable(args.data)
     cache = functools.partial(data.build_cache, args.data, **data.WORLDS[args.config], pairs=args.pairs,

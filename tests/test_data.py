@@ -146,7 +146,7 @@ def test_references_are_cross_pair_or_from_the_clip():
     assert torch.equal(cross, data.render_references(who, 1, 32))
     assert not torch.equal(cross, data.render_references(who, 2, 32))
     clip = data.Clip(
-        ("turns from left to right",), ("the mouth open",), ("red",), "a close-up", "warm light", "a sunset"
+        ("sweeps rightwards",), ("the mouth open",), ("red",), "a close-up", "warm light", "a sunset"
     )
     a, b = (data.render_references(who, 1, 32, [replace(clip, shirts=(s,))] * 2) for s in ("red", "blue"))
     assert (a - b)[:, :3].abs().amax() > 0.5  # in-pair references wear the clip's shirt
