@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encoders import UMT5, DINOv2, Tokenizer, ToyCodec
+from encoders import (UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, WeightFile, load_weights, stream_blocks)
 from rope import VIEWS, UserError
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
@@ -371,6 +371,8 @@ WORLDS = {
     "tiny": dict(size=32, frames=3, clips=(12, 12)),
     "toy": dict(size=32, frames=6, clips=(1600, 1600)),
     "toy64": dict(size=64, frames=13, clips=(4000, 4000)),
+    "1.3b": dict(size=256, frames=17, clips=(512, 512)),  # through Wan's own encoders
+    "14b": dict(size=256, frames=17, clips=(512, 512)),
 }
 TEXT_DIM, VIT_DIM, VIT_LEVELS = 96, 96, (1, 3)
 VIT_SCALE = 2  # the toy's pictures have half the spread of ImageNet-normalised ones
@@ -387,7 +389,7 @@ class ToyEncoders:
     def __init__(self, folder, size):
         self.files = [f for f in (Path(folder) / "spiece.model", Path(folder) / "vit.safetensors")
                       if f.exists()]
-        self.codec = ToyCodec()
+        self.codec, self.size = ToyCodec(), size
         self.tokenizer = Tokenizer(Path(folder) / "spiece.model")
         with torch.random.fork_rng([]):
             torch.manual_seed(FROZEN_SEED)
@@ -415,6 +417,133 @@ class ToyEncoders:
     def features(self, image):
         """Frontal references [B, 3, H, W] in -1..1 -> [B, levels, tokens, VIT_DIM]."""
         return self.vit(VIT_SCALE * image)
+
+    def latent_shape(self, frames, size):
+        return 3 * self.codec.stride**2, frames, size[0] // self.codec.stride, size[1] // self.codec.stride
+
+    def encode(self, video):
+        """[B, 3, F, H, W] in -1..1 -> latents."""
+        return self.codec.encode(video)
+
+    def decode(self, latent):
+        return self.codec.decode(latent).clamp(-1, 1)
+
+
+# Wan's own, for the unconditional branch of guidance
+NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+                   "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+                   "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+MFI_PIXELS = 112  # side of the ViT's picture: 8 x 8 patches of 14, so that two people's rows fit beside a caption
+
+
+class WanEncoders:
+    """Wan's frozen networks from its checkpoint folder, with the methods of ToyEncoders. Each is loaded when it
+    is first needed and dropped for the next one, so at most one is in memory; every width is read from the
+    files.
+
+    folder   holds models_t5_*, google/umt5-xxl/spiece.model, Wan2.1_VAE.* and, for MFI, dinov2_vit*14_pretrain.*
+    dtype    of umT5 and the ViT; the VAE is float32, as Wan runs it
+    offload  umT5's blocks stay on the CPU and visit the device one by one
+    tile     side in pixels of the squares that the VAE works on; None: the whole picture
+    """
+    FILES = {"text encoder": "models_t5_*", "VAE": "Wan2.1_VAE.*", "ViT": "dinov2_vit*14_pretrain.*"}
+
+    def __init__(self, folder, device, dtype=torch.float32, offload=False, tile=None):
+        self.folder, self.device, self.dtype = Path(folder), device, dtype
+        self.offload, self.tile, self.held = offload, tile, (None, None)
+        self.file("text encoder"), self.file("VAE")  # what is not there, it says before minutes of work
+        path = self.folder / "google/umt5-xxl/spiece.model"
+        if not path.exists():
+            raise UserError(f"{path}: no such file; it comes with Wan's checkpoint")
+        self.tokenizer = Tokenizer(path)
+
+    def file(self, kind):
+        found = sorted(self.folder.glob(self.FILES[kind]))
+        if not found:
+            raise UserError(f"{self.folder} holds no {kind} ({self.FILES[kind]}); see README.md, With real Wan weights")
+        return found[0]
+
+    def drop(self):
+        self.held = (None, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def network(self, kind):
+        """The network of that kind, loaded and on the device; any other is dropped first."""
+        if self.held[0] != kind:
+            self.drop()
+            file = self.file(kind)
+            shapes = WeightFile(file).shapes
+            with torch.device("meta"):
+                net = {"text encoder": umt5_of, "VAE": vae_of, "ViT": dinov2_of}[kind](file, shapes)
+            streamed = self.offload and kind == "text encoder"
+            load_weights(net, file, torch.float32 if kind == "VAE" else self.dtype,
+                         "cpu" if streamed else self.device)
+            if streamed:
+                stream_blocks(net, self.device)
+            self.held = kind, net.requires_grad_(False).eval()
+        return self.held[1]
+
+    @torch.no_grad()
+    def text(self, captions):
+        """Captions -> rows [B, S, E] float32, zero beyond each one's length. One by one: padding costs memory."""
+        net = self.network("text encoder")
+        rows = [net(*(a.to(self.device) for a in self.tokenizer([caption])))[0].float() for caption in captions]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    @torch.no_grad()
+    def features(self, image):
+        """Frontal references [B, 3, H, W] in -1..1 -> [B, 2 levels, 65, width]: the middle and the last layer's
+        states of the picture's middle square."""
+        side = min(image.shape[2:])
+        top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
+        square = F.interpolate(image[:, :, top:top + side, left:left + side], (MFI_PIXELS, MFI_PIXELS),
+                               mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        net = self.network("ViT")
+        return net(((square + 1) / 2 - mean).div(std).to(self.device, self.dtype)).float()
+
+    def latent_shape(self, frames, size):
+        return 16, (frames + 3) // 4, size[0] // 8, size[1] // 8
+
+    def encode(self, video):
+        return self.network("VAE").encode(video, tile=self.tile)
+
+    def decode(self, latent):
+        return self.network("VAE").decode(latent, tile=self.tile)
+
+
+def layers_of(shapes, prefix="blocks."):
+    return 1 + max(int(name[len(prefix):].split(".")[0]) for name in shapes if name.startswith(prefix))
+
+
+def of_shapes(build):
+    """A builder (shapes) -> network as (file, shapes) -> network, where a missing name is one clear line."""
+    def checked(file, shapes):
+        try:
+            return build(shapes)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(f"{file} is not what its name says: {error} among its {len(shapes)} tensors") from None
+    return checked
+
+
+@of_shapes
+def umt5_of(shapes):
+    vocab, dim = shapes["token_embedding.weight"]
+    return UMT5(vocab, dim, shapes["blocks.0.ffn.fc1.weight"][0],
+                shapes["blocks.0.pos_embedding.embedding.weight"][1], layers_of(shapes))
+
+
+@of_shapes
+def vae_of(shapes):
+    return WanVAE(shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0])
+
+
+@of_shapes
+def dinov2_of(shapes):
+    dim, _, _, patch = shapes["patch_embed.proj.weight"]
+    layers, side = layers_of(shapes), math.isqrt(shapes["pos_embed"][1] - 1)
+    return DINOv2(dim, layers, dim // 64, patch, side * patch, levels=(layers // 2 - 1, layers - 1))
 
 
 def toy_clips(n, people, seed, motions=tuple(MOTIONS)):
@@ -504,6 +633,43 @@ def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
     return folder
 
 
+@torch.no_grad()
+def encode_cache(folder, encoders, mask=0.0):
+    """What Wan's encoders make of a cache folder, once; returns the folder inside it that holds
+    one.safetensors and two.safetensors (latents [n, 16, f, h, w], refs [n, people, V, 16, h, w],
+    vit [n, people, levels, tokens, width], bf16, text as float16 with its last row the empty caption's).
+
+    mask  fraction of each reference that region masking hides; drawn here once, since the VAE comes after it
+    """
+    done = Path(folder) / f"wan-mask{mask:g}"
+    if done.exists():
+        return done
+    g = torch.Generator().manual_seed(FROZEN_SEED)
+    captions = (Path(folder) / "captions.txt").read_text().splitlines()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        build = Path(temporary) / "cache"
+        build.mkdir()
+        for name in ("one", "two"):
+            clips = safetensors.torch.load_file(Path(folder) / f"{name}.safetensors")
+            n, people, V = clips["refs"].shape[:3]
+            words, captions = captions[:n], captions[n:]
+            text = encoders.text([*words, ""])  # one network after the other
+            pictures = from_bytes(clips["refs"]).flatten(0, 2)
+            vit = encoders.features(pictures.unflatten(0, (n * people, V))[:, VIEWS.index("front")])
+            if mask:
+                pictures = torch.stack([mask_regions(p, mask, 16, g) for p in pictures])
+            refs = torch.cat([encoders.encode(p[None, :, None])[:, :, 0] for p in pictures])
+            latents = torch.cat([encoders.encode(from_bytes(video)[None]) for video in
+                                 tqdm(clips["video"], desc="encoding", unit=" clips", disable=None)])
+            safetensors.torch.save_file(
+                {"latents": latents.bfloat16(), "refs": refs.unflatten(0, (n, people, V)).bfloat16().contiguous(),
+                 "vit": vit.unflatten(0, (n, people)).bfloat16().contiguous(), "text": text.half()},
+                build / f"{name}.safetensors")
+        encoders.drop()
+        build.replace(done)
+    return done
+
+
 # ---------------------------------------------------------------------------------------------- the benchmark
 def benchmark_cases():
     """The 100 fixed cases, 60 with one person and 40 with two: [(Clip, identity indices)],
@@ -551,6 +717,14 @@ def mask_regions(image, fraction, block, generator):
     return torch.where(hidden, torch.zeros(()), image)
 
 
+def draw_samples(clips, generators, text_dropout):
+    """One clip and its caption, or the empty one, per generator -> index [B], text [B, S, E]."""
+    n = len(clips["text"]) - 1
+    index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
+    no_text = torch.tensor([torch.rand((), generator=g) < text_dropout for g in generators])
+    return index, clips["text"][torch.where(no_text, n, index)].float()
+
+
 class ToyData:
     """Batches from a cache folder of build_cache; every sample is drawn from a generator of its own,
     so that batches are the same for any number of ranks and micro-batches.
@@ -562,6 +736,7 @@ class ToyData:
 
     def __init__(self, folder, size, views=VIEWS, mask=0.0, text_dropout=0.1):
         self.encoders = ToyEncoders(folder, size)
+        self.files = self.encoders.files
         self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors")
                       for people in ("one", "two")]
         self.views, self.mask, self.text_dropout = views, mask, text_dropout
@@ -570,11 +745,8 @@ class ToyData:
         """layout from draw_layout, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
         text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
         clips = self.clips[len(layout) - 1]
-        n = len(clips["video"])
-        index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
-        no_text = torch.tensor([torch.rand((), generator=g) < self.text_dropout for g in generators])
-        text = clips["text"][torch.where(no_text, n, index)].float()
-        x0 = self.encoders.codec.encode(from_bytes(clips["video"][index]))
+        index, text = draw_samples(clips, generators, self.text_dropout)
+        x0 = self.encoders.encode(from_bytes(clips["video"][index]))
         refs, vit = [], []
         for k, views in enumerate(layout):
             images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)])
@@ -583,12 +755,35 @@ class ToyData:
                 block = 2 * self.encoders.codec.stride  # one token
                 images = {v: torch.stack([mask_regions(i, self.mask, block, g)
                                           for i, g in zip(image, generators)]) for v, image in images.items()}
-            refs.append({v: self.encoders.codec.encode(image[:, :, None])[:, :, 0]
-                         for v, image in images.items()})
+            refs.append({v: self.encoders.encode(image[:, :, None])[:, :, 0] for v, image in images.items()})
             vit.append(self.encoders.features(images["front"]) if "front" in images else None)
-        return (x0.to(device), text.to(device),
-                [{v: latent.to(device) for v, latent in views.items()} for views in refs],
-                [features if features is None else features.to(device) for features in vit])
+        return to_device((x0, text, refs, vit), device)
+
+
+class LatentData:
+    """The same from a folder of encode_cache, whose references are masked already."""
+
+    def __init__(self, folder, views=VIEWS, text_dropout=0.1):
+        self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors")
+                      for people in ("one", "two")]
+        self.files, self.views, self.text_dropout = [], views, text_dropout
+
+    def batch(self, layout, generators, device):
+        clips = self.clips[len(layout) - 1]
+        index, text = draw_samples(clips, generators, self.text_dropout)
+        refs = [{v: clips["refs"][index, k, VIEWS.index(v)].float() for v in views if v in self.views}
+                for k, views in enumerate(layout)]
+        vit = [clips["vit"][index, k].float() if "front" in views else None for k, views in enumerate(layout)]
+        return to_device((clips["latents"][index].float(), text, refs, vit), device)
+
+
+def to_device(nested, device):
+    """Tensors in tuples, lists and dicts, None left alone."""
+    if isinstance(nested, dict):
+        return {name: to_device(value, device) for name, value in nested.items()}
+    if isinstance(nested, list | tuple):
+        return type(nested)(to_device(value, device) for value in nested)
+    return nested if nested is None else nested.to(device)
 
 
 # ---------------------------------------------------------------------------------------- pictures and videos
@@ -600,22 +795,25 @@ def from_bytes(video):
     return video.float() / 127.5 - 1
 
 
-def to_image(picture, side):
-    """[3, H, W] in -1..1 -> PIL image of side x side; nearest where it grows, so that the toy's pixels
-    stay pixels."""
+def to_image(picture, height, width=None):
+    """[3, H, W] in -1..1 -> PIL image of height x width (default: square); nearest where it grows, so that the
+    toy's pixels stay pixels."""
     image = Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy())
-    resample = Image.Resampling.NEAREST if side >= image.width else Image.Resampling.LANCZOS
-    return image.resize((side, side), resample)
+    resample = Image.Resampling.NEAREST if height >= image.height else Image.Resampling.LANCZOS
+    return image.resize((width or height, height), resample)
 
 
-def write_video(path, video, fps=16):
+def write_video(path, video, fps=16, comment=""):
     """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that."""
-    side = max(256, video.shape[2])
+    _, frames, height, width = video.shape
+    grow = max(1, math.ceil(256 / height))
     with av.open(str(path), "w") as container:
+        container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
-        for f in range(video.shape[1]):
-            container.mux(stream.encode(av.VideoFrame.from_image(to_image(video[:, f], side))))
+        stream.width, stream.height, stream.pix_fmt = grow * width, grow * height, "yuv420p"
+        for f in range(frames):
+            picture = to_image(video[:, f], grow * height, grow * width)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
 
 

@@ -1,19 +1,122 @@
 """The frozen networks around the transformer: what it sees of text, of pictures and of references.
 None of them is trained here.
 
-Module trees carry the key names of the released files, so load_state_dict(strict=True) works on them. The toy
+Module trees carry the key names of the released files, so load_weights takes those as they are. The toy
 world uses the same classes, small and randomly initialised from a fixed seed.
+  load_weights       a released file into a module, tensor by tensor
   Tokenizer, UMT5    umT5 text encoder, as Wan uses it
   DINOv2             the ViT whose hidden states feed MFI
+  WanVAE             Wan2.1's causal video VAE
   ToyCodec           the toy's stand-in for the VAE: pixels folded into channels, exactly invertible
 """
+import contextlib
 import html
+import itertools
 import math
+import zipfile
 
+import safetensors
 import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from rope import UserError
+
+
+# ----------------------------------------------------------------------------------------------- weight files
+@contextlib.contextmanager
+def one_line(path):
+    """Whatever a reader raises at a damaged file, as one UserError line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, zipfile and pickle raise a dozen kinds
+        cause = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(f"{path} cannot be read: cut short, damaged or no such file format "
+                        f"({type(error).__name__}: {cause})") from None
+
+
+class WeightFile:
+    """The named tensors of one .safetensors or torch.save file, memory-mapped: get reads what it names."""
+
+    def __init__(self, path):
+        self.path = path
+        if str(path).endswith(".safetensors"):
+            file = safetensors.safe_open(path, "pt")
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            self.read = file.get_tensor
+        else:  # torch maps zip files only; those of torch < 1.6 are read whole
+            tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+                raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors alone")
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            self.read = tensors.__getitem__
+
+    def keys(self):
+        return self.shapes.keys()
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def get(self, name):
+        """The tensor as stored, on the CPU. It may be the file's own pages: copy it, do not write to it."""
+        with one_line(self.path):
+            return self.read(name)
+
+
+def refuse_mismatch(path, what, came, expected):
+    """UserError where two {name: shape} differ; one line with the file, what came and what was expected."""
+    both = [name for name in expected if name in came and came[name] != expected[name]]
+    wrong = {"missing": [repr(name) for name in expected if name not in came],
+             "unknown": [repr(name) for name in came if name not in expected],
+             "mis-shaped": [f"{name!r} {came[name]} instead of {expected[name]}" for name in both]}
+    said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for kind, names in wrong.items() if names]
+    if said:
+        raise UserError(f"{path} does not fit {what}: {len(came)} tensors came, {len(expected)} expected; "
+                        + "; ".join(said))
+
+
+def put_tensor(module, name, tensor, dtype=None, device=None):
+    """Put one tensor in its place in module, which may be on the meta device, cast and moved.
+    dtype, device: None keeps the module's own (the CPU for meta)."""
+    owner, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner)
+    old = getattr(owner, leaf)
+    if tensor.is_floating_point() != old.is_floating_point():
+        raise UserError(f"{name!r} is {tensor.dtype}, expected {old.dtype}")
+    tensor = tensor.to(device or ("cpu" if old.is_meta else old.device),
+                       dtype if dtype and old.is_floating_point() else old.dtype, copy=True)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if is_parameter else tensor)
+
+
+def load_weights(module, path, dtype=None, device=None):
+    """Fill module from the file and return it; every name and shape must agree, else UserError.
+    One tensor at a time is cast and moved as it is read, so no second copy of the network ever exists."""
+    file = WeightFile(path)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    refuse_mismatch(path, type(module).__name__, file.shapes, expected)
+    for name in expected:
+        put_tensor(module, name, file.get(name), dtype, device)
+    return module
+
+
+def stream_blocks(module, device):
+    """For cards that cannot hold a network: module.blocks stay on the CPU and visit the device one at a time;
+    everything else moves there."""
+    inside = {p for block in module.blocks for p in block.parameters()}
+    for p in module.parameters():
+        if p not in inside:
+            p.data = p.data.to(device)
+    for block in module.blocks:
+        home = {p: p.data for p in block.parameters()}
+        block.register_forward_pre_hook(lambda *_, home=home: [setattr(p, "data", data.to(device))
+                                                               for p, data in home.items()] and None)
+        block.register_forward_hook(lambda *_, home=home: [setattr(p, "data", data)
+                                                           for p, data in home.items()] and None)
 
 
 # ------------------------------------------------------------------------------------------------------- text
@@ -175,6 +278,14 @@ class PatchEmbed(nn.Module):
         return self.proj(image)
 
 
+# released sizes: 175, 175 and 343 tensors; levels are four evenly spread blocks, the last one included
+DINOV2 = {
+    "s": dict(dim=384, num_layers=12, num_heads=6, levels=(2, 5, 8, 11)),  # 22,056,576 parameters
+    "b": dict(dim=768, num_layers=12, num_heads=12, levels=(2, 5, 8, 11)),  # 86,580,480
+    "l": dict(dim=1024, num_layers=24, num_heads=16, levels=(5, 11, 17, 23)),  # 304,368,640
+}
+
+
 class DINOv2(nn.Module):
     """DINOv2 ViT (Oquab et al. 2023), key names of the released dinov2_vit*14_pretrain.pth;
     defaults are ViT-L/14 at 518 pixels."""
@@ -214,6 +325,214 @@ class DINOv2(nn.Module):
             x = block(x)
             states.append(x)
         return torch.stack([states[level] for level in self.levels], dim=1)
+
+
+# -------------------------------------------------------------------------------------------------------- VAE
+# Layers are called as layer(x [B, C, F, H, W], cache). The cache is one dict per video, keyed by module:
+# whatever looks back in time keeps its last input frames there, so a video may come in pieces of any number of
+# frames. A module that is not yet in the cache sees the video's first piece.
+class CausalConv3d(nn.Conv3d):
+    """Looks back in time only: kernel - stride earlier frames, zeros before the video begins."""
+
+    def __init__(self, dim_in, dim_out, kernel, stride=1):
+        kernel = kernel if isinstance(kernel, tuple) else (kernel,) * 3
+        super().__init__(dim_in, dim_out, kernel, (stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x, cache):
+        history = self.kernel_size[0] - self.stride[0]
+        if history:
+            past = cache.get(self)
+            x = F.pad(x, (0, 0, 0, 0, history, 0)) if past is None else torch.cat((past, x), dim=2)
+            cache[self] = x[:, :, -history:].clone()  # a view would keep all of x alive
+        return super().forward(x)
+
+
+class VAENorm(nn.Module):
+    """RMS norm over the channels, in float32."""
+
+    def __init__(self, dim, axes):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
+
+    def forward(self, x):
+        return F.normalize(x.float(), dim=1).to(x.dtype) * (self.gamma * len(self.gamma) ** 0.5)
+
+
+class VAEResidual(nn.Module):
+    def __init__(self, dim_in, dim_out):
+        super().__init__()
+        self.residual = nn.ModuleDict({  # Wan's indices; 1, 4 and 5 are SiLU, SiLU and dropout there
+            "0": VAENorm(dim_in, 3), "2": CausalConv3d(dim_in, dim_out, 3),
+            "3": VAENorm(dim_out, 3), "6": CausalConv3d(dim_out, dim_out, 3)})
+        self.shortcut = CausalConv3d(dim_in, dim_out, 1) if dim_in != dim_out else None
+
+    def forward(self, x, cache):
+        layer = self.residual
+        y = layer["2"](F.silu(layer["0"](x)), cache)
+        y = layer["6"](F.silu(layer["3"](y)), cache)
+        return y + (x if self.shortcut is None else self.shortcut(x, cache))
+
+
+class VAEAttention(nn.Module):
+    """One head over the pixels of each frame."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = VAENorm(dim, 2)
+        self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, cache):
+        frames = x.transpose(1, 2).flatten(0, 1)  # [B*F, C, H, W]
+        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # [B*F, C, H*W]
+        y = self.proj(y.unflatten(2, frames.shape[2:]))
+        return x + y.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class VAEResample(nn.Module):
+    """Halve or double height and width, and, if temporal, the frames: all but the video's first, which stays
+    one frame on either side and which the up-sampler's convolution in time never sees."""
+
+    def __init__(self, dim, up, temporal):
+        super().__init__()
+        self.up = up
+        conv = nn.Conv2d(dim, dim // 2, 3, padding=1) if up else nn.Conv2d(dim, dim, 3, stride=2)
+        self.resample = nn.ModuleDict({"1": conv})
+        self.time_conv = None
+        if temporal:
+            self.time_conv = CausalConv3d(dim, 2 * dim if up else dim, (3, 1, 1), stride=1 if up else 2)
+
+    def in_time(self, x, cache):
+        first = x[:, :, :0]
+        if self.time_conv not in cache:
+            first, x = x[:, :, :1], x[:, :, 1:]
+            cache[self.time_conv] = None if self.up else first
+        if x.shape[2]:
+            x = self.time_conv(x, cache)
+            if self.up:  # [B, 2*C, F, H, W] -> [B, C, 2*F, H, W]
+                x = x.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return torch.cat((first, x), dim=2)
+
+    def forward(self, x, cache):
+        if self.up and self.time_conv is not None:
+            x = self.in_time(x, cache)
+        frames = x.transpose(1, 2).flatten(0, 1)
+        if self.up:  # Wan does this in float32; it only copies, so the dtype changes nothing
+            frames = F.interpolate(frames, scale_factor=2, mode="nearest-exact")
+        else:
+            frames = F.pad(frames, (0, 1, 0, 1))
+        x = self.resample["1"](frames).unflatten(0, (len(x), -1)).transpose(1, 2)
+        return self.in_time(x, cache) if not self.up and self.time_conv is not None else x
+
+
+class VAECoder(nn.Module):
+    """The encoder (pixels to 2 * z_dim channels) or, if up, the decoder."""
+
+    def __init__(self, dim, z_dim, up):
+        super().__init__()
+        widths = ((4, 4), (2, 4), (2, 2), (1, 1)) if up else ((1, 1), (1, 2), (2, 4), (4, 4))
+        layers = nn.ModuleList()
+        for level, (a, b) in enumerate(widths):
+            layers += [VAEResidual((b if i else a) * dim, b * dim) for i in range(3 if up else 2)]
+            if level < 3:
+                layers.append(VAEResample(b * dim, up, temporal=level < 2 if up else level > 0))
+        middle = nn.ModuleList((VAEResidual(4 * dim, 4 * dim), VAEAttention(4 * dim),
+                                VAEResidual(4 * dim, 4 * dim)))
+        self.conv1 = CausalConv3d(z_dim if up else 3, widths[0][0] * dim, 3)
+        self.up, self.middle = up, middle
+        self.add_module("upsamples" if up else "downsamples", layers)
+        self.head = nn.ModuleDict({"0": VAENorm(widths[-1][1] * dim, 3),
+                                   "2": CausalConv3d(widths[-1][1] * dim, 3 if up else 2 * z_dim, 3)})
+
+    def forward(self, x, cache):
+        x = self.conv1(x, cache)
+        for layer in (*self.middle, *self.upsamples) if self.up else (*self.downsamples, *self.middle):
+            x = layer(x, cache)
+        return self.head["2"](F.silu(self.head["0"](x)), cache)
+
+
+def tile_windows(length, tile, scale):
+    """Windows of at most `tile` that cover `length` and overlap by a quarter or more: [(start, end, weight
+    [(end - start) * scale])]. The weights fall off linearly in the overlaps and add up to one."""
+    tile = min(tile, length)
+    overlap = max(tile // 4, 1)
+    count = 1 + math.ceil((length - tile) / max(tile - overlap, 1))
+    starts = [i * (length - tile) // max(count - 1, 1) for i in range(count)]
+    ramp = torch.arange(tile * scale) + 0.5
+    ramp = torch.minimum(ramp, ramp.flip(0)).clamp(max=overlap * scale)
+    total = torch.zeros(length * scale)
+    for start in starts:
+        total[start * scale : (start + tile) * scale] += ramp
+    return [(a, a + tile, ramp / total[a * scale : (a + tile) * scale]) for a in starts]
+
+
+class WanVAE(nn.Module):
+    """Wan2.1's VAE (Wan team 2025, arXiv 2503.20314), key names of Wan2.1_VAE.pth: one latent of 16 channels
+    for 4 x 8 x 8 pixels, the first frame alone.
+
+    encode and decode take `chunk` latent frames at a time (None: all; the result is the same), so memory does
+    not grow with the video, but for the result. With `tile` (pixels) they also go square by square and blend
+    the overlaps, which is not the same: a tile does not see past its edge.
+    The input may stay on another device than the weights: pieces move, the float32 result joins the input."""
+
+    mean = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+    std = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+    def __init__(self, dim=96, z_dim=16):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder, self.conv1 = VAECoder(dim, z_dim, up=False), CausalConv3d(2 * z_dim, 2 * z_dim, 1)
+        self.decoder, self.conv2 = VAECoder(dim, z_dim, up=True), CausalConv3d(z_dim, z_dim, 1)
+
+    def statistics(self, device):
+        """mean, std, each [z_dim, 1, 1, 1]; no buffers, which would stay on the meta device."""
+        return torch.tensor((self.mean, self.std), device=device)[..., None, None, None]
+
+    def stream(self, net, x, out, cuts, tile):
+        """Fill out with net over x, cut in time before the frames `cuts` and in space into tiles."""
+        if tile is not None and (tile % 8 or tile < 32):
+            raise UserError(f"VAE tile {tile}: expected a multiple of 8 pixels, 32 or more")
+        height, width = (min(sides) for sides in zip(x.shape[3:], out.shape[3:]))
+        i, o = x.shape[3] // height, out.shape[3] // height  # 8 on the side of the pixels, else 1
+        tile = tile // 8 if tile else max(height, width)
+        for (y0, y1, fade_y), (x0, x1, fade_x) in itertools.product(tile_windows(height, tile, o),
+                                                                    tile_windows(width, tile, o)):
+            window = x[..., y0 * i : y1 * i, x0 * i : x1 * i].tensor_split(cuts, dim=2)
+            target, done, cache = out[..., y0 * o : y1 * o, x0 * o : x1 * o], 0, {}
+            for piece in window:
+                y = net(piece.to(self.conv1.weight), cache).to(out)
+                target[:, :, done : done + y.shape[2]] += y * (fade_y[:, None] * fade_x).to(out)
+                done += y.shape[2]
+        return out
+
+    @torch.no_grad()
+    def encode(self, video, chunk=1, tile=None):
+        """[B, 3, F, H, W] in -1..1 -> normalised mean float32 [B, 16, (F+3)/4, H/8, W/8]."""
+        B, C, frames, H, W = video.shape
+        if C != 3 or frames % 4 != 1 or H % 8 or W % 8 or not H * W:
+            raise UserError(f"the VAE got {C} channels, {frames} frames of {H}x{W} pixels; expected "
+                            "3 channels, 4n+1 frames and sides that are multiples of 8")
+        out = video.new_zeros(B, self.z_dim, (frames + 3) // 4, H // 8, W // 8, dtype=torch.float32)
+        cuts = tuple(range(4 * chunk - 3, frames, 4 * chunk)) if chunk else ()
+        self.stream(lambda x, cache: self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim],
+                    video, out, cuts, tile)
+        mean, std = self.statistics(out.device)
+        return (out - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latent, chunk=1, tile=None):
+        """[B, 16, f, h, w] -> video float32 [B, 3, 4f-3, 8h, 8w], clamped to -1..1."""
+        B, C, frames, h, w = latent.shape
+        if C != self.z_dim or not frames * h * w:
+            raise UserError(f"the VAE got latents {list(latent.shape)}; expected [B, {self.z_dim}, f, h, w]")
+        mean, std = self.statistics(latent.device)
+        out = latent.new_zeros(B, 3, 4 * frames - 3, 8 * h, 8 * w, dtype=torch.float32)
+        cuts = tuple(range(chunk, frames, chunk)) if chunk else ()
+        self.stream(lambda z, cache: self.decoder(self.conv2(z, cache), cache),
+                    latent * std + mean, out, cuts, tile)
+        return out.clamp_(-1, 1)
 
 
 # -------------------------------------------------------------------------------------------------- toy codec

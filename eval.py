@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 from rope import VIEWS, UserError
-from sample import GUIDE_REFS, SHIFT, STEPS, generate, load
+from sample import RECIPES, generate, load
 
 SETTINGS = {"none": (), "front": ("front",), "all": VIEWS}  # which views the references hold
 
@@ -84,6 +84,8 @@ def evaluate(model, encoders, meta, cases, settings, args, write=lambda row: Non
     frames, size = meta["world"]["frames"], meta["world"]["size"]
     identities = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
     pictures = data.benchmark_references(size)
+    recipe = RECIPES["toy"] | dict(steps=args.steps, shift=args.shift, guide_text=(args.guide_text,),
+                                   guide_refs=args.guide_refs)
     todo = [(number, case) for number, case in enumerate(data.benchmark_cases()) if number in cases]
     rows = []
     bar = tqdm(total=len(todo), desc="evaluating", unit=" cases", disable=None)
@@ -96,8 +98,7 @@ def evaluate(model, encoders, meta, cases, settings, args, write=lambda row: Non
             for setting in settings:
                 refs = [{v: pictures[[who[k] for who in whos], VIEWS.index(v)] for v in SETTINGS[setting]}
                         for k in range(people)]
-                made.append(generate(model, encoders, captions, refs, frames, size, numbers, args.steps,
-                                     args.shift, guide_text=args.guide_text, guide_refs=args.guide_refs))
+                made.append(generate(model, encoders, captions, refs, frames, (size, size), numbers, recipe))
             for number, clip, who, *videos in zip(numbers, clips, whos, *made):
                 for setting, result in zip(settings, measure(videos, clip, who, identities)):
                     rows.append({"case": number, "setting": setting, "caption": data.caption(clip),
@@ -117,16 +118,18 @@ def main(argv=None):
                    help="only this many cases, spread over the 100, for a quick look")
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
     p.add_argument("--batch", type=int, default=20, help="cases sampled together")
-    p.add_argument("--steps", type=int, default=STEPS, help="solver steps")
-    p.add_argument("--shift", type=float, default=SHIFT, help="timestep shift")
+    p.add_argument("--steps", type=int, default=RECIPES["toy"]["steps"], help="solver steps")
+    p.add_argument("--shift", type=float, default=RECIPES["toy"]["shift"], help="timestep shift")
     p.add_argument("--guide-text", type=float, default=1.0)
-    p.add_argument("--guide-refs", type=float, default=GUIDE_REFS)
+    p.add_argument("--guide-refs", type=float, default=RECIPES["toy"]["guide_refs"])
     args = p.parse_args(argv)
     if not 1 <= args.limit <= 100:
         raise UserError(f"--limit {args.limit}: expected 1 to 100 cases")
     out = Path(args.out)
     data.probe_writable(out.parent)
     model, encoders, meta = load(args.ckpt)
+    if meta["kind"] != "toy":
+        raise UserError(f"{args.ckpt} is no checkpoint of the toy world, which this benchmark is made of")
     cases = {i * 100 // args.limit for i in range(args.limit)}
     start = time.perf_counter()
     with open(out, "w") as f:

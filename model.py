@@ -18,7 +18,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from encoders import WeightFile, put_tensor, refuse_mismatch
 from rope import VIEWS, UserError, apply_rope, reference_positions, rope_table, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
@@ -58,11 +61,17 @@ class DiTConfig:
 
 TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
            proxy_tokens=4, prediction="x0", coordinates=12)
+# two levels of 65 rows (DINOv2-L at 112 pixels): two people fit beside a caption of 252 tokens
+WAN = dict(vit_dim=1024, vit_levels=2)
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
     "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=2, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
     "toy64": DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=12, **TOY),  # 64x64, one GPU
+    # Wan2.1 T2V, and each expert of Wan2.2 T2V-A14B is a 14b
+    "1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **WAN),
+    "14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, **WAN),
 }
+OWN = ("proxies", "mfi.")  # how the names of HarmoView's own parameters start; Wan has all the others
 
 
 def sinusoid(t, dim):
@@ -79,17 +88,26 @@ def float32(sequential, x):
     return x
 
 
+@functools.lru_cache
+def say_once(message):
+    print(message, file=sys.stderr)
+
+
 def modulate(x, shift, scale):
     """x [B, L, D] with one shift and scale [B, D] a sample."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def autocast(device, precision="auto"):
-    """Matmuls in bf16 or fp32; auto: bf16 on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
+def uses_bf16(device, precision="auto"):
+    """auto: bf16 on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
     if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-        precision = "bf16" if fast else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return precision == "bf16"
+
+
+def autocast(device, precision="auto"):
+    """Matmuls in bf16 or fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 class RMSNorm(nn.Module):
@@ -188,8 +206,12 @@ class MFI(nn.Module):
         self.proj = nn.Linear(c.vit_dim, c.text_dim)
         self.identity = nn.Parameter(torch.zeros(c.max_identities, c.text_dim))
         self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.init_weights()
+
+    def init_weights(self):
+        self.norm.reset_parameters()
+        for p in (self.proj.weight, self.proj.bias, self.identity, self.level):
+            nn.init.zeros_(p)
 
     def forward(self, features, k):
         """features [B, levels, tokens, vit_dim] of identity k -> rows [B, levels*tokens, E]."""
@@ -233,10 +255,11 @@ class HarmoView(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
         # HarmoView's own
-        self.proxies = (nn.Parameter(torch.randn(len(VIEWS), c.proxy_tokens, c.dim) * 0.02)
+        self.proxies = (nn.Parameter(torch.empty(len(VIEWS), c.proxy_tokens, c.dim))
                         if c.proxy_tokens else None)
         self.mfi = MFI(c) if c.vit_dim else None
         self.init_weights()
+        self.init_own()
 
     def init_weights(self):
         """For training from scratch: every block starts as the identity with open gates (+0.5 dB on the toy
@@ -257,12 +280,19 @@ class HarmoView(nn.Module):
         nn.init.zeros_(self.head.modulation)
         nn.init.zeros_(self.head.head.weight)
 
+    def init_own(self):
+        """HarmoView's own parameters, which no Wan checkpoint holds."""
+        if self.proxies is not None:
+            nn.init.normal_(self.proxies, std=0.02)
+        if self.mfi is not None:
+            self.mfi.init_weights()
+
     def forward(self, x, t, text, refs=None, vit=None):
         """Velocity (noise - x0) of the noisy video latents x, float32, same shape as x.
 
         x     [B, C, T, H, W], H and W even
         t     [B] in 0..1000, 1000 * sigma
-        text  [B, S, E], S <= text_len unless MFI's rows need the room; short ones are zero-padded here
+        text  [B, S, E], S <= text_len; short ones are zero-padded here
         refs  None: plain Wan. Else one dict per identity, {view: clean latent [B, C, h, w]};
               a missing view is its proxies
         vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the
@@ -296,6 +326,14 @@ class HarmoView(nn.Module):
             out = (x.float() - out) / sigma
         return out
 
+    def flops(self, tokens):
+        """Of one forward of one sample with that many tokens, references included: two for every weight and token,
+        and 4 L S D an attention."""
+        c, rows = self.config, self.config.text_len
+        linear = 6 * c.dim**2 + 2 * c.dim * c.ffn_dim  # q k v o, cross-attention's q and o, FFN
+        attention = 4 * tokens * (tokens + rows) * c.dim
+        return c.num_layers * (2 * tokens * linear + 4 * rows * c.dim**2 + attention)
+
     def embed(self, latent):
         """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""
         if self.config.coordinates:
@@ -310,8 +348,11 @@ class HarmoView(nn.Module):
         given = enumerate(vit or ()) if self.mfi is not None else ()
         rows = [self.mfi(features, k) for k, features in given if features is not None]
         mfi = torch.cat(rows, dim=1) if rows else text[:, :0]
-        padding = max(0, self.config.text_len - text.shape[1] - mfi.shape[1])
-        return torch.cat((F.pad(text, (0, 0, 0, padding)), mfi.to(text.dtype)), dim=1)
+        padding = self.config.text_len - text.shape[1] - mfi.shape[1]
+        if padding < 0:
+            say_once(f"captions of {text.shape[1]} rows leave no padding for MFI's {mfi.shape[1]}: "
+                     f"the context grows from {self.config.text_len} rows to {self.config.text_len - padding}")
+        return torch.cat((F.pad(text, (0, 0, 0, max(0, padding))), mfi.to(text.dtype)), dim=1)
 
     def embed_references(self, refs, batch, ref_hw):
         """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions;
@@ -356,6 +397,99 @@ def unpatchify(x, grid):
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, PATCH * H, PATCH * W)
 
 
+# ---------------------------------------------------------------------------------------- Wan's checkpoints
+DIFFUSERS_NAMES = [(re.compile(pattern), ours) for pattern, ours in (
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^scale_shift_table", "head.modulation"), (r"\.scale_shift_table", ".modulation"),
+    (r"^proj_out", "head.head"),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])\.", r".\1."), (r"\.to_out\.0\.", ".o."),
+    (r"\.norm2\.", ".norm3."),  # diffusers numbers the norms in order of use; Wan's norm2 has no weights
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."))]
+
+
+def original_name(name):
+    """A tensor's name in diffusers' layout -> its name in Wan's own."""
+    for pattern, ours in DIFFUSERS_NAMES:
+        name = pattern.sub(ours, name)
+    return name
+
+
+def wan_files(path):
+    """A weight file, its index, or a folder with either -> the files that hold the network."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / "high_noise_model").is_dir():
+            raise UserError(f"{path} holds two experts: give its high_noise_model or low_noise_model")
+        path = path / "transformer" if (path / "transformer").is_dir() else path  # diffusers' pipelines
+        indexes, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+        if not indexes and len(files) != 1:
+            raise UserError(f"{path}: {len(files)} .safetensors files and no index; expected the folder of a "
+                            "Wan text-to-video transformer: one file, or shards with their .index.json")
+        path = indexes[0] if indexes else files[0]
+    if path.name.endswith(".index.json"):
+        try:
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: no index of shards ({type(error).__name__}: {error})") from None
+        return [path.with_name(shard) for shard in shards]
+    return [path]
+
+
+def wan_tensors(path):
+    """{name in Wan's own layout: (WeightFile, name there)} of a checkpoint in either layout, in any number of
+    files."""
+    tensors = {}
+    for file in map(WeightFile, wan_files(path)):
+        diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.keys())
+        for name in file.keys():
+            ours = original_name(name) if diffusers else name
+            if ours in tensors:
+                raise UserError(f"{file.path}: {name!r} came before, in {tensors[ours][0].path}")
+            tensors[ours] = file, name
+    return tensors
+
+
+def wan_config(path):
+    """The DiTConfig of a Wan checkpoint, read from its tensors' shapes; heads are 128 wide in all of them."""
+    shapes = {name: file.shape(theirs) for name, (file, theirs) in wan_tensors(path).items()}
+    try:
+        dim, in_dim = shapes["patch_embedding.weight"][:2]
+        return DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_heads=dim // 128,
+                         num_layers=1 + max(int(name.split(".")[1]) for name in shapes if name[:7] == "blocks."),
+                         in_dim=in_dim, out_dim=shapes["head.head.bias"][0] // PATCH**2,
+                         freq_dim=shapes["time_embedding.0.weight"][1],
+                         text_dim=shapes["text_embedding.0.weight"][1], **WAN)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{path} is no Wan transformer: {error} among its {len(shapes)} tensors") from None
+
+
+def load_wan(model, path):
+    """Fill model's base network from a released checkpoint -> the names of its own parameters that the file
+    does not hold (a plain Wan file holds none of them).
+
+    path  a file, a folder of one file or of shards with their index, in Wan's or in diffusers' layout, any
+          dtype. One tensor at a time is cast to the model's dtype; model may be on the meta device.
+    Raises UserError for anything else: a missing, unknown, doubled or mis-shaped tensor, a damaged file.
+    """
+    tensors = wan_tensors(path)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    absent = [name for name in shapes if name.startswith(OWN) and name not in tensors]
+    refuse_mismatch(path, f"a network of width {model.config.dim} and {model.config.num_layers} layers",
+                    {name: file.shape(theirs) for name, (file, theirs) in tensors.items()},
+                    {name: shape for name, shape in shapes.items() if name not in absent})
+    for name, (file, theirs) in tensors.items():
+        put_tensor(model, name, file.get(theirs))
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    for name in left:
+        put_tensor(model, name, torch.zeros(shapes[name]))
+    if left:
+        model.init_own()
+    return absent
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 def save_checkpoint(folder, tensors, meta, files=(), keep=2):
     """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest
@@ -375,7 +509,7 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=2):
             safetensors.torch.save_file(state, build / f"{name}.safetensors")
         for file in files:
             shutil.copy(file, build)
-        sha256 = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(build.iterdir())}
+        sha256 = {f.name: sha256_of(f) for f in sorted(build.iterdir())}
         (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
         for f in build.iterdir():
             with open(f, "rb") as opened:
@@ -389,6 +523,11 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=2):
     steps = sorted(folder.parent.glob("step-*"), key=step_of)
     for old in steps[:-keep]:
         shutil.rmtree(old)
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def step_of(folder):
@@ -414,7 +553,7 @@ def load_tensors(folder, name):
     """One tensor file of a checkpoint folder, checked against the sha256 that was written beside it."""
     path = Path(folder) / f"{name}.safetensors"
     expected = json.loads((Path(folder) / "checkpoint.json").read_text())["sha256"].get(path.name)
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+    if not path.exists() or sha256_of(path) != expected:
         raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): "
                         "use another checkpoint")
     return safetensors.torch.load_file(path)
@@ -427,9 +566,10 @@ def load_checkpoint(folder, weights="ema"):
     unknown = set(meta["config"]) ^ {f.name for f in fields(DiTConfig)}
     if unknown:
         raise UserError(f"{folder}: its config and this version's differ in {', '.join(sorted(unknown))}")
-    model = HarmoView(DiTConfig(**meta["config"]))
+    with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
+        model = HarmoView(DiTConfig(**meta["config"]))
     try:
-        model.load_state_dict(load_tensors(folder, weights))
+        model.load_state_dict(load_tensors(folder, weights), assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
     return model, meta

@@ -2,88 +2,189 @@
 
   python sample.py          people the toy never saw, from the newest checkpoint
   python sample.py --refs a_front.png a_left.png --refs b_front.png --prompt "a close-up of two people, ..."
+  python sample.py --ckpt ckpts/Wan2.1-T2V-1.3B --prompt "..."      a Wan checkpoint, plain text-to-video
 
 One --refs per person, in the caption's order. A file's view is the word front, left, right or back in its
 name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames
 on the right.
 """
 import argparse
+import json
+import math
 import re
+import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import data
-from model import autocast, find_checkpoint, load_checkpoint
+from encoders import UMT5, DINOv2, WanVAE, stream_blocks
+from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint, load_checkpoint, load_wan,
+                   uses_bf16, wan_config)
 from rope import VIEWS, UserError
 
-SOLVERS = ("euler",)
-STEPS, SHIFT, GUIDE_REFS = 8, 8.0, 1.5  # defaults for the toy, chosen on its benchmark (LOG.md)
+SOLVERS = ("unipc", "dpm++", "euler")
+# Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise. The toy's were chosen on
+# its benchmark (LOG.md), Wan's are its authors'.
+RECIPES = {
+    "toy": dict(steps=8, shift=8.0, solver="euler", guide_text=(1.0,), guide_refs=1.5, fps=4, negative=""),
+    "wan2.1": dict(steps=50, shift=5.0, solver="unipc", guide_text=(5.0,), guide_refs=5.0, fps=16,
+                   negative=data.NEGATIVE_PROMPT),
+    "wan2.2": dict(steps=40, shift=12.0, solver="unipc", guide_text=(4.0, 3.0), guide_refs=4.0, fps=16,
+                   negative=data.NEGATIVE_PROMPT),
+}
 
 
 # --------------------------------------------------------------------------------------- solvers and guidance
-def solve(velocity, x, steps, shift, solver="euler"):
+def schedule(steps, shift, solver):
+    """Noise levels [steps + 1], the last one 0, and times [steps] in 0..1000, both float64.
+    UniPC and DPM++ ask the network at whole times, as Wan's do."""
+    sigma = torch.linspace(0.999 if solver == "unipc" else 1, 0, steps + 1, dtype=torch.float64)
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    times = 1000 * sigma[:-1]
+    return sigma, times if solver == "euler" else times.floor()
+
+
+def solve(velocity, x, steps, shift, solver):
     """Integrate dx/dsigma = velocity from noise x at sigma 1 to x0 at sigma 0.
 
-    velocity  function (x, t) -> noise - x0, t a scalar tensor in 0..1000
+    velocity  function (x, t) -> noise - x0, t a float32 scalar tensor in 0..1000
     shift     sigma -> shift * sigma / (1 + (shift - 1) * sigma): more than 1 spends more steps at high noise
+    solver    "euler"; "dpm++", DPM-Solver++(2M) (Lu et al. 2022); "unipc", UniPC of order 2 with B(h) = e^h - 1
+              (Zhao et al. 2023), which is the same predictor and then, with the network's answer at the
+              predicted point, a corrector. Both work on x0 over lambda = log((1 - sigma) / sigma).
     Raises UserError for an unknown solver or less than one step.
     """
     if solver not in SOLVERS:
         raise UserError(f"unknown solver {solver!r}; expected one of {', '.join(SOLVERS)}")
     if steps < 1:
         raise UserError(f"{steps} steps; expected at least 1")
-    sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    sigma = (shift * sigma / (1 + (shift - 1) * sigma)).to(x.device)
-    for now, then in zip(sigma, sigma[1:]):
-        x = x + (then - now) * velocity(x, (1000 * now).float())
+    sigma, times = schedule(steps, shift, solver)
+    times = times.float().to(x.device)
+    if solver == "euler":
+        for now, then, t in zip(sigma.tolist(), sigma[1:].tolist(), times):
+            x = x + (then - now) * velocity(x, t)
+        return x
+
+    lam = [math.inf if s == 0 else -math.inf if s == 1 else math.log((1 - s) / s) for s in sigma.tolist()]
+    sigma = sigma.tolist()
+
+    def step(x, i, x0, slope):
+        """From level i to i + 1 where x0 is expected to move by `slope`: exact for a constant x0 + slope."""
+        return sigma[i + 1] / sigma[i] * x - (1 - sigma[i + 1]) * math.expm1(lam[i] - lam[i + 1]) * (x0 + slope)
+    older = old = before = None  # x0 two levels before and one; x one level before
+    for i in range(steps):
+        x0 = x - sigma[i] * velocity(x, times[i])
+        if i and solver == "unipc":
+            x = step(before, i - 1, old, corrector(i - 1, lam, older, old, x0))
+        slope = 0 if i in (0, steps - 1) else (x0 - old) * ((lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1]) / 2)
+        older, old, before = old, x0, x
+        x = step(x, i, x0, slope)
     return x
 
 
-def guided(model, text, no_text, refs, vit, guide_text=1.0, guide_refs=1.0):
+def corrector(i, lam, older, old, new):
+    """UniPC's slope for the step from level i to i + 1, once x0 at i + 1 is known."""
+    if i == 0:
+        return (new - old) / 2
+    h = lam[i] - lam[i + 1]
+    ratio = (lam[i - 1] - lam[i]) / (lam[i + 1] - lam[i])  # where the older one lies, in steps
+    phi1 = math.expm1(h)
+    phi2 = phi1 / h - 1
+    phi3 = phi2 / h - 0.5
+    first = (phi2 - 2 * phi3) / phi1 / (1 - ratio)
+    return first * (older - old) / ratio + (phi2 / phi1 - first) * (new - old)
+
+
+def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, boundary=0.0):
     """velocity(x, t) with two guidance scales: from nothing to the caption, and from the caption to
     caption and references.
 
     v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no
     references" is every slot as proxies and "no caption" the rows no_text. Written as one weighted sum, terms
-    of weight 0 cost nothing.
+    of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary. With refs None
+    (plain Wan) it is Wan's guidance.
     """
-    nobody, unseen = [{} for _ in refs], [None for _ in refs]
-    terms = [(guide_refs, text, refs, vit), (guide_text - guide_refs, text, nobody, unseen),
-             (1 - guide_text, no_text, nobody, unseen)]
-    terms = [term for term in terms if term[0]]
+    nobody, unseen = refs and [{} for _ in refs], vit and [None for _ in vit]
 
     def velocity(x, t):
+        scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
+        seen = scale if refs is None else guide_refs
+        terms = [(seen, text, refs, vit), (scale - seen, text, nobody, unseen),
+                 (1 - scale, no_text, nobody, unseen)]
         return sum(weight * model(x, t.expand(len(x)), rows.expand(len(x), -1, -1), r, v)
-                   for weight, rows, r, v in terms)
+                   for weight, rows, r, v in terms if weight)
     return velocity
 
 
 @torch.no_grad()
-def generate(model, encoders, captions, people, frames, size, seeds, steps=STEPS, shift=SHIFT, solver="euler",
-             guide_text=1.0, guide_refs=1.0):
-    """Videos [B, 3, frames, size, size] in -1..1.
+def encode_people(encoders, rows, device):
+    """Each row's reference pictures, one dict per identity {view: [B, 3, H, W] in -1..1} or None for plain Wan
+    -> (refs, vit) a row, as HarmoView.forward takes them. All latents first, so that each network loads once."""
+    refs = [people and [{view: encoders.encode(image[:, :, None])[:, :, 0].to(device)
+                         for view, image in views.items()} for views in people] for people in rows]
+    vit = [people and [encoders.features(views["front"]).to(device) if "front" in views else None
+                       for views in people] for people in rows]
+    return list(zip(refs, vit))
 
-    captions  B strings
-    people    one dict per identity, {view: reference pictures [B, 3, size, size] in -1..1}
-    seeds     B ints: a video's noise depends on its own seed alone
-    """
-    codec, device = encoders.codec, next(model.parameters()).device
-    refs = [{view: codec.encode(image[:, :, None])[:, :, 0].to(device) for view, image in views.items()}
-            for views in people]
-    vit = [encoders.features(views["front"]).to(device) if "front" in views else None for views in people]
-    text, no_text = encoders.text(captions).to(device), encoders.text([""]).to(device)
-    shape = (model.config.in_dim, frames, size // codec.stride, size // codec.stride)
+
+@torch.no_grad()
+def denoise(model, text, no_text, refs, vit, shape, seeds, recipe, tick=lambda: None):
+    """Latents [B, *shape], float32; a video's noise depends on its own seed alone.
+    recipe: steps, shift, solver, guide_text, guide_refs as in RECIPES; tick is called once a step."""
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                         for seed in seeds]).to(device)
-    velocity = guided(model, text, no_text, refs, vit, guide_text, guide_refs)
-    with autocast(device):
-        latent = solve(velocity, noise, steps, shift, solver)
-    return codec.decode(latent.cpu()).clamp(-1, 1)
+                         for seed in seeds]).to(text.device)
+    velocity = guided(model, text, no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
+                      model.boundary)
+
+    def step(x, t):
+        tick()
+        return velocity(x, t)
+    with autocast(text.device):
+        return solve(step, noise, recipe["steps"], recipe["shift"], recipe["solver"])
+
+
+def generate(model, encoders, captions, people, frames, size, seeds, recipe):
+    """Videos [B, 3, frames, H, W] in -1..1 of B captions, all with the same views.
+
+    people  one dict per identity, {view: reference pictures [B, 3, H, W] in -1..1}; None: plain Wan
+    size    (H, W)
+    seeds   B ints
+    recipe  a row of RECIPES
+    """
+    text = encoders.text([*captions, recipe["negative"]]).to(model.device)
+    (refs, vit), = encode_people(encoders, [people], model.device)
+    latent = denoise(model, text[:-1], text[-1:], refs, vit, encoders.latent_shape(frames, size), seeds, recipe)
+    return encoders.decode(latent.cpu())
+
+
+class Experts:
+    """One network, or Wan2.2's two: the first for t >= 1000 * boundary, the second below. Each is loaded when it
+    is first asked and only one is held. Called like HarmoView.
+
+    load  one function a network, () -> HarmoView on the device
+    """
+
+    def __init__(self, load, config, device, boundary=0.0):
+        self.load, self.config, self.device, self.boundary = load, config, device, boundary
+        self.at = self.network = None
+
+    def __call__(self, x, t, text, refs=None, vit=None):
+        at = 0 if float(t[0]) >= 1000 * self.boundary else 1
+        if at != self.at:
+            self.drop()
+            self.network, self.at = self.load[at](), at
+        return self.network(x, t, text, refs, vit)
+
+    def drop(self):
+        self.at = self.network = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------- reading and writing
@@ -101,7 +202,7 @@ def view_of(argument):
 
 
 def read_picture(path, size):
-    """A picture file -> [3, size, size] in -1..1: EXIF orientation, alpha on white, Lanczos fit,
+    """A picture file -> [3, H, W] in -1..1, size (H, W): EXIF orientation, alpha on white, Lanczos fit,
     white padding."""
     try:
         with Image.open(path) as opened:
@@ -112,13 +213,13 @@ def read_picture(path, size):
         raise UserError(f"{path}: not a readable picture ({error}); "
                         "--refs expects PNG, JPEG or WebP files") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color="white")
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    image = ImageOps.pad(image, size[::-1], Image.Resampling.LANCZOS, color="white")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, 3)
     return data.from_bytes(pixels).permute(2, 0, 1)
 
 
 def read_people(arguments, size):
-    """--refs values, one list of files per person -> [{view: [1, 3, size, size]}]."""
+    """--refs values, one list of files per person -> [{view: [1, 3, H, W]}]."""
     people = []
     for files in arguments:
         views = {}
@@ -129,6 +230,33 @@ def read_people(arguments, size):
             views[view] = read_picture(path, size)[None]
         people.append(views)
     return people
+
+
+def read_jobs(path):
+    """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...},
+    the last two optional."""
+    jobs = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable text file ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            job = json.loads(line)
+            prompt, refs, seed = job["prompt"], job.get("refs") or [], job.get("seed")
+            good = (isinstance(prompt, str) and prompt.strip() and isinstance(seed, int | None)
+                    and all(isinstance(f, str) for files in refs for f in files) and "" not in refs)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
+            raise UserError(f'{path} line {number}: expected {{"prompt": "...", "refs": [["front.png", ...], '
+                            f'...], "seed": 0}}, the last two optional; got {line[:60]}')
+        jobs.append({"prompt": prompt, "refs": refs, "seed": seed})
+    if not jobs:
+        raise UserError(f"{path} holds no prompt; expected one JSON object a line")
+    return jobs
 
 
 def wrap(text, font, width):
@@ -147,33 +275,141 @@ def contact_sheet(rows, tile=112):
     """A PIL image. rows: dicts of people (list of {view: [3, S, S]}), video [3, F, S, S], prompt,
     and perhaps truth, a second video, and a note to go behind the prompt.
 
-    Each person is a block of 2 x 2 views on the left, a view that was not given an empty square;
-    frames are on the right, the prompt is below.
+    Each person is a block of 2 x 2 views on the left, a view that was not given an empty square; at most eight
+    frames are on the right, evenly spaced, the prompt is below.
     """
-    font, gap, line = ImageFont.load_default(13), 6, 17
+    font, gap, line, most = ImageFont.load_default(13), 6, 17, 8
+    height, width = rows[0]["video"].shape[2:]
+    wide = round(tile * width / height)
     blocks = max(len(row["people"]) for row in rows)
-    left = blocks * (tile + gap) + gap
-    width = left + max(row["video"].shape[1] for row in rows) * tile + gap
-    prompts = [wrap(row["prompt"] + row.get("note", ""), font, width - 2 * gap) for row in rows]
+    left = blocks * (wide + gap) + gap
+    columns = min(most, max(row["video"].shape[1] for row in rows))
+    total = left + columns * wide + gap
+    prompts = [wrap(row["prompt"] + row.get("note", ""), font, total - 2 * gap) for row in rows]
     heights = [tile * (1 + ("truth" in row)) + line * (text.count("\n") + 1) + 2 * gap
                for row, text in zip(rows, prompts)]
-    sheet = Image.new("RGB", (width, sum(heights) + gap), "white")
+    sheet = Image.new("RGB", (total, sum(heights) + gap), "white")
     draw, y = ImageDraw.Draw(sheet), gap
-    for row, text, height in zip(rows, prompts, heights):
+    for row, text, high in zip(rows, prompts, heights):
         for k, views in enumerate(row["people"]):
             for v, view in enumerate(VIEWS):
-                at = (gap + k * (tile + gap) + v % 2 * tile // 2, y + v // 2 * tile // 2)
+                at = (gap + k * (wide + gap) + v % 2 * (wide // 2), y + v // 2 * (tile // 2))
                 if view in views:
-                    sheet.paste(data.to_image(views[view], tile // 2), at)
-                draw.rectangle((*at, at[0] + tile // 2 - 1, at[1] + tile // 2 - 1), outline="#cccccc")
+                    sheet.paste(data.to_image(views[view], tile // 2, wide // 2), at)
+                draw.rectangle((*at, at[0] + wide // 2 - 1, at[1] + tile // 2 - 1), outline="#cccccc")
         for i, video in enumerate((row["video"], row["truth"]) if "truth" in row else (row["video"],)):
-            for f in range(video.shape[1]):
-                sheet.paste(data.to_image(video[:, f], tile - 1), (left + f * tile, y + i * tile))
+            for c, f in enumerate(torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).round().long()):
+                sheet.paste(data.to_image(video[:, f], tile - 1, wide - 1), (left + c * wide, y + i * tile))
         if "truth" in row:
             draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
         draw.multiline_text((gap, y + tile * (1 + ("truth" in row))), text, fill="black", font=font)
-        y += height
+        y += high
     return sheet
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def is_wan(folder):
+    return (folder / "high_noise_model").is_dir() or any(folder.glob("*diffusion*.safetensors*"))
+
+
+def load(ckpt, wan=None, offload=False, tile=None):
+    """--ckpt -> model (an Experts), its encoders, its meta; says which checkpoint it took. meta holds kind, a key
+    of RECIPES, and for the toy the world it was trained on.
+
+    ckpt  a checkpoint folder of train.py, a run's folder, or a Wan checkpoint's; of two experts each may be either
+    wan   where umT5 and the VAE are; default: ckpt, or the folder that training started from
+    """
+    folder = Path(ckpt)
+    pair = (folder / "high_noise_model").is_dir()
+    folders = [folder / "high_noise_model", folder / "low_noise_model"] if pair else [folder]
+    found = [find_checkpoint(f) for f in folders]  # ours, or None
+    if not is_wan(folder) and not found[0]:
+        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten minutes on "
+                        "a laptop, or give the folder of a Wan checkpoint")
+    meta = {"kind": "wan2.2" if pair else "wan2.1"}
+    if found[0]:
+        meta |= json.loads((found[0] / "checkpoint.json").read_text())
+        meta["kind"] = meta["kind"] if meta.get("wan") else "toy"
+        print(f"checkpoint {found[0]} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if meta["kind"] == "toy":
+        encoders, dtype = data.ToyEncoders(found[0], meta["world"]["size"]), torch.float32
+    else:
+        dtype = torch.bfloat16 if uses_bf16(device) else torch.float32
+        encoders = data.WanEncoders(wan or meta.get("wan") or folder, device, dtype, offload, tile)
+
+    def loader(path, ours):
+        def load_network():
+            if meta["kind"] != "toy":
+                encoders.drop()
+            if ours:
+                network = load_checkpoint(ours)[0].to(dtype)
+            else:
+                with torch.device("meta"):
+                    network = HarmoView(wan_config(path)).to(dtype)
+                load_wan(network, path)
+            network = network.eval().requires_grad_(False)
+            if offload:
+                stream_blocks(network, device)
+                return network
+            return network.to(device)
+        return load_network
+    config = DiTConfig(**meta["config"]) if found[0] else wan_config(folders[0])
+    loaders = [loader(path, ours) for path, ours in zip(folders, found)]
+    return Experts(loaders, config, device, 0.875 if pair else 0.0), encoders, meta
+
+
+def peak_memory():
+    """Most bytes that this process has held: of the GPU's memory, or of the CPU's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def dry_run(args):
+    """Print modules, parameters, memory by phase and FLOPs a step, from shapes alone."""
+    folder, experts = Path(args.ckpt), 1
+    if args.ckpt in CONFIGS:
+        config = CONFIGS[args.ckpt]
+    elif is_wan(folder):
+        experts = 2 if (folder / "high_noise_model").is_dir() else 1
+        config = wan_config(folder / "high_noise_model" if experts == 2 else folder)
+    elif ours := find_checkpoint(folder):
+        config = DiTConfig(**json.loads((ours / "checkpoint.json").read_text())["config"])
+    else:
+        raise UserError(f"nothing at {args.ckpt}: --dry-run needs a checkpoint folder or one of {', '.join(CONFIGS)}")
+    if config.in_dim != 16:
+        raise UserError(f"{args.ckpt}: --dry-run is for Wan's sizes; the toy runs in seconds")
+    (H, W), frames = args.size or (480, 832), args.frames or 81
+    check_wan_size(frames, (H, W))
+    with torch.device("meta"):
+        network, text, vae, vit = HarmoView(config), UMT5(), WanVAE(), DINOv2()
+    count = {kind: sum(p.numel() for p in net.parameters()) for kind, net in
+             (("transformer", network), ("umT5", text), ("VAE", vae), ("ViT", vit))}
+    own = sum(p.numel() for name, p in network.named_parameters() if name.startswith(OWN))
+    video = (frames + 3) // 4 * (H // 16) * (W // 16)
+    people = [[view_of(file)[0] for file in files] for files in args.refs or ()]
+    given = sum(map(len, people))
+    tokens = video + given * (H // 16) * (W // 16) + (len(people) * len(VIEWS) - given) * config.proxy_tokens
+    recipe = RECIPES["wan2.2" if experts == 2 else "wan2.1"]
+    passes = 3 if people else 2  # of the network in one step, for guidance
+    flops = network.flops(tokens)
+    gib = 2**30
+    for kind, n in count.items():
+        print(f"{kind:12}{n:>16,} parameters" + (f", {own:,} of them HarmoView's own; x {experts} expert(s)"
+                                                  if kind == "transformer" else ""))
+    print(f"{frames} frames of {H}x{W}: {video:,} tokens, with references {tokens:,}")
+    hidden = tokens * (3 * 4 * config.dim + 2 * (4 * config.dim + 2 * config.ffn_dim))
+    pixels = 4 * H * W * 4 * 96  # four frames at the VAE's full resolution and width
+    phases = {"umT5, bf16": 2 * count["umT5"], "VAE encode, float32": 4 * count["VAE"] + 5 * pixels,
+              "ViT, bf16": 2 * count["ViT"],
+              "denoising, bf16": 2 * count["transformer"] + hidden,
+              "VAE decode, float32": 4 * count["VAE"] + 6 * pixels}
+    print("expected memory, one phase after the other (weights exact, activations estimated):")
+    for phase, size in phases.items():
+        print(f"  {phase:22}{size / gib:6.1f} GiB")
+    print(f"{flops / 1e12:,.0f} TFLOP a forward, {passes} forwards a step with guidance, {passes * flops / 1e12:,.0f} "
+          f"TFLOP a step, {args.steps or recipe['steps']} steps")
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
@@ -182,39 +418,78 @@ def arguments(argv=None):
     what = p.add_argument_group("what to show")
     what.add_argument("--refs", nargs="+", action="append", metavar="PICTURE",
                       help="one person's views; give it once per person")
-    what.add_argument("--prompt", help="the caption (without --refs: of people the toy held out)")
+    what.add_argument("--prompt", help="the caption (toy, without --refs: of people it never saw)")
+    what.add_argument("--prompts", metavar="FILE",
+                      help='JSONL, one video a line: {"prompt": "...", "refs": [[...], ...], "seed": 0}')
     what.add_argument("--views", nargs="+", choices=VIEWS, default=VIEWS,
-                      help="without --refs: the views that are given")
+                      help="toy, without --refs: the views that are given")
     what.add_argument("--swap", action="store_true",
                       help="again below with the two people's references exchanged, same noise")
-    what.add_argument("--ckpt", default="out/toy",
-                      help="checkpoint folder, or a run's folder: its newest one (default out/toy)")
+    what.add_argument("--ckpt", default="out/toy", help="folder of a checkpoint or of a run (its newest one), or of "
+                      "a Wan checkpoint (default out/toy)")
+    what.add_argument("--wan", metavar="DIR", help="where umT5, the VAE and the ViT are (default: the Wan folder "
+                      "that --ckpt is or started from)")
     what.add_argument("--out", default="out/sample",
                       help="where to write, without suffix (default out/sample)")
-    how = p.add_argument_group("how")
-    how.add_argument("--frames", type=int, help="frames (default: what the checkpoint was trained on)")
-    how.add_argument("--size", type=int, help="pixels a side (default: what the checkpoint was trained on)")
-    how.add_argument("--fps", type=int, default=4, help="frames per second of the MP4")
-    how.add_argument("--steps", type=int, default=STEPS, help="solver steps")
-    how.add_argument("--shift", type=float, default=SHIFT, help="timestep shift")
-    how.add_argument("--solver", choices=SOLVERS, default="euler")
-    how.add_argument("--guide-text", type=float, default=1.0, help="guidance towards the caption; 1 is none")
-    how.add_argument("--guide-refs", type=float, default=GUIDE_REFS,
-                     help="guidance towards the references; 1 is none")
+    how = p.add_argument_group("how (defaults by kind of checkpoint: RECIPES)")
+    how.add_argument("--frames", type=int, help="frames, for Wan 4n+1 (default: as trained; Wan 81)")
+    how.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: as trained; Wan 480x832)")
+    how.add_argument("--fps", type=int, help="frames per second of the MP4")
+    how.add_argument("--steps", type=int, help="solver steps")
+    how.add_argument("--shift", type=float, help="timestep shift")
+    how.add_argument("--solver", choices=SOLVERS)
+    how.add_argument("--guide-text", type=float, nargs="+", help="guidance towards the caption; 1 is none; two "
+                     "numbers: at high noise, at low noise")
+    how.add_argument("--guide-refs", type=float, help="guidance towards the references; 1 is none")
+    how.add_argument("--negative", help="what the video should not be")
     how.add_argument("--seed", type=int, default=0)
+    card = p.add_argument_group("small cards")
+    card.add_argument("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
+    card.add_argument("--tile", type=int, help="pixels a side that the VAE works on at a time, for example 256")
+    card.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
     return p.parse_args(argv)
 
 
-def load(ckpt):
-    """--ckpt -> model, its encoders, its checkpoint.json; says which checkpoint it took."""
-    folder = find_checkpoint(ckpt)
-    if folder is None:
-        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, "
-                        "about ten minutes on a laptop")
-    model, meta = load_checkpoint(folder)
-    print(f"checkpoint {folder} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(device), data.ToyEncoders(folder, meta["world"]["size"]), meta
+def parse_size(text):
+    """"480x832", or one side of a square -> (H, W)."""
+    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not sides:
+        raise UserError(f"--size {text}: expected HEIGHTxWIDTH, for example 480x832, or one side")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+def check_wan_size(frames, size):
+    if frames < 1 or frames % 4 != 1 or min(size) < 16 or size[0] % 16 or size[1] % 16:
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: expected 4n+1 frames (81) and sides that are "
+                        "multiples of 16 (480x832)")
+
+
+def resolve(args, model, meta):
+    """Fill in what the kind of checkpoint decides and check the rest -> recipe, frames, (H, W)."""
+    recipe = {name: default if (given := getattr(args, name)) is None else given
+              for name, default in RECIPES[meta["kind"]].items()}
+    if recipe["fps"] < 1:
+        raise UserError(f"--fps {recipe['fps']}: expected at least 1 frame a second")
+    if len(recipe["guide_text"]) > 2:
+        raise UserError(f"--guide-text got {len(recipe['guide_text'])} numbers; expected one, or two for Wan2.2")
+    if recipe["steps"] < 1 or recipe["shift"] <= 0:
+        raise UserError(f"--steps {recipe['steps']} --shift {recipe['shift']}: expected at least 1 step and a shift "
+                        "above 0")
+    if args.refs and len(args.refs) > model.config.max_identities:
+        raise UserError(f"{len(args.refs)} people (--refs given {len(args.refs)} times): "
+                        f"this checkpoint holds at most {model.config.max_identities}")
+    if meta["kind"] != "toy":
+        world = 81, (480, 832)
+    else:
+        world = meta["world"]["frames"], (meta["world"]["size"],) * 2
+    frames = world[0] if args.frames is None else args.frames
+    size = args.size or world[1]
+    if meta["kind"] != "toy":
+        check_wan_size(frames, size)
+    elif (frames, size) != world:
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: "
+                        f"this checkpoint makes {world[0]} frames of {world[1][0]}x{world[1][1]}")
+    return recipe, frames, size
 
 
 def held_out(prompt, views, frames, size):
@@ -235,49 +510,92 @@ def held_out(prompt, views, frames, size):
     return rows
 
 
+def rows_of(args, model, meta, frames, size):
+    """What to make: [{people, prompt, seed}], people as for `generate`, None for plain Wan."""
+    if args.prompts:
+        if args.prompt is not None or args.refs:
+            raise UserError("--prompts FILE holds prompts and references: leave --prompt and --refs out")
+        jobs = read_jobs(args.prompts)
+    elif args.prompt is None and meta["kind"] == "toy":
+        jobs = []
+    elif args.prompt is None:
+        raise UserError("--prompt is missing: say what happens")
+    else:
+        jobs = [{"prompt": args.prompt, "refs": args.refs or [], "seed": None}]
+    rows = []
+    for job in jobs:
+        if len(job["refs"]) > model.config.max_identities:
+            raise UserError(f"{len(job['refs'])} people for {job['prompt'][:40]!r}: this checkpoint holds at most "
+                            f"{model.config.max_identities}")
+        if job["refs"] and "stage" not in meta:
+            raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give a checkpoint that "
+                            "train.py made, or leave --refs out")
+        row = {"prompt": job["prompt"], "seed": args.seed if job["seed"] is None else job["seed"],
+               "files": job["refs"]}
+        if meta["kind"] == "toy" and not job["refs"]:
+            row |= held_out(job["prompt"], args.views, frames, size[0])[0]
+        else:  # a HarmoView network without references sees one person's proxies
+            row["people"] = read_people(job["refs"], size) or ([{}] if "stage" in meta else None)
+        rows.append(row)
+    rows = rows or [row | {"seed": args.seed} for row in held_out(None, args.views, frames, size[0])]
+    if not args.swap:
+        return rows
+    rows = [row for row in rows if row["people"] and len(row["people"]) == 2]
+    if not rows:
+        raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
+    return [{"people": people, "prompt": row["prompt"], "seed": row["seed"], "note": note} for row in rows
+            for people, note in ((row["people"], ""), (row["people"][::-1], "  (references exchanged)"))]
+
+
+@torch.no_grad()
+def make(rows, model, encoders, recipe, frames, size):
+    """Add "video" to every row. All captions first, then all references, all denoising and all decoding, so that
+    one network after the other is in memory."""
+    text = encoders.text([*(row["prompt"] for row in rows), recipe["negative"]]).to(model.device)
+    seen = encode_people(encoders, [row["people"] for row in rows], model.device)
+    bar = tqdm(total=len(rows) * recipe["steps"], desc="sampling", unit=" steps", disable=None)
+    start, latents = time.perf_counter(), []
+    for i, (row, (refs, vit)) in enumerate(zip(rows, seen)):
+        latents.append(denoise(model, text[i:i + 1], text[-1:], refs, vit, encoders.latent_shape(frames, size),
+                               [row["seed"]], recipe, bar.update).cpu())
+    bar.close()
+    print(f"{(time.perf_counter() - start) / bar.total:.3g} seconds a step")
+    model.drop()
+    for row, latent in zip(rows, latents):
+        row["video"] = encoders.decode(latent)[0].cpu()
+
+
 def main(argv=None):
     args = arguments(argv)
+    args.size = args.size and parse_size(args.size)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty: say what happens, "
                         "for example \"a close-up of one person in a red shirt nods ...\"")
     if args.refs and args.prompt is None:
         raise UserError("--refs needs --prompt: say what the people do")
-    if args.fps < 1:
-        raise UserError(f"--fps {args.fps}: expected at least 1 frame a second")
+    if args.dry_run:
+        return dry_run(args)
     out = Path(args.out)
     data.probe_writable(out.parent)
-    model, encoders, meta = load(args.ckpt)
-    world, held = meta["world"], model.config.max_identities
-    frames = world["frames"] if args.frames is None else args.frames
-    size = world["size"] if args.size is None else args.size
-    if (frames, size) != (world["frames"], world["size"]):
-        raise UserError(f"{frames} frames of {size}x{size}: "
-                        f"this checkpoint makes {world['frames']} frames of {world['size']}x{world['size']}")
-    if args.refs and len(args.refs) > held:
-        raise UserError(f"{len(args.refs)} people (--refs given {len(args.refs)} times): "
-                        f"this checkpoint holds at most {held}")
-    if args.refs:
-        rows = [{"people": read_people(args.refs, size), "prompt": args.prompt}]
-    else:
-        rows = held_out(args.prompt, args.views, frames, size)
-    if args.swap:
-        if not any(len(row["people"]) == 2 for row in rows):
-            raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
-        rows = [{"people": people, "prompt": row["prompt"], "note": note}
-                for row in rows if len(row["people"]) == 2
-                for people, note in ((row["people"], ""), (row["people"][::-1], "  (references exchanged)"))]
+    model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile)
+    recipe, frames, size = resolve(args, model, meta)
+    rows = rows_of(args, model, meta, frames, size)
     start = time.perf_counter()
-    for row in tqdm(rows, desc="sampling", unit=" videos", disable=None):
-        row["video"] = generate(model, encoders, [row["prompt"]], row["people"], frames, size, [args.seed],
-                                args.steps, args.shift, args.solver, args.guide_text, args.guide_refs)[0]
-        row["people"] = [{view: picture[0] for view, picture in views.items()} for views in row["people"]]
+    make(rows, model, encoders, recipe, frames, size)
     names = ([out.with_suffix(".mp4")] if len(rows) == 1 else
              [out.with_name(f"{out.name}-{i}.mp4") for i in range(1, len(rows) + 1)])
-    for name, row in zip(names, rows):
-        data.write_video(name, row["video"], args.fps)
-    contact_sheet(rows).save(out.with_suffix(".png"))
-    print(f"{', '.join(map(str, names))} and {out.with_suffix('.png')} "
-          f"in {time.perf_counter() - start:.1f} s")
+    notes = [json.dumps({"prompt": row["prompt"], "seed": row["seed"], "refs": row.get("files", []),
+                         "ckpt": args.ckpt, "frames": frames, "size": size, **recipe}, ensure_ascii=False)
+             for row in rows]
+    for name, row, note in zip(names, rows, notes):
+        data.write_video(name, row["video"], recipe["fps"], note)
+        row["people"] = [{view: picture[0] for view, picture in views.items()} for views in row["people"] or ()]
+    info = PngInfo()
+    for name, note in zip(names, notes):
+        info.add_itxt(name.name, note)
+    contact_sheet(rows).save(out.with_suffix(".png"), pnginfo=info)
+    print(f"{', '.join(map(str, names))} and {out.with_suffix('.png')} in {time.perf_counter() - start:.1f} s, "
+          f"peak memory {peak_memory() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors,
-                   save_checkpoint)
+from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors, load_wan,
+                   save_checkpoint, uses_bf16)
 from rope import LAYOUTS, VIEWS, UserError
 
 
@@ -57,6 +57,9 @@ RECIPES = {  # per config: steps of each stage, global batch, peak learning rate
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=10.0),
     "toy": dict(steps=(60, 90, 350, 800), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=10.0),
     "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=10.0),
+    # full fine-tuning from --wan; what others use for Wan, not measured here
+    "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, shift=5.0),
+    "14b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, shift=5.0),
 }
 
 
@@ -68,6 +71,8 @@ def arguments(argv=None):
                      help="a preset of model.CONFIGS and its recipe")
     run.add_argument("--out", default=None, help="folder of the run (default out/CONFIG)")
     run.add_argument("--data", default="cache", help="folder for rendered or encoded training data")
+    run.add_argument("--wan", metavar="DIR", help="a Wan checkpoint's folder: the first stage trained starts "
+                     "from its transformer, and the configs 1.3b and 14b use its encoders")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
     run.add_argument("--overwrite", action="store_true",
                      help="start the stages afresh where checkpoints exist")
@@ -79,8 +84,8 @@ def arguments(argv=None):
                      help="samples per forward on a rank (default: the rank's whole share)")
     opt.add_argument("--muon-lr", type=float, help="peak learning rate of Muon")
     opt.add_argument("--adamw-lr", type=float, help="peak learning rate of AdamW")
-    opt.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
-                     help="muon: on the blocks' matrices, AdamW on the rest")
+    opt.add_argument("--optimizer", choices=("muon", "adamw"),
+                     help="muon: on the blocks' matrices, AdamW on the rest (default; adamw with --wan)")
     opt.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up per stage")
     opt.add_argument("--weight-decay", type=float, default=0.01)
     opt.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
@@ -214,6 +219,7 @@ class World:
 def resolve(args, world):
     """Fill in what the recipe decides and check what must fit together -> stages to train, DiTConfig."""
     recipe = RECIPES[args.config]
+    args.optimizer = args.optimizer or ("adamw" if args.wan else "muon")
     args.out = Path(args.out or f"out/{args.config}")
     for name in ("batch", "muon_lr", "adamw_lr", "shift"):
         if getattr(args, name) is None:
@@ -238,7 +244,12 @@ def resolve(args, world):
     if args.no_mfi:
         overrides |= {"vit_dim": 0, "vit_levels": 0}
     config = replace(CONFIGS[args.config], **{k: v for k, v in overrides.items() if v is not None})
-    return list(STAGES) if args.stage == "all" else [int(args.stage)], config
+    if config.in_dim == 16 and not args.wan:
+        raise UserError(f"--config {args.config} trains on Wan's latents: give --wan DIR, the folder of a Wan "
+                        "checkpoint")
+    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
+    args.first = stages[0]
+    return stages, config
 
 
 def refuse_to_lose(number, args):
@@ -251,10 +262,13 @@ def refuse_to_lose(number, args):
 
 
 def source_of(number, args):
-    """Where a stage's weights come from -> (its own checkpoint to resume, the stage before's), each or None.
+    """Where a stage's weights come from -> (its own checkpoint to resume, the stage before's), each or None;
+    neither for stage 1 and where --wan is the start.
     Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
     again = f"--config {args.config} --out {args.out}"
     own, before = refuse_to_lose(number, args), find_checkpoint(args.out / f"stage{number - 1}")
+    if args.wan and number == args.first:
+        return own if args.resume else None, None
     if own and args.resume:
         return own, before
     if number > 1 and before is None:
@@ -278,6 +292,13 @@ def prepare(number, args, config, world):
         if differ:
             raise UserError(f"{own or before} has another config ({'; '.join(differ)}): "
                             "give the same flags, or another --out")
+    elif args.wan:
+        with torch.device("meta"):
+            model, start = HarmoView(config), 0
+        torch.manual_seed(args.seed)
+        absent = load_wan(model, args.wan)
+        if world.rank == 0:
+            print(f"{args.wan}: loaded; new are {', '.join(absent) or 'no parameters'}")
     else:
         torch.manual_seed(args.seed)
         model, start = HarmoView(config), 0
@@ -321,8 +342,10 @@ def train_stage(number, args, config, dataset, world, stop):
         meta = {"config": asdict(config), "preset": args.config,
                 "world": {k: data.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number,
                 "name": stage.name, "step": step, "finished": step == steps, "command": " ".join(sys.argv)}
+        if config.in_dim == 16:
+            meta["wan"] = str(wan_root(args))
         tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
-        save_checkpoint(folder / f"step-{step:06d}", tensors, meta, dataset.encoders.files, keep=args.keep)
+        save_checkpoint(folder / f"step-{step:06d}", tensors, meta, dataset.files, keep=args.keep)
 
     wrapped = model  # compile and DDP wrap last, so that no saved key carries their prefixes
     if args.compile:
@@ -418,6 +441,12 @@ def stop_on_sigterm(world):
     return stop
 
 
+def wan_root(args):
+    """Where --wan's encoders are: beside the transformer, or a folder up where it is one of two experts."""
+    folder = Path(args.wan).resolve()
+    return folder if any(folder.glob("models_t5*")) else folder.parent
+
+
 def main(argv=None):
     args = arguments(argv)
     world = World.join()
@@ -429,16 +458,23 @@ def main(argv=None):
     data.probe_writable(args.data)
     cache = functools.partial(data.build_cache, args.data, **data.WORLDS[args.config], pairs=args.pairs,
                               vit=args.vit)
+    views = VIEWS if args.pairs == "cross" else data.IN_PAIR_VIEWS
+
+    def load_data():
+        if config.in_dim == 16:
+            dtype = torch.bfloat16 if uses_bf16(world.device) else torch.float32
+            encoders = data.WanEncoders(wan_root(args), world.device, dtype)
+            return data.LatentData(data.encode_cache(cache(), encoders, args.mask), views)
+        return data.ToyData(cache(), data.WORLDS[args.config]["size"], views, args.mask)
     if world.rank == 0:
         print(f"{args.config}: {config}\n"
               f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
               f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
               f"{args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, shift {args.shift}, {args.precision} "
               f"on {world.device}")
-        cache()
+        load_data()  # what it renders and encodes, it leaves for the other ranks
     world.barrier()
-    dataset = data.ToyData(cache(), data.WORLDS[args.config]["size"],
-                           VIEWS if args.pairs == "cross" else data.IN_PAIR_VIEWS, args.mask)
+    dataset = load_data()
     stop = stop_on_sigterm(world)
     for number in stages:
         train_stage(number, args, config, dataset, world, stop)

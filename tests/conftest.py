@@ -32,3 +32,40 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     run(ROOT / "train.py", "--config", "tiny", "--no-samples", cwd=folder)
     return folder
+
+
+WAN_SMALL = dict(text_dim=32, freq_dim=32, vit_dim=64, vit_levels=2)  # what the folder below has of its own
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory):
+    """Two folders laid out like Wan's checkpoints, 2.1 and 2.2, with every network small and random."""
+    import safetensors.torch
+    import torch
+
+    import data
+    from encoders import UMT5, DINOv2, WanVAE
+    from model import OWN, DiTConfig, HarmoView
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("wan")
+    for name, parts in (("2.1", ["."]), ("2.2", ["high_noise_model", "low_noise_model"])):
+        folder = root / name
+        (folder / "google/umt5-xxl").mkdir(parents=True)
+        data.train_tokenizer(folder / "google/umt5-xxl/spiece.model")
+        networks = {
+            "models_t5_umt5-xxl-enc-bf16.pth": UMT5(vocab=300, dim=32, ffn_dim=48, num_heads=4, num_layers=2),
+            "Wan2.1_VAE.pth": WanVAE(dim=8),
+            "dinov2_vits14_pretrain.pth": DINOv2(dim=64, num_layers=2, num_heads=1, image_size=56),
+        }
+        for file, network in networks.items():
+            torch.save(network.state_dict(), folder / file)
+        for part in parts:
+            network = HarmoView(DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **WAN_SMALL))
+            tensors = {k: torch.randn_like(v) / v.shape[-1] ** 0.5 for k, v in network.state_dict().items()}
+            (folder / part).mkdir(exist_ok=True)
+            safetensors.torch.save_file(
+                {k: v for k, v in tensors.items() if not k.startswith(OWN)},
+                folder / part / "diffusion_pytorch_model.safetensors",
+            )
+    return root

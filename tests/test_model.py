@@ -1,12 +1,30 @@
+import json
 import random
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import data
+import model
 import train
-from model import CONFIGS, MFI, HarmoView, load_checkpoint, load_tensors, save_checkpoint, unpatchify
+from model import (
+    CONFIGS,
+    MFI,
+    OWN,
+    WAN,
+    DiTConfig,
+    HarmoView,
+    load_checkpoint,
+    load_tensors,
+    load_wan,
+    save_checkpoint,
+    unpatchify,
+    wan_config,
+)
 from rope import VIEWS, UserError
 
 TINY = CONFIGS["tiny"]
@@ -220,3 +238,196 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     save_checkpoint(folder, {"ema": network().state_dict()}, {"config": {**vars(TINY), "colour": "red"}})
     with pytest.raises(UserError, match="differ in colour"):
         load_checkpoint(folder)
+
+
+# ------------------------------------------------------------------------------------------- Wan's checkpoints
+SMALL_WAN = DiTConfig(
+    dim=48, ffn_dim=96, num_heads=2, num_layers=3, freq_dim=32, text_dim=24, vit_dim=20, vit_levels=2
+)
+TO_DIFFUSERS = {  # ours: theirs, written out again so that a wrong rename in model.py cannot hide
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+IN_BLOCKS = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{
+        f"{ours}.{part}": f"{theirs}.{their_part}"
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for part, their_part in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    },
+}
+
+
+def their_name(name):
+    if name.startswith("blocks."):
+        _, number, rest = name.split(".", 2)
+        stem = max((k for k in IN_BLOCKS if rest == k or rest.startswith(k + ".")), key=len)
+        return f"blocks.{number}.{IN_BLOCKS[stem]}{rest[len(stem):]}"
+    stem = next((k for k in TO_DIFFUSERS if name.startswith(k)), None)
+    return TO_DIFFUSERS[stem] + name[len(stem):] if stem else name
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """diffusers' Wan transformer, small, with random weights, and its tensors by our names."""
+    torch.manual_seed(0)
+    net = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, text_dim=24, freq_dim=32, ffn_dim=96, num_layers=3
+    ).eval()
+    for p in net.parameters():
+        p.data = torch.randn_like(p) / p.shape[-1] ** 0.5
+    theirs = net.state_dict()
+    base = [name for name in HarmoView(SMALL_WAN).state_dict() if not name.startswith(OWN)]
+    assert sorted(map(their_name, base)) == sorted(theirs)
+    return net, {name: theirs[their_name(name)].clone() for name in base}
+
+
+def write(folder, tensors, shards=1):
+    """Tensors as a Wan folder, in one file or in shards with an index."""
+    folder.mkdir(exist_ok=True)
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+        return folder
+    weight_map = {name: f"diffusion_pytorch_model-{i % shards}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wan_weights_load_exactly(oracle, tmp_path, layout, shards, device):
+    net, tensors = oracle
+    named = {their_name(k) if layout == "diffusers" else k: v for k, v in tensors.items()}
+    with torch.device(device):
+        ours = HarmoView(SMALL_WAN)
+    absent = load_wan(ours, write(tmp_path / "wan", named, shards))
+    assert absent == [name for name in ours.state_dict() if name.startswith(OWN)] and len(absent) == 7
+    g = torch.Generator().manual_seed(1)
+    x, text = torch.randn(3, 16, 3, 6, 10, generator=g), torch.randn(3, 512, 24, generator=g)
+    t = torch.tensor([999.0, 500.0, 3.0])
+    with torch.no_grad():
+        truth = net(x, t, text, return_dict=False)[0]
+        for refs, vit in ((None, None), (None, [torch.randn(3, 2, 5, 20), torch.randn(3, 2, 5, 20)])):
+            mine = ours(x, t, text[:, :480], refs, vit)
+            short = net(x, t, F.pad(text[:, :480], (0, 0, 0, 32)), return_dict=False)[0]
+            assert (mine - short).norm() <= 1e-5 * short.norm()
+        mine = ours(x, t, text)
+    error = float((mine - truth).norm() / truth.norm())
+    print(f"relative error {error:.1e}")
+    assert error <= 1e-5
+    assert not any(p.is_meta for p in ours.parameters())
+
+
+def test_a_new_mfi_keeps_wan_bit_for_bit_and_long_captions_work(oracle, capsys):
+    net = HarmoView(SMALL_WAN)
+    x, t, text = torch.randn(1, 16, 2, 4, 4), torch.tensor([700.0]), torch.randn(1, 500, 24)
+    vit = [torch.randn(1, 2, 6, 20), None]
+    for p in (p for name, p in net.named_parameters() if not name.startswith(OWN)):
+        p.data = torch.randn_like(p) / p.shape[-1] ** 0.5
+    assert torch.equal(net(x, t, text), net(x, t, text, None, vit))  # 12 rows fill the padding
+    model.say_once.cache_clear()
+    for _ in range(2):
+        longer = net(x, t, torch.cat((text, text[:, :7]), dim=1), None, vit)
+    assert longer.isfinite().all()
+    said = capsys.readouterr().err
+    assert said.count("the context grows from 512 rows to 519") == 1
+
+
+@pytest.mark.parametrize("name, parameters, tensors", [("1.3b", 1_418_996_800, 825), ("14b", 14_288_491_584, 1095)])
+def test_full_sizes_are_wans(name, parameters, tensors):
+    with torch.device("meta"):
+        net = HarmoView(CONFIGS[name])
+    base = [p for name, p in net.named_parameters() if not name.startswith(OWN)]
+    assert (sum(p.numel() for p in base), len(base)) == (parameters, tensors)
+
+
+def test_flops_are_those_of_the_literature():
+    with torch.device("meta"):
+        flops = [HarmoView(CONFIGS[name]).flops(39_000) / 1e12 for name in ("1.3b", "14b")]
+    assert flops == pytest.approx([382, 2197], rel=0.01)  # shared/PERF.md
+
+
+def test_config_is_read_from_the_file(tmp_path):
+    config = replace(SMALL_WAN, dim=128, num_heads=1, **WAN)
+    net = HarmoView(config)
+    base = {k: v for k, v in net.state_dict().items() if not k.startswith(OWN)}
+    assert wan_config(write(tmp_path / "wan", base)) == config
+
+
+def drop(tensors, name):
+    return {k: v for k, v in tensors.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (lambda t: drop(t, "blocks.1.ffn.0.bias"), r"1 missing \('blocks.1.ffn.0.bias'\)"),
+        (lambda t: t | {"img_emb.proj.weight": torch.zeros(2)}, r"1 unknown \('img_emb.proj.weight'\)"),
+        (
+            lambda t: t | {"blocks.0.ffn.0.weight": t["blocks.0.ffn.0.weight"].T.contiguous()},
+            r"mis-shaped \('blocks.0.ffn.0.weight' \(48, 96\) instead of \(96, 48\)\)",
+        ),
+    ],
+)
+def test_a_wrong_wan_checkpoint_is_refused(oracle, tmp_path, harm, says):
+    net = HarmoView(SMALL_WAN)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    folder = write(tmp_path / "wan", harm(dict(oracle[1])), 3)
+    with pytest.raises(UserError, match=says) as error:
+        load_wan(net, folder)
+    assert "\n" not in str(error.value) and "does not fit a network of width 48" in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"", "is empty"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{broken", "cannot be read"),
+        (None, "No such file"),
+    ],
+)
+def test_a_damaged_shard_is_refused(oracle, tmp_path, content, says):
+    folder = write(tmp_path / "wan", oracle[1], 3)
+    shard = folder / "diffusion_pytorch_model-1.safetensors"
+    shard.unlink() if content is None else shard.write_bytes(content)
+    with pytest.raises(UserError, match=says) as error:
+        load_wan(HarmoView(SMALL_WAN), folder)
+    assert "\n" not in str(error.value) and "model-1" in str(error.value)
+
+
+def test_folders_that_hold_no_network(oracle, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pair" / "high_noise_model").mkdir(parents=True)
+    write(tmp_path / "twice", oracle[1], 2)
+    twice = tmp_path / "twice"
+    first = twice / "diffusion_pytorch_model-0.safetensors"
+    (twice / "diffusion_pytorch_model-1.safetensors").write_bytes(first.read_bytes())
+    for folder, says in (("empty", "0 .safetensors files"), ("pair", "two experts"), ("twice", "came before")):
+        with pytest.raises(UserError, match=says):
+            load_wan(HarmoView(SMALL_WAN), tmp_path / folder)
+    (twice / "diffusion_pytorch_model.safetensors.index.json").write_text("[1")
+    with pytest.raises(UserError, match="no index of shards"):
+        load_wan(HarmoView(SMALL_WAN), twice)

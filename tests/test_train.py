@@ -8,16 +8,17 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, WAN_SMALL, run
 
 import data
 import sample
 import train
-from model import CONFIGS, HarmoView, find_checkpoint, load_checkpoint
+from model import CONFIGS, OWN, DiTConfig, HarmoView, find_checkpoint, load_checkpoint, load_wan
 from rope import VIEWS, UserError
 
 FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
@@ -283,3 +284,48 @@ def test_an_interrupted_rendering_leaves_no_cache(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         data.build_cache(tmp_path, **data.WORLDS["tiny"])
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ from Wan
+@pytest.fixture
+def small_wan(wan, monkeypatch, tmp_path):
+    """--config small and --wan: a small folder laid out like Wan2.1's, in an empty working directory."""
+    config = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **WAN_SMALL)
+    monkeypatch.setitem(train.CONFIGS, "small", config)
+    monkeypatch.setitem(train.RECIPES, "small", train.RECIPES["tiny"] | {"batch": 2})
+    monkeypatch.setitem(data.WORLDS, "small", dict(size=32, frames=5, clips=(2, 2)))
+    monkeypatch.chdir(tmp_path)
+    return ["--config", "small", "--no-samples", "--wan", str(wan / "2.1")]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_wan_is_the_start_of_any_stage(small_wan, wan, stage):
+    train.main([*small_wan, "--stage", str(stage), "--steps", "1", "--adamw-lr", "1e-9", "--mask", "0.6"])
+    meta = json.loads(next(Path("out/small").rglob("checkpoint.json")).read_text())
+    assert meta["stage"] == stage and meta["wan"] == str(wan / "2.1")
+    trained, _ = load_checkpoint(find_checkpoint("out/small"), "model")
+    base = HarmoView(trained.config)
+    assert all(name.startswith(OWN) for name in load_wan(base, wan / "2.1"))
+    for (name, a), b in zip(trained.named_parameters(), base.parameters(), strict=True):
+        if not name.startswith(OWN):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_all_stages_from_wan_and_a_video_from_references(small_wan, wan, tmp_path):
+    train.main([*small_wan, "--steps", "1"])
+    picture = data.benchmark_references(64)[0, 0]
+    data.to_image(picture, 64).save("a_front.png")
+    sample.main(["--ckpt", "out/small", "--refs", "a_front.png", "--prompt", "one person nods", "--steps", "1",
+                 "--frames", "5", "--size", "32x48", "--out", "v"])
+    assert Path("v.mp4").exists() and Path("v.png").exists()
+
+
+def test_wan_configs_need_wan(small_wan, tmp_path):
+    for arguments, says in (
+        (["--config", "1.3b"], "--config 1.3b trains on Wan's latents: give --wan DIR"),
+        (["--config", "1.3b", *small_wan[2:]], "does not fit a network of width 1536"),
+        ([*small_wan[:-1], "nowhere"], "nowhere: No such file"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train.main(arguments)
+    assert not any(tmp_path.iterdir())
