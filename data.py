@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encoders import (UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, WeightFile, load_weights, stream_blocks)
+from encoders import (UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, load_weights, read_weights,
+                      stream_blocks)
 from rope import VIEWS, UserError
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
@@ -430,18 +431,21 @@ class ToyEncoders:
 
 
 # Wan's own, for the unconditional branch of guidance
-NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-                   "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-                   "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-MFI_PIXELS = 112  # side of the ViT's picture: 8 x 8 patches of 14, so that two people's rows fit beside a caption
+NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
+                   "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+                   "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+                   "杂乱的背景，三条腿，背景人很多，倒着走")
+# side of the ViT's picture: 8 x 8 patches of 14, so that two people's rows fit beside a caption
+MFI_PIXELS = 112
 
 
 class WanEncoders:
-    """Wan's frozen networks from its checkpoint folder, with the methods of ToyEncoders. Each is loaded when it
-    is first needed and dropped for the next one, so at most one is in memory; every width is read from the
+    """Wan's frozen networks from its checkpoint folder, with the methods of ToyEncoders. Each is loaded when
+    it is first needed and dropped for the next one, so at most one is in memory; every width is read from the
     files.
 
-    folder   holds models_t5_*, google/umt5-xxl/spiece.model, Wan2.1_VAE.* and, for MFI, dinov2_vit*14_pretrain.*
+    folder   holds models_t5_*, google/umt5-xxl/spiece.model, Wan2.1_VAE.* and, for MFI,
+             dinov2_vit*14_pretrain.*
     dtype    of umT5 and the ViT; the VAE is float32, as Wan runs it
     offload  umT5's blocks stay on the CPU and visit the device one by one
     tile     side in pixels of the squares that the VAE works on; None: the whole picture
@@ -460,7 +464,8 @@ class WanEncoders:
     def file(self, kind):
         found = sorted(self.folder.glob(self.FILES[kind]))
         if not found:
-            raise UserError(f"{self.folder} holds no {kind} ({self.FILES[kind]}); see README.md, With real Wan weights")
+            raise UserError(f"{self.folder} holds no {kind} ({self.FILES[kind]}); "
+                            "see README.md, With real Wan weights")
         return found[0]
 
     def drop(self):
@@ -473,7 +478,7 @@ class WanEncoders:
         if self.held[0] != kind:
             self.drop()
             file = self.file(kind)
-            shapes = WeightFile(file).shapes
+            shapes = read_weights(file).shapes
             with torch.device("meta"):
                 net = {"text encoder": umt5_of, "VAE": vae_of, "ViT": dinov2_of}[kind](file, shapes)
             streamed = self.offload and kind == "text encoder"
@@ -486,15 +491,17 @@ class WanEncoders:
 
     @torch.no_grad()
     def text(self, captions):
-        """Captions -> rows [B, S, E] float32, zero beyond each one's length. One by one: padding costs memory."""
+        """Captions -> rows [B, S, E] float32, zero beyond each one's length. One by one: padding costs
+        memory."""
         net = self.network("text encoder")
-        rows = [net(*(a.to(self.device) for a in self.tokenizer([caption])))[0].float() for caption in captions]
+        rows = [net(*(a.to(self.device) for a in self.tokenizer([caption])))[0].float()
+                for caption in captions]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     @torch.no_grad()
     def features(self, image):
-        """Frontal references [B, 3, H, W] in -1..1 -> [B, 2 levels, 65, width]: the middle and the last layer's
-        states of the picture's middle square."""
+        """Frontal references [B, 3, H, W] in -1..1 -> [B, 2 levels, 65, width]: the middle and the last
+        layer's states of the picture's middle square."""
         side = min(image.shape[2:])
         top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
         square = F.interpolate(image[:, :, top:top + side, left:left + side], (MFI_PIXELS, MFI_PIXELS),
@@ -523,7 +530,8 @@ def of_shapes(build):
         try:
             return build(shapes)
         except (KeyError, ValueError, IndexError) as error:
-            raise UserError(f"{file} is not what its name says: {error} among its {len(shapes)} tensors") from None
+            raise UserError(f"{file} is not what its name says: "
+                            f"{error} among its {len(shapes)} tensors") from None
     return checked
 
 
@@ -662,7 +670,8 @@ def encode_cache(folder, encoders, mask=0.0):
             latents = torch.cat([encoders.encode(from_bytes(video)[None]) for video in
                                  tqdm(clips["video"], desc="encoding", unit=" clips", disable=None)])
             safetensors.torch.save_file(
-                {"latents": latents.bfloat16(), "refs": refs.unflatten(0, (n, people, V)).bfloat16().contiguous(),
+                {"latents": latents.bfloat16(),
+                 "refs": refs.unflatten(0, (n, people, V)).bfloat16().contiguous(),
                  "vit": vit.unflatten(0, (n, people)).bfloat16().contiguous(), "text": text.half()},
                 build / f"{name}.safetensors")
         encoders.drop()
@@ -796,8 +805,8 @@ def from_bytes(video):
 
 
 def to_image(picture, height, width=None):
-    """[3, H, W] in -1..1 -> PIL image of height x width (default: square); nearest where it grows, so that the
-    toy's pixels stay pixels."""
+    """[3, H, W] in -1..1 -> PIL image of height x width (default: square); nearest where it grows, so that
+    the toy's pixels stay pixels."""
     image = Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy())
     resample = Image.Resampling.NEAREST if height >= image.height else Image.Resampling.LANCZOS
     return image.resize((width or height, height), resample)

@@ -30,8 +30,8 @@ def one_line(path):
     """Whatever a reader raises at a damaged file, as one UserError line."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
     except Exception as error:  # safetensors, zipfile and pickle raise a dozen kinds
         cause = (str(error).splitlines() or [""])[0][:120]
         raise UserError(f"{path} cannot be read: cut short, damaged or no such file format "
@@ -66,6 +66,23 @@ class WeightFile:
             return self.read(name)
 
 
+def read_weights(path):
+    """-> WeightFile; UserError in one line for a file that is missing, empty, damaged or something else."""
+    with one_line(path):
+        try:
+            with open(path, "rb") as file:
+                head = file.read(64).lstrip().lower()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        if not head:
+            raise UserError(f"{path} is empty")
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a git-LFS pointer, not the weights; run `git lfs pull` beside it")
+        if head.startswith((b"<!doctype", b"<html")):
+            raise UserError(f"{path} is a web page, not weights; download it again")
+        return WeightFile(path)
+
+
 def refuse_mismatch(path, what, came, expected):
     """UserError where two {name: shape} differ; one line with the file, what came and what was expected."""
     both = [name for name in expected if name in came and came[name] != expected[name]]
@@ -80,8 +97,9 @@ def refuse_mismatch(path, what, came, expected):
 
 
 def put_tensor(module, name, tensor, dtype=None, device=None):
-    """Put one tensor in its place in module, which may be on the meta device, cast and moved.
-    dtype, device: None keeps the module's own (the CPU for meta)."""
+    """Put a copy of tensor where module has `name`, cast and moved; module may be on the meta device.
+    dtype, device: None keeps the module's own (for meta, the CPU). A parameter is replaced, not written to:
+    load before an optimizer is built."""
     owner, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner)
     old = getattr(owner, leaf)
@@ -89,34 +107,40 @@ def put_tensor(module, name, tensor, dtype=None, device=None):
         raise UserError(f"{name!r} is {tensor.dtype}, expected {old.dtype}")
     tensor = tensor.to(device or ("cpu" if old.is_meta else old.device),
                        dtype if dtype and old.is_floating_point() else old.dtype, copy=True)
-    is_parameter = isinstance(old, nn.Parameter)
-    setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if is_parameter else tensor)
+    setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
 
 def load_weights(module, path, dtype=None, device=None):
-    """Fill module from the file and return it; every name and shape must agree, else UserError.
-    One tensor at a time is cast and moved as it is read, so no second copy of the network ever exists."""
-    file = WeightFile(path)
+    """Fill module from the file and return it; every name and shape must agree, else UserError. Tensor by
+    tensor, as put_tensor, so no second copy of the network ever exists."""
+    file = read_weights(path)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     refuse_mismatch(path, type(module).__name__, file.shapes, expected)
     for name in expected:
-        put_tensor(module, name, file.get(name), dtype, device)
+        with one_line(path):
+            put_tensor(module, name, file.get(name), dtype, device)
     return module
 
 
 def stream_blocks(module, device):
-    """For cards that cannot hold a network: module.blocks stay on the CPU and visit the device one at a time;
-    everything else moves there."""
+    """For cards that cannot hold a network: module.blocks stay where they are, on the CPU, and visit the
+    device one at a time; everything else moves there."""
     inside = {p for block in module.blocks for p in block.parameters()}
     for p in module.parameters():
         if p not in inside:
             p.data = p.data.to(device)
     for block in module.blocks:
         home = {p: p.data for p in block.parameters()}
-        block.register_forward_pre_hook(lambda *_, home=home: [setattr(p, "data", data.to(device))
-                                                               for p, data in home.items()] and None)
-        block.register_forward_hook(lambda *_, home=home: [setattr(p, "data", data)
-                                                           for p, data in home.items()] and None)
+
+        def fetch(*_, home=home):
+            for p, data in home.items():
+                p.data = data.to(device)
+
+        def release(*_, home=home):
+            for p, data in home.items():
+                p.data = data
+        block.register_forward_pre_hook(fetch)
+        block.register_forward_hook(release)
 
 
 # ------------------------------------------------------------------------------------------------------- text
@@ -328,9 +352,9 @@ class DINOv2(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------------- VAE
-# Layers are called as layer(x [B, C, F, H, W], cache). The cache is one dict per video, keyed by module:
-# whatever looks back in time keeps its last input frames there, so a video may come in pieces of any number of
-# frames. A module that is not yet in the cache sees the video's first piece.
+# Layers are called as layer(x [B, C, F, H, W], cache). The cache is one dict per video, keyed by module: what
+# looks back in time keeps its last input frames there, so a video may come in pieces of any number of frames.
+# A module that is not yet in the cache sees the video's first piece.
 class CausalConv3d(nn.Conv3d):
     """Looks back in time only: kernel - stride earlier frames, zeros before the video begins."""
 
@@ -472,7 +496,9 @@ class WanVAE(nn.Module):
 
     encode and decode take `chunk` latent frames at a time (None: all; the result is the same), so memory does
     not grow with the video, but for the result. With `tile` (pixels) they also go square by square and blend
-    the overlaps, which is not the same: a tile does not see past its edge.
+    the overlaps, which is not the same: a tile does not see past its edge. Rms of the difference over rms of
+    the result, measured on ten random networks: below 0.1 (encode) and 0.2 (decode) with tiles of 128 pixels,
+    below 0.03 and 0.07 with 256.
     The input may stay on another device than the weights: pieces move, the float32 result joins the input."""
 
     mean = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from encoders import WeightFile, put_tensor, refuse_mismatch
+from encoders import one_line, put_tensor, read_weights, refuse_mismatch
 from rope import VIEWS, UserError, apply_rope, reference_positions, rope_table, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
@@ -65,7 +65,7 @@ TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_d
 WAN = dict(vit_dim=1024, vit_levels=2)
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
-    "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=2, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
+    "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=4, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
     "toy64": DiTConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=12, **TOY),  # 64x64, one GPU
     # Wan2.1 T2V, and each expert of Wan2.2 T2V-A14B is a 14b
     "1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **WAN),
@@ -327,8 +327,8 @@ class HarmoView(nn.Module):
         return out
 
     def flops(self, tokens):
-        """Of one forward of one sample with that many tokens, references included: two for every weight and token,
-        and 4 L S D an attention."""
+        """Of one forward of one sample with that many tokens, references included: two for every weight and
+        token, and 4 L S D an attention."""
         c, rows = self.config, self.config.text_len
         linear = 6 * c.dim**2 + 2 * c.dim * c.ffn_dim  # q k v o, cross-attention's q and o, FFN
         attention = 4 * tokens * (tokens + rows) * c.dim
@@ -351,7 +351,8 @@ class HarmoView(nn.Module):
         padding = self.config.text_len - text.shape[1] - mfi.shape[1]
         if padding < 0:
             say_once(f"captions of {text.shape[1]} rows leave no padding for MFI's {mfi.shape[1]}: "
-                     f"the context grows from {self.config.text_len} rows to {self.config.text_len - padding}")
+                     f"the context grows from {self.config.text_len} rows "
+                     f"to {self.config.text_len - padding}")
         return torch.cat((F.pad(text, (0, 0, 0, max(0, padding))), mfi.to(text.dtype)), dim=1)
 
     def embed_references(self, refs, batch, ref_hw):
@@ -442,7 +443,7 @@ def wan_tensors(path):
     """{name in Wan's own layout: (WeightFile, name there)} of a checkpoint in either layout, in any number of
     files."""
     tensors = {}
-    for file in map(WeightFile, wan_files(path)):
+    for file in map(read_weights, wan_files(path)):
         diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.keys())
         for name in file.keys():
             ours = original_name(name) if diffusers else name
@@ -458,7 +459,8 @@ def wan_config(path):
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         return DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_heads=dim // 128,
-                         num_layers=1 + max(int(name.split(".")[1]) for name in shapes if name[:7] == "blocks."),
+                         num_layers=1 + max(int(name.split(".")[1])
+                                            for name in shapes if name[:7] == "blocks."),
                          in_dim=in_dim, out_dim=shapes["head.head.bias"][0] // PATCH**2,
                          freq_dim=shapes["time_embedding.0.weight"][1],
                          text_dim=shapes["text_embedding.0.weight"][1], **WAN)
@@ -481,7 +483,8 @@ def load_wan(model, path):
                     {name: file.shape(theirs) for name, (file, theirs) in tensors.items()},
                     {name: shape for name, shape in shapes.items() if name not in absent})
     for name, (file, theirs) in tensors.items():
-        put_tensor(model, name, file.get(theirs))
+        with one_line(file.path):
+            put_tensor(model, name, file.get(theirs))
     left = [name for name, p in model.named_parameters() if p.is_meta]
     for name in left:
         put_tensor(model, name, torch.zeros(shapes[name]))

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -29,8 +28,8 @@ from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint
 from rope import VIEWS, UserError
 
 SOLVERS = ("unipc", "dpm++", "euler")
-# Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise. The toy's were chosen on
-# its benchmark (LOG.md), Wan's are its authors'.
+# Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise. The toy's were chosen
+# on its benchmark (LOG.md), Wan's are its authors'.
 RECIPES = {
     "toy": dict(steps=8, shift=8.0, solver="euler", guide_text=(1.0,), guide_refs=1.5, fps=4, negative=""),
     "wan2.1": dict(steps=50, shift=5.0, solver="unipc", guide_text=(5.0,), guide_refs=5.0, fps=16,
@@ -55,9 +54,10 @@ def solve(velocity, x, steps, shift, solver):
 
     velocity  function (x, t) -> noise - x0, t a float32 scalar tensor in 0..1000
     shift     sigma -> shift * sigma / (1 + (shift - 1) * sigma): more than 1 spends more steps at high noise
-    solver    "euler"; "dpm++", DPM-Solver++(2M) (Lu et al. 2022); "unipc", UniPC of order 2 with B(h) = e^h - 1
-              (Zhao et al. 2023), which is the same predictor and then, with the network's answer at the
-              predicted point, a corrector. Both work on x0 over lambda = log((1 - sigma) / sigma).
+    solver    "euler"; "dpm++", DPM-Solver++(2M) (Lu et al. 2022); "unipc", UniPC of order 2 with
+              B(h) = e^h - 1 (Zhao et al. 2023), which is the same predictor and then, with the network's
+              answer at the predicted point, a corrector. Both work on x0 over
+              lambda = log((1 - sigma) / sigma).
     Raises UserError for an unknown solver or less than one step.
     """
     if solver not in SOLVERS:
@@ -76,7 +76,8 @@ def solve(velocity, x, steps, shift, solver):
 
     def step(x, i, x0, slope):
         """From level i to i + 1 where x0 is expected to move by `slope`: exact for a constant x0 + slope."""
-        return sigma[i + 1] / sigma[i] * x - (1 - sigma[i + 1]) * math.expm1(lam[i] - lam[i + 1]) * (x0 + slope)
+        growth = (1 - sigma[i + 1]) * math.expm1(lam[i] - lam[i + 1])
+        return sigma[i + 1] / sigma[i] * x - growth * (x0 + slope)
     older = old = before = None  # x0 two levels before and one; x one level before
     for i in range(steps):
         x0 = x - sigma[i] * velocity(x, times[i])
@@ -101,31 +102,36 @@ def corrector(i, lam, older, old, new):
     return first * (older - old) / ratio + (phi2 / phi1 - first) * (new - old)
 
 
+def guide_weights(scale, seen):
+    """Of the predictions with caption and references, with the caption alone, with neither."""
+    return seen, scale - seen, 1 - scale
+
+
 def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, boundary=0.0):
     """velocity(x, t) with two guidance scales: from nothing to the caption, and from the caption to
     caption and references.
 
     v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no
     references" is every slot as proxies and "no caption" the rows no_text. Written as one weighted sum, terms
-    of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary. With refs None
-    (plain Wan) it is Wan's guidance.
+    of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary. With refs
+    None (plain Wan) it is Wan's guidance.
     """
     nobody, unseen = refs and [{} for _ in refs], vit and [None for _ in vit]
 
     def velocity(x, t):
         scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
-        seen = scale if refs is None else guide_refs
-        terms = [(seen, text, refs, vit), (scale - seen, text, nobody, unseen),
-                 (1 - scale, no_text, nobody, unseen)]
+        weights = guide_weights(scale, scale if refs is None else guide_refs)
+        terms = (text, refs, vit), (text, nobody, unseen), (no_text, nobody, unseen)
         return sum(weight * model(x, t.expand(len(x)), rows.expand(len(x), -1, -1), r, v)
-                   for weight, rows, r, v in terms if weight)
+                   for weight, (rows, r, v) in zip(weights, terms) if weight)
     return velocity
 
 
 @torch.no_grad()
 def encode_people(encoders, rows, device):
-    """Each row's reference pictures, one dict per identity {view: [B, 3, H, W] in -1..1} or None for plain Wan
-    -> (refs, vit) a row, as HarmoView.forward takes them. All latents first, so that each network loads once."""
+    """Each row's reference pictures, one dict per identity {view: [B, 3, H, W] in -1..1} or None for plain
+    Wan -> (refs, vit) a row, as HarmoView.forward takes them. All latents first, so that each network loads
+    once."""
     refs = [people and [{view: encoders.encode(image[:, :, None])[:, :, 0].to(device)
                          for view, image in views.items()} for views in people] for people in rows]
     vit = [people and [encoders.features(views["front"]).to(device) if "front" in views else None
@@ -134,19 +140,12 @@ def encode_people(encoders, rows, device):
 
 
 @torch.no_grad()
-def denoise(model, text, no_text, refs, vit, shape, seeds, recipe, tick=lambda: None):
+def denoise(velocity, shape, seeds, recipe, device):
     """Latents [B, *shape], float32; a video's noise depends on its own seed alone.
-    recipe: steps, shift, solver, guide_text, guide_refs as in RECIPES; tick is called once a step."""
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                         for seed in seeds]).to(text.device)
-    velocity = guided(model, text, no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
-                      model.boundary)
-
-    def step(x, t):
-        tick()
-        return velocity(x, t)
-    with autocast(text.device):
-        return solve(step, noise, recipe["steps"], recipe["shift"], recipe["solver"])
+    recipe: steps, shift and solver as in RECIPES."""
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    with autocast(device):
+        return solve(velocity, noise.to(device), recipe["steps"], recipe["shift"], recipe["solver"])
 
 
 def generate(model, encoders, captions, people, frames, size, seeds, recipe):
@@ -159,13 +158,15 @@ def generate(model, encoders, captions, people, frames, size, seeds, recipe):
     """
     text = encoders.text([*captions, recipe["negative"]]).to(model.device)
     (refs, vit), = encode_people(encoders, [people], model.device)
-    latent = denoise(model, text[:-1], text[-1:], refs, vit, encoders.latent_shape(frames, size), seeds, recipe)
+    velocity = guided(model, text[:-1], text[-1:], refs, vit, recipe["guide_text"], recipe["guide_refs"],
+                      model.boundary)
+    latent = denoise(velocity, encoders.latent_shape(frames, size), seeds, recipe, model.device)
     return encoders.decode(latent.cpu())
 
 
 class Experts:
-    """One network, or Wan2.2's two: the first for t >= 1000 * boundary, the second below. Each is loaded when it
-    is first asked and only one is held. Called like HarmoView.
+    """One network, or Wan2.2's two: the first for t >= 1000 * boundary, the second below. Each is loaded when
+    it is first asked and only one is held. Called like HarmoView.
 
     load  one function a network, () -> HarmoView on the device
     """
@@ -173,12 +174,15 @@ class Experts:
     def __init__(self, load, config, device, boundary=0.0):
         self.load, self.config, self.device, self.boundary = load, config, device, boundary
         self.at = self.network = None
+        self.loading = 0.0  # seconds, so far
 
     def __call__(self, x, t, text, refs=None, vit=None):
         at = 0 if float(t[0]) >= 1000 * self.boundary else 1
         if at != self.at:
             self.drop()
+            start = time.perf_counter()
             self.network, self.at = self.load[at](), at
+            self.loading += time.perf_counter() - start
         return self.network(x, t, text, refs, vit)
 
     def drop(self):
@@ -247,7 +251,8 @@ def read_jobs(path):
             job = json.loads(line)
             prompt, refs, seed = job["prompt"], job.get("refs") or [], job.get("seed")
             good = (isinstance(prompt, str) and prompt.strip() and isinstance(seed, int | None)
-                    and all(isinstance(f, str) for files in refs for f in files) and "" not in refs)
+                    and all(isinstance(files, list) and files for files in refs)
+                    and all(isinstance(file, str) for files in refs for file in files))
         except (ValueError, KeyError, TypeError, AttributeError):
             good = False
         if not good:
@@ -275,8 +280,8 @@ def contact_sheet(rows, tile=112):
     """A PIL image. rows: dicts of people (list of {view: [3, S, S]}), video [3, F, S, S], prompt,
     and perhaps truth, a second video, and a note to go behind the prompt.
 
-    Each person is a block of 2 x 2 views on the left, a view that was not given an empty square; at most eight
-    frames are on the right, evenly spaced, the prompt is below.
+    Each person is a block of 2 x 2 views on the left, a view that was not given an empty square; at most
+    eight frames are on the right, evenly spaced, the prompt is below.
     """
     font, gap, line, most = ImageFont.load_default(13), 6, 17, 8
     height, width = rows[0]["video"].shape[2:]
@@ -298,7 +303,8 @@ def contact_sheet(rows, tile=112):
                     sheet.paste(data.to_image(views[view], tile // 2, wide // 2), at)
                 draw.rectangle((*at, at[0] + wide // 2 - 1, at[1] + tile // 2 - 1), outline="#cccccc")
         for i, video in enumerate((row["video"], row["truth"]) if "truth" in row else (row["video"],)):
-            for c, f in enumerate(torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).round().long()):
+            count = min(most, video.shape[1])
+            for c, f in enumerate(torch.linspace(0, video.shape[1] - 1, count).round().long()):
                 sheet.paste(data.to_image(video[:, f], tile - 1, wide - 1), (left + c * wide, y + i * tile))
         if "truth" in row:
             draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
@@ -309,31 +315,41 @@ def contact_sheet(rows, tile=112):
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 def is_wan(folder):
-    return (folder / "high_noise_model").is_dir() or any(folder.glob("*diffusion*.safetensors*"))
+    return ((folder / "high_noise_model").is_dir() or (folder / "transformer").is_dir()
+            or any(folder.glob("*diffusion*.safetensors*")))
+
+
+def config_at(folder):
+    """The DiTConfig of one network: of our checkpoint there, or of Wan's."""
+    if ours := find_checkpoint(folder):
+        return DiTConfig(**json.loads((ours / "checkpoint.json").read_text())["config"])
+    return wan_config(folder)
 
 
 def load(ckpt, wan=None, offload=False, tile=None):
-    """--ckpt -> model (an Experts), its encoders, its meta; says which checkpoint it took. meta holds kind, a key
-    of RECIPES, and for the toy the world it was trained on.
+    """--ckpt -> model (an Experts), its encoders, its meta; says which checkpoint it took. meta holds kind, a
+    key of RECIPES, and for the toy the world it was trained on.
 
-    ckpt  a checkpoint folder of train.py, a run's folder, or a Wan checkpoint's; of two experts each may be either
+    ckpt  a checkpoint folder of train.py, a run's folder, or a Wan checkpoint's; of two experts each may be
+          either
     wan   where umT5 and the VAE are; default: ckpt, or the folder that training started from
     """
     folder = Path(ckpt)
     pair = (folder / "high_noise_model").is_dir()
     folders = [folder / "high_noise_model", folder / "low_noise_model"] if pair else [folder]
     found = [find_checkpoint(f) for f in folders]  # ours, or None
-    if not is_wan(folder) and not found[0]:
-        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten minutes on "
-                        "a laptop, or give the folder of a Wan checkpoint")
+    ours = next((f for f in found if f), None)
+    if not is_wan(folder) and not ours:
+        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten "
+                        "minutes on a laptop, or give the folder of a Wan checkpoint")
     meta = {"kind": "wan2.2" if pair else "wan2.1"}
-    if found[0]:
-        meta |= json.loads((found[0] / "checkpoint.json").read_text())
+    if ours:
+        meta |= json.loads((ours / "checkpoint.json").read_text())
         meta["kind"] = meta["kind"] if meta.get("wan") else "toy"
-        print(f"checkpoint {found[0]} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
+        print(f"checkpoint {ours} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if meta["kind"] == "toy":
-        encoders, dtype = data.ToyEncoders(found[0], meta["world"]["size"]), torch.float32
+        encoders, dtype = data.ToyEncoders(ours, meta["world"]["size"]), torch.float32
     else:
         dtype = torch.bfloat16 if uses_bf16(device) else torch.float32
         encoders = data.WanEncoders(wan or meta.get("wan") or folder, device, dtype, offload, tile)
@@ -354,62 +370,72 @@ def load(ckpt, wan=None, offload=False, tile=None):
                 return network
             return network.to(device)
         return load_network
-    config = DiTConfig(**meta["config"]) if found[0] else wan_config(folders[0])
+    config = config_at(folders[0])
     loaders = [loader(path, ours) for path, ours in zip(folders, found)]
     return Experts(loaders, config, device, 0.875 if pair else 0.0), encoders, meta
 
 
 def peak_memory():
-    """Most bytes that this process has held: of the GPU's memory, or of the CPU's."""
+    """Most bytes that this process has held: of the GPU's memory, or of the CPU's; nan on Windows."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def dry_run(args):
     """Print modules, parameters, memory by phase and FLOPs a step, from shapes alone."""
-    folder, experts = Path(args.ckpt), 1
+    folder = Path(args.ckpt)
+    pair = (folder / "high_noise_model").is_dir()
     if args.ckpt in CONFIGS:
-        config = CONFIGS[args.ckpt]
-    elif is_wan(folder):
-        experts = 2 if (folder / "high_noise_model").is_dir() else 1
-        config = wan_config(folder / "high_noise_model" if experts == 2 else folder)
-    elif ours := find_checkpoint(folder):
-        config = DiTConfig(**json.loads((ours / "checkpoint.json").read_text())["config"])
+        config, trained = CONFIGS[args.ckpt], bool(args.refs)
+    elif is_wan(folder) or find_checkpoint(folder):
+        part = folder / "high_noise_model" if pair else folder
+        config, trained = config_at(part), find_checkpoint(part) is not None
     else:
-        raise UserError(f"nothing at {args.ckpt}: --dry-run needs a checkpoint folder or one of {', '.join(CONFIGS)}")
+        raise UserError(f"nothing at {args.ckpt}: --dry-run needs a checkpoint folder or one of "
+                        f"{', '.join(CONFIGS)}")
     if config.in_dim != 16:
         raise UserError(f"{args.ckpt}: --dry-run is for Wan's sizes; the toy runs in seconds")
-    (H, W), frames = args.size or (480, 832), args.frames or 81
-    check_wan_size(frames, (H, W))
+    kind = "wan2.2" if pair else "wan2.1"
+    recipe, frames, (H, W) = resolve(args, config, {"kind": kind})
     with torch.device("meta"):
-        network, text, vae, vit = HarmoView(config), UMT5(), WanVAE(), DINOv2()
-    count = {kind: sum(p.numel() for p in net.parameters()) for kind, net in
-             (("transformer", network), ("umT5", text), ("VAE", vae), ("ViT", vit))}
-    own = sum(p.numel() for name, p in network.named_parameters() if name.startswith(OWN))
-    video = (frames + 3) // 4 * (H // 16) * (W // 16)
-    people = [[view_of(file)[0] for file in files] for files in args.refs or ()]
+        networks = {"transformer": HarmoView(config), "umT5": UMT5(), "VAE": WanVAE(), "ViT": DINOv2()}
+    count = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+    own = sum(p.numel() for name, p in networks["transformer"].named_parameters() if name.startswith(OWN))
+    for name, n in count.items():
+        print(f"{name:12}{n:>16,} parameters" + (f", {own:,} of them HarmoView's own; x {1 + pair} expert(s)"
+                                                  if name == "transformer" else ""))
+
+    people = [[view_of(file)[0] for file in files] for files in args.refs or ([[]] if trained else [])]
+    latent = (H // 16) * (W // 16)  # tokens of one latent frame or reference
+    video = (frames + 3) // 4 * latent
     given = sum(map(len, people))
-    tokens = video + given * (H // 16) * (W // 16) + (len(people) * len(VIEWS) - given) * config.proxy_tokens
-    recipe = RECIPES["wan2.2" if experts == 2 else "wan2.1"]
-    passes = 3 if people else 2  # of the network in one step, for guidance
-    flops = network.flops(tokens)
-    gib = 2**30
-    for kind, n in count.items():
-        print(f"{kind:12}{n:>16,} parameters" + (f", {own:,} of them HarmoView's own; x {experts} expert(s)"
-                                                  if kind == "transformer" else ""))
+    nobody = video + len(people) * len(VIEWS) * config.proxy_tokens
+    tokens = nobody + given * (latent - config.proxy_tokens)
+    scale = recipe["guide_text"][0]
+    weights = guide_weights(scale, recipe["guide_refs"] if people else scale)
+    flops = [networks["transformer"].flops(n) / 1e12
+             for weight, n in zip(weights, (tokens, nobody, nobody)) if weight]
     print(f"{frames} frames of {H}x{W}: {video:,} tokens, with references {tokens:,}")
+
+    gib = 2**30
+    streamed = {name: args.offload * (1 - 1 / len(net.blocks)) * sum(p.numel() for p in net.blocks.parameters())
+                for name, net in networks.items() if name in ("transformer", "umT5")}  # all blocks but one
     hidden = tokens * (3 * 4 * config.dim + 2 * (4 * config.dim + 2 * config.ffn_dim))
-    pixels = 4 * H * W * 4 * 96  # four frames at the VAE's full resolution and width
-    phases = {"umT5, bf16": 2 * count["umT5"], "VAE encode, float32": 4 * count["VAE"] + 5 * pixels,
-              "ViT, bf16": 2 * count["ViT"],
-              "denoising, bf16": 2 * count["transformer"] + hidden,
+    pixels = 4 * 4 * 96 * min(H, args.tile or H) * min(W, args.tile or W)  # four frames at the VAE's full width
+    phases = {"umT5, bf16": 2 * (count["umT5"] - streamed["umT5"]),
+              "VAE encode, float32": 4 * count["VAE"] + 5 * pixels, "ViT, bf16": 2 * count["ViT"],
+              "denoising, bf16": 2 * (count["transformer"] - streamed["transformer"]) + hidden,
               "VAE decode, float32": 4 * count["VAE"] + 6 * pixels}
     print("expected memory, one phase after the other (weights exact, activations estimated):")
     for phase, size in phases.items():
         print(f"  {phase:22}{size / gib:6.1f} GiB")
-    print(f"{flops / 1e12:,.0f} TFLOP a forward, {passes} forwards a step with guidance, {passes * flops / 1e12:,.0f} "
-          f"TFLOP a step, {args.steps or recipe['steps']} steps")
+    print(f"{flops[0]:,.0f} TFLOP a forward, {len(flops)} forwards a step with guidance, "
+          f"{sum(flops):,.0f} TFLOP a step, {recipe['steps']} steps")
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
@@ -425,10 +451,12 @@ def arguments(argv=None):
                       help="toy, without --refs: the views that are given")
     what.add_argument("--swap", action="store_true",
                       help="again below with the two people's references exchanged, same noise")
-    what.add_argument("--ckpt", default="out/toy", help="folder of a checkpoint or of a run (its newest one), or of "
-                      "a Wan checkpoint (default out/toy)")
-    what.add_argument("--wan", metavar="DIR", help="where umT5, the VAE and the ViT are (default: the Wan folder "
-                      "that --ckpt is or started from)")
+    what.add_argument("--ckpt", default="out/toy",
+                      help="folder of a checkpoint or of a run (its newest one), or of a Wan checkpoint "
+                      "(default out/toy)")
+    what.add_argument("--wan", metavar="DIR",
+                      help="where umT5, the VAE and the ViT are (default: the Wan folder that --ckpt is or "
+                      "started from)")
     what.add_argument("--out", default="out/sample",
                       help="where to write, without suffix (default out/sample)")
     how = p.add_argument_group("how (defaults by kind of checkpoint: RECIPES)")
@@ -438,14 +466,16 @@ def arguments(argv=None):
     how.add_argument("--steps", type=int, help="solver steps")
     how.add_argument("--shift", type=float, help="timestep shift")
     how.add_argument("--solver", choices=SOLVERS)
-    how.add_argument("--guide-text", type=float, nargs="+", help="guidance towards the caption; 1 is none; two "
-                     "numbers: at high noise, at low noise")
+    how.add_argument("--guide-text", type=float, nargs="+",
+                     help="guidance towards the caption; 1 is none; two numbers: at high noise, at low noise")
     how.add_argument("--guide-refs", type=float, help="guidance towards the references; 1 is none")
     how.add_argument("--negative", help="what the video should not be")
     how.add_argument("--seed", type=int, default=0)
     card = p.add_argument_group("small cards")
-    card.add_argument("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
-    card.add_argument("--tile", type=int, help="pixels a side that the VAE works on at a time, for example 256")
+    card.add_argument("--offload", action="store_true",
+                      help="weights stay in CPU memory, block by block on the GPU")
+    card.add_argument("--tile", type=int,
+                      help="pixels a side that the VAE works on at a time, for example 256")
     card.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
     return p.parse_args(argv)
 
@@ -460,24 +490,25 @@ def parse_size(text):
 
 def check_wan_size(frames, size):
     if frames < 1 or frames % 4 != 1 or min(size) < 16 or size[0] % 16 or size[1] % 16:
-        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: expected 4n+1 frames (81) and sides that are "
-                        "multiples of 16 (480x832)")
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: expected 4n+1 frames (81) and sides that "
+                        "are multiples of 16 (480x832)")
 
 
-def resolve(args, model, meta):
+def resolve(args, config, meta):
     """Fill in what the kind of checkpoint decides and check the rest -> recipe, frames, (H, W)."""
     recipe = {name: default if (given := getattr(args, name)) is None else given
               for name, default in RECIPES[meta["kind"]].items()}
     if recipe["fps"] < 1:
         raise UserError(f"--fps {recipe['fps']}: expected at least 1 frame a second")
-    if len(recipe["guide_text"]) > 2:
-        raise UserError(f"--guide-text got {len(recipe['guide_text'])} numbers; expected one, or two for Wan2.2")
+    if len(recipe["guide_text"]) > len(RECIPES[meta["kind"]]["guide_text"]):
+        raise UserError(f"--guide-text got {len(recipe['guide_text'])} numbers; "
+                        "expected one, or two for a pair of experts")
     if recipe["steps"] < 1 or recipe["shift"] <= 0:
-        raise UserError(f"--steps {recipe['steps']} --shift {recipe['shift']}: expected at least 1 step and a shift "
-                        "above 0")
-    if args.refs and len(args.refs) > model.config.max_identities:
+        raise UserError(f"--steps {recipe['steps']} --shift {recipe['shift']}: "
+                        "expected at least 1 step and a shift above 0")
+    if args.refs and len(args.refs) > config.max_identities:
         raise UserError(f"{len(args.refs)} people (--refs given {len(args.refs)} times): "
-                        f"this checkpoint holds at most {model.config.max_identities}")
+                        f"this checkpoint holds at most {config.max_identities}")
     if meta["kind"] != "toy":
         world = 81, (480, 832)
     else:
@@ -513,8 +544,6 @@ def held_out(prompt, views, frames, size):
 def rows_of(args, model, meta, frames, size):
     """What to make: [{people, prompt, seed}], people as for `generate`, None for plain Wan."""
     if args.prompts:
-        if args.prompt is not None or args.refs:
-            raise UserError("--prompts FILE holds prompts and references: leave --prompt and --refs out")
         jobs = read_jobs(args.prompts)
     elif args.prompt is None and meta["kind"] == "toy":
         jobs = []
@@ -525,11 +554,11 @@ def rows_of(args, model, meta, frames, size):
     rows = []
     for job in jobs:
         if len(job["refs"]) > model.config.max_identities:
-            raise UserError(f"{len(job['refs'])} people for {job['prompt'][:40]!r}: this checkpoint holds at most "
-                            f"{model.config.max_identities}")
+            raise UserError(f"{len(job['refs'])} people for {job['prompt'][:40]!r}: "
+                            f"this checkpoint holds at most {model.config.max_identities}")
         if job["refs"] and "stage" not in meta:
-            raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give a checkpoint that "
-                            "train.py made, or leave --refs out")
+            raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: "
+                            "give a checkpoint that train.py made, or leave --refs out")
         row = {"prompt": job["prompt"], "seed": args.seed if job["seed"] is None else job["seed"],
                "files": job["refs"]}
         if meta["kind"] == "toy" and not job["refs"]:
@@ -540,29 +569,36 @@ def rows_of(args, model, meta, frames, size):
     rows = rows or [row | {"seed": args.seed} for row in held_out(None, args.views, frames, size[0])]
     if not args.swap:
         return rows
-    rows = [row for row in rows if row["people"] and len(row["people"]) == 2]
-    if not rows:
+    pairs = [row for row in rows if row["people"] and len(row["people"]) == 2]
+    if not pairs or jobs and len(pairs) < len(rows):
         raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
-    return [{"people": people, "prompt": row["prompt"], "seed": row["seed"], "note": note} for row in rows
-            for people, note in ((row["people"], ""), (row["people"][::-1], "  (references exchanged)"))]
+    return [{"prompt": row["prompt"], "seed": row["seed"], "people": row["people"][::order],
+             "files": row.get("files", [])[::order], "note": "  (references exchanged)" * (order < 0)}
+            for row in pairs for order in (1, -1)]
 
 
 @torch.no_grad()
 def make(rows, model, encoders, recipe, frames, size):
-    """Add "video" to every row. All captions first, then all references, all denoising and all decoding, so that
-    one network after the other is in memory."""
+    """Add "video" to every row. All captions first, then all references, all denoising and all decoding, so
+    that one network after the other is in memory."""
     text = encoders.text([*(row["prompt"] for row in rows), recipe["negative"]]).to(model.device)
     seen = encode_people(encoders, [row["people"] for row in rows], model.device)
+    velocities = [guided(model, text[i:i + 1], text[-1:], refs, vit, recipe["guide_text"],
+                         recipe["guide_refs"], model.boundary) for i, (refs, vit) in enumerate(seen)]
     bar = tqdm(total=len(rows) * recipe["steps"], desc="sampling", unit=" steps", disable=None)
-    start, latents = time.perf_counter(), []
-    for i, (row, (refs, vit)) in enumerate(zip(rows, seen)):
-        latents.append(denoise(model, text[i:i + 1], text[-1:], refs, vit, encoders.latent_shape(frames, size),
-                               [row["seed"]], recipe, bar.update).cpu())
+    start = time.perf_counter()
+
+    def velocity(x, t):  # all rows step together, so that each expert loads once
+        bar.update(len(rows))
+        return torch.cat([v(x[i:i + 1], t) for i, v in enumerate(velocities)])
+    latents = denoise(velocity, encoders.latent_shape(frames, size), [row["seed"] for row in rows], recipe,
+                      model.device).cpu()
     bar.close()
-    print(f"{(time.perf_counter() - start) / bar.total:.3g} seconds a step")
+    seconds = time.perf_counter() - start - model.loading
+    print(f"{seconds / bar.total:.3g} seconds a step, and {model.loading:.3g} to load the transformer")
     model.drop()
     for row, latent in zip(rows, latents):
-        row["video"] = encoders.decode(latent)[0].cpu()
+        row["video"] = encoders.decode(latent[None])[0].cpu()
 
 
 def main(argv=None):
@@ -571,30 +607,34 @@ def main(argv=None):
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty: say what happens, "
                         "for example \"a close-up of one person in a red shirt nods ...\"")
+    if args.prompts and (args.refs or args.prompt is not None):
+        raise UserError("--prompts FILE holds prompts and references: leave --prompt and --refs out")
     if args.refs and args.prompt is None:
         raise UserError("--refs needs --prompt: say what the people do")
     if args.dry_run:
         return dry_run(args)
-    out = Path(args.out)
+    out = Path(args.out.removesuffix(".mp4").removesuffix(".png"))
     data.probe_writable(out.parent)
     model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile)
-    recipe, frames, size = resolve(args, model, meta)
+    recipe, frames, size = resolve(args, model.config, meta)
     rows = rows_of(args, model, meta, frames, size)
     start = time.perf_counter()
     make(rows, model, encoders, recipe, frames, size)
-    names = ([out.with_suffix(".mp4")] if len(rows) == 1 else
-             [out.with_name(f"{out.name}-{i}.mp4") for i in range(1, len(rows) + 1)])
+    names = [out.with_name(f"{out.name}-{i}.mp4" if len(rows) > 1 else f"{out.name}.mp4")
+             for i in range(1, len(rows) + 1)]
+    sheet = out.with_name(f"{out.name}.png")
     notes = [json.dumps({"prompt": row["prompt"], "seed": row["seed"], "refs": row.get("files", []),
                          "ckpt": args.ckpt, "frames": frames, "size": size, **recipe}, ensure_ascii=False)
              for row in rows]
     for name, row, note in zip(names, rows, notes):
         data.write_video(name, row["video"], recipe["fps"], note)
-        row["people"] = [{view: picture[0] for view, picture in views.items()} for views in row["people"] or ()]
+        row["people"] = [{view: picture[0] for view, picture in views.items()}
+                         for views in row["people"] or ()]
     info = PngInfo()
-    for name, note in zip(names, notes):
-        info.add_itxt(name.name, note)
-    contact_sheet(rows).save(out.with_suffix(".png"), pnginfo=info)
-    print(f"{', '.join(map(str, names))} and {out.with_suffix('.png')} in {time.perf_counter() - start:.1f} s, "
+    for i, note in enumerate(notes, 1):
+        info.add_itxt(f"video {i}", note)
+    contact_sheet(rows).save(sheet, pnginfo=info)
+    print(f"{', '.join(map(str, names))} and {sheet} in {time.perf_counter() - start:.1f} s, "
           f"peak memory {peak_memory() / 2**30:.1f} GiB")
 
 

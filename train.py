@@ -55,7 +55,7 @@ STAGES = {
 }
 RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=10.0),
-    "toy": dict(steps=(60, 90, 350, 800), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=10.0),
+    "toy": dict(steps=(30, 40, 600, 700), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=10.0),
     "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=10.0),
     # full fine-tuning from --wan; what others use for Wan, not measured here
     "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, shift=5.0),
@@ -245,8 +245,8 @@ def resolve(args, world):
         overrides |= {"vit_dim": 0, "vit_levels": 0}
     config = replace(CONFIGS[args.config], **{k: v for k, v in overrides.items() if v is not None})
     if config.in_dim == 16 and not args.wan:
-        raise UserError(f"--config {args.config} trains on Wan's latents: give --wan DIR, the folder of a Wan "
-                        "checkpoint")
+        raise UserError(f"--config {args.config} trains on Wan's latents: "
+                        "give --wan DIR, the folder of a Wan checkpoint")
     stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
     args.first = stages[0]
     return stages, config

@@ -1,8 +1,71 @@
+import re
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Dinov2Config, Dinov2Model, UMT5Config, UMT5EncoderModel
 
 import data
-from encoders import UMT5, DINOv2, RelativeBias, Tokenizer, ToyCodec
+from encoders import (
+    DINOV2,
+    UMT5,
+    DINOv2,
+    RelativeBias,
+    Tokenizer,
+    ToyCodec,
+    WanVAE,
+    load_weights,
+    read_weights,
+    tile_windows,
+)
+from rope import UserError
+
+
+@torch.no_grad()
+def randomise(net, seed=0):
+    """Every parameter away from its starting value, at sizes that keep activations near one."""
+    torch.manual_seed(seed)
+    for name, p in net.named_parameters():
+        if p.ndim > 1 and not name.endswith("gamma"):
+            p.copy_(torch.randn_like(p) / p[0].numel() ** 0.5)
+        else:
+            p.copy_((0 if name.endswith("bias") else 1) + 0.1 * torch.randn_like(p))
+    return net.eval()
+
+
+def error(a, b):
+    """Largest difference over largest value."""
+    assert a.shape == b.shape and a.isfinite().all()
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, set()
+
+    def freed(self, key, size):
+        self.now -= size
+        self.seen.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen and storage.device.type == "cpu":
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +146,475 @@ def test_the_toys_frozen_networks_are_the_same_everywhere(tmp_path):
     assert rows.shape[::2] == (2, data.TEXT_DIM) and not rows[1, 1:].any()
     image = torch.zeros(1, 3, 32, 32)
     assert torch.equal(a.features(image), b.features(image))
+
+
+# -------------------------------------------------------------------------------- sizes of the released files
+def test_full_sizes_are_the_released_ones():
+    """Tensors and parameters of Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and DINOv2 S, B, L."""
+    with torch.device("meta"):
+        nets = [WanVAE(), UMT5(), *(DINOv2(**DINOV2[size]) for size in "sbl")]
+    counts = [(len(net.state_dict()), sum(p.numel() for p in net.parameters())) for net in nets]
+    assert counts == [
+        (194, 126_892_531),
+        (242, 5_680_910_336),
+        (175, 22_056_576),
+        (175, 86_580_480),
+        (343, 304_368_640),
+    ]
+
+
+def test_vae_keys_are_wans():
+    with torch.device("meta"):
+        keys = WanVAE().state_dict().keys()
+    wb, layers = r"(weight|bias)", r"(downsamples|middle|upsamples)\.\d+"
+    layer = rf"(residual\.[03]\.gamma|residual\.[26]\.{wb}|(shortcut|resample\.1|time_conv)\.{wb})"
+    layer = rf"({layer}|norm\.gamma|(to_qkv|proj)\.{wb})"
+    coder = rf"(encoder|decoder)\.(conv1\.{wb}|{layers}\.{layer}|head\.0\.gamma|head\.2\.{wb})"
+    assert all(re.fullmatch(rf"conv[12]\.{wb}|{coder}", key) for key in keys)
+    assert {key.split(".")[2] for key in keys if ".downsamples." in key} == {str(i) for i in range(11)}
+    assert {key.split(".")[2] for key in keys if ".upsamples." in key} == {str(i) for i in range(15)}
+    assert {key.rsplit(".", 2)[0] for key in keys if "time_conv.weight" in key} == {
+        f"encoder.downsamples.{i}" for i in (5, 8)
+    } | {f"decoder.upsamples.{i}" for i in (3, 7)}
+
+
+# -------------------------------------------------------------------------------------------------- Wan's VAE
+def to_diffusers(key):
+    """A name in Wan2.1_VAE.pth -> the name in diffusers' AutoencoderKLWan."""
+    key = re.sub(r"^conv1", "quant_conv", re.sub(r"^conv2", "post_quant_conv", key))
+    key = key.replace("coder.conv1", "coder.conv_in")
+    key = key.replace("head.0", "norm_out").replace("head.2", "conv_out")
+    key = key.replace("middle.0", "mid_block.resnets.0").replace("middle.2", "mid_block.resnets.1")
+    key = key.replace("middle.1", "mid_block.attentions.0").replace("downsamples", "down_blocks")
+    for index, name in {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}.items():
+        key = key.replace(f"residual.{index}", name)
+
+    def up(match):  # four levels of three residual blocks and, but for the last, an up-sampler
+        level, i = divmod(int(match[1]), 4)
+        return f"up_blocks.{level}." + ("upsamplers.0" if i == 3 else f"resnets.{i}")
+
+    return re.sub(r"upsamples\.(\d+)", up, key).replace("shortcut", "conv_shortcut")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    net = randomise(WanVAE(dim=8))
+    net.decoder.head["2"].weight.data *= 0.2  # so that little of the video is clamped
+    return net
+
+
+@pytest.fixture(scope="module")
+def diffusers_vae(vae):
+    net = AutoencoderKLWan(base_dim=8, z_dim=16)
+    net.load_state_dict({to_diffusers(key): value for key, value in vae.state_dict().items()}, strict=True)
+    return net.eval()
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+@torch.no_grad()
+def test_vae_is_diffusers_vae(vae, diffusers_vae, frames):
+    torch.manual_seed(frames)
+    video = torch.rand(3, 3, frames, 24, 32) * 2 - 1
+    mean, std = (
+        torch.tensor(getattr(diffusers_vae.config, name))[:, None, None, None]
+        for name in ("latents_mean", "latents_std")
+    )
+    latent = vae.encode(video)
+    assert latent.shape == (3, 16, (frames + 3) // 4, 3, 4)
+    encoded = error(latent, (diffusers_vae.encode(video).latent_dist.mode() - mean) / std)
+    latent = torch.randn_like(latent)
+    decoded = vae.decode(latent)
+    assert decoded.shape == video.shape and 0 <= (decoded.abs() == 1).float().mean() < 0.05
+    decoded = error(decoded, diffusers_vae.decode(latent * std + mean).sample)
+    print(f"{frames} frames: encode {encoded:.1e}, decode {decoded:.1e} from diffusers")
+    assert max(encoded, decoded) <= 1e-5
+
+
+@pytest.mark.parametrize("chunk", [2, 3, None])
+def test_vae_streams_as_in_one_pass(vae, chunk):
+    torch.manual_seed(0)
+    video, latent = torch.rand(1, 3, 17, 16, 24) * 2 - 1, torch.randn(1, 16, 5, 2, 3)
+    assert error(vae.encode(video, chunk), vae.encode(video)) <= 1e-5
+    assert error(vae.decode(latent, chunk), vae.decode(latent)) <= 1e-5
+
+
+def test_vae_is_causal(vae):
+    """A latent frame knows only its own pixels and earlier ones, and back."""
+    torch.manual_seed(0)
+    video, latent = torch.rand(1, 3, 9, 16, 16) * 2 - 1, torch.randn(1, 16, 3, 2, 2)
+    assert torch.equal(vae.encode(video[:, :, :5]), vae.encode(video)[:, :, :2])
+    assert torch.equal(vae.decode(latent[:, :, :2]), vae.decode(latent)[:, :, :5])
+
+
+def test_vae_memory_does_not_grow_with_frames(vae):
+    """Tensors alive at the peak, less the result: 81 frames need what 21 do, where one pass needs more."""
+    beside, whole = {}, {}
+    for frames in (6, 21):
+        latent = torch.randn(1, 16, frames, 4, 4)
+        for chunk, peaks in ((1, beside), (None, whole)):
+            with LiveBytes() as live:
+                video = vae.decode(latent, chunk)
+            peaks[video.shape[2]] = live.peak - video.nbytes - latent.nbytes  # scaled latents: a copy
+            del video
+    print(f"decode, peak bytes beside the video: streamed {beside}, in one pass {whole}")
+    assert beside[81] <= 1.001 * beside[21]
+    assert whole[81] > 2 * whole[21] > 2 * beside[21]
+
+    with LiveBytes() as short:
+        vae.encode(torch.zeros(1, 3, 21, 32, 32))
+    with LiveBytes() as long:
+        vae.encode(torch.zeros(1, 3, 81, 32, 32))
+    latents = 2 * 4 * 16 * 15 * 4 * 4  # 15 more of 16 channels, before and after they are normalised
+    assert long.peak - short.peak <= 60 * 3 * 32 * 32 * 4 + latents
+
+
+@pytest.mark.parametrize("length, tile, scale", [(7, 4, 8), (20, 8, 1), (8, 8, 8), (33, 16, 1), (90, 32, 8)])
+def test_tiles_cover_and_their_weights_add_up(length, tile, scale):
+    total, last = torch.zeros(length * scale), 0
+    for start, end, weight in tile_windows(length, tile, scale):
+        assert end - start == tile and start <= last - (tile // 4 if last else 0)
+        total[start * scale : end * scale] += weight
+        last = end
+    assert last == length
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def picture(height, width):
+    y, x = torch.meshgrid(torch.arange(height) / 32, torch.arange(width) / 32, indexing="ij")
+    return torch.stack([torch.sin(x * (c + 1)) * torch.cos(y * (1 + c / 2)) for c in range(3)])[None, :, None]
+
+
+def test_vae_tiles_are_where_they_belong():
+    """Without any look at neighbours, tiles must give exactly what the whole gives."""
+    net = randomise(WanVAE(dim=4))
+    for module in net.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and module.kernel_size[-1] == 3:
+            centre = module.weight.data[..., 1:2, 1:2].clone()
+            module.weight.data = (
+                pad(centre, (1, 1, 1, 1)) if module.stride[-1] == 1 else pad(centre, (0, 2, 0, 2))
+            )
+    for coder in (net.encoder, net.decoder):
+        coder.middle[1].proj.weight.data.zero_()
+    net.decoder.head["2"].weight.data *= 0.2
+    video = picture(72, 56).repeat(1, 1, 5, 1, 1) * torch.linspace(0.5, 1, 5)[:, None, None]
+    latent = net.encode(video)
+    assert error(net.encode(video, tile=32), latent) <= 1e-5
+    assert error(net.decode(latent, tile=32), net.decode(latent)) <= 1e-5
+
+
+def test_vae_tiled_is_near_untiled(vae):
+    """The bound in WanVAE's docstring."""
+    video = picture(160, 192)
+    latent = vae.encode(video)
+    encoded = (vae.encode(video, tile=128) - latent).norm() / (latent - latent.mean()).norm()
+    whole = vae.decode(latent)
+    decoded = (vae.decode(latent, tile=128) - whole).norm() / whole.norm()
+    print(f"tiles of 128: encode {encoded:.3f}, decode {decoded:.3f}")
+    assert encoded <= 0.1 and decoded <= 0.2
+    assert torch.equal(vae.decode(latent, tile=192), whole)  # one tile
+
+
+def test_vae_in_bf16(vae):
+    half = WanVAE(dim=8).bfloat16()
+    half.load_state_dict(vae.state_dict())
+    torch.manual_seed(0)
+    video, latent = torch.rand(1, 3, 5, 16, 16) * 2 - 1, torch.randn(1, 16, 2, 2, 2)
+    for method, x in (("encode", video), ("decode", latent)):
+        a, b = getattr(half, method)(x), getattr(vae, method)(x)
+        assert a.dtype == torch.float32 and 0 < error(a, b) < 0.1, (method, error(a, b))
+
+
+def test_vae_refuses_what_it_cannot_take(vae):
+    for shape in (
+        (1, 3, 4, 16, 16),
+        (1, 3, 5, 16, 20),
+        (1, 4, 5, 16, 16),
+        (1, 3, 0, 16, 16),
+        (1, 3, 5, 0, 16),
+    ):
+        with pytest.raises(
+            UserError, match="expected 3 channels, 4n.1 frames and sides that are multiples of 8"
+        ):
+            vae.encode(torch.zeros(shape))
+    with pytest.raises(UserError, match="expected .B, 16, f, h, w."):
+        vae.decode(torch.zeros(1, 4, 1, 2, 2))
+    for tile in (0, 24, 100, -8):
+        with pytest.raises(UserError, match=f"tile {tile}: expected a multiple of 8"):
+            vae.decode(torch.zeros(1, 16, 1, 2, 2), tile=tile)
+
+
+# -------------------------------------------------------------------------------------------- umT5 and DINOv2
+@torch.no_grad()
+def test_umt5_is_transformers_umt5():
+    net = randomise(UMT5(vocab=99, dim=32, ffn_dim=48, num_heads=4, num_layers=3))
+    for block in net.blocks:
+        block.attn.q.weight *= 8**-0.5  # T5 starts q smaller instead of dividing the scores
+    config = UMT5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4)
+    names = {
+        "norm1": "layer.0.layer_norm",
+        "attn": "layer.0.SelfAttention",
+        "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+        "norm2": "layer.1.layer_norm",
+        "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+        "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+        "ffn.fc2": "layer.1.DenseReluDense.wo",
+    }
+    state = {}
+    for key, value in net.state_dict().items():
+        if key.startswith("blocks"):
+            for ours, theirs in names.items():
+                key = re.sub(rf"^blocks\.(\d+)\.{re.escape(ours)}\.", rf"encoder.block.\1.{theirs}.", key)
+        state[key.replace("token_embedding", "shared") if key[0] == "t" else key] = value
+    state["encoder.final_layer_norm.weight"] = state.pop("norm.weight")
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    oracle = UMT5EncoderModel(config).eval()
+    oracle.load_state_dict(state, strict=True)
+    for length in (1, 13, 301):  # past the last bucket too
+        ids = torch.randint(0, 99, (3, length))
+        mask = (torch.arange(length) < torch.tensor([[length], [max(1, length // 2)], [1]])).long()
+        ours = net(ids, mask)[mask == 1]
+        apart = error(ours, oracle(input_ids=ids, attention_mask=mask).last_hidden_state[mask == 1])
+        print(f"umT5, {length} tokens: {apart:.1e} from transformers")
+        assert apart <= 1e-5
+
+
+def dinov2_pair(image_size=56):
+    """Ours and transformers', the same weights: 4 x 4 patches of 14 pixels."""
+    net = randomise(DINOv2(32, 3, 2, image_size=image_size, levels=(0, 1, 2)))
+    config = Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=image_size,
+        layer_norm_eps=1e-6,
+    )
+    oracle = Dinov2Model(config).eval()
+    state = {}
+    for key, value in net.state_dict().items():
+        if "attn.qkv" in key:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                to = f"encoder.layer.\\1.attention.{part}_proj"
+                state[re.sub(r"blocks\.(\d+)\.attn\.qkv", to, key)] = rows
+            continue
+        key = re.sub(r"^(cls_token|mask_token)", r"embeddings.\1", key)
+        key = key.replace("pos_embed", "embeddings.position_embeddings")
+        key = key.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        key = key.replace("attn.proj", "attention.o_proj").replace("blocks", "encoder.layer")
+        key = re.sub(r"ls(\d)\.gamma", r"layer_scale\1.lambda1", re.sub(r"^norm", "layernorm", key))
+        state[key] = value
+    oracle.load_state_dict(state, strict=True)
+    return net, oracle
+
+
+@torch.no_grad()
+def test_dinov2_is_transformers_dinov2():
+    net, oracle = dinov2_pair()
+    image = torch.randn(3, 3, 56, 56)
+    states = torch.stack(oracle(image, output_hidden_states=True).hidden_states[1:], dim=1)
+    apart = error(net(image), states)
+    assert apart <= 1e-5
+    # at another size transformers resizes the positions by size, the release by (h + 0.1) / side: pass ours
+    larger, oracle = dinov2_pair(84)
+    grid = net.positions(6, 6)
+    larger.pos_embed.data, oracle.embeddings.position_embeddings.data = net.pos_embed, grid
+    image = torch.randn(1, 3, 84, 84)
+    states = torch.stack(oracle(image, output_hidden_states=True).hidden_states[1:], dim=1)
+    resized = error(larger(image), states)
+    print(f"DINOv2: {apart:.1e} from transformers, {resized:.1e} at another size, its positions given")
+    assert resized <= 1e-5
+
+
+@pytest.mark.parametrize("h, w", [(6, 6), (3, 9), (4, 7), (16, 16)])
+def test_dinov2_positions_are_bicubic_at_the_releases_scale(h, w):
+    """Keys' cubic (a = -0.75) in float64 at source (i + 0.5) * side / (n + 0.1) - 0.5, edges repeated."""
+
+    def cubic(d):
+        d = d.abs()
+        near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+        return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
+
+    def weights(n, side):
+        at = (torch.arange(n).double() + 0.5) * side / (n + 0.1) - 0.5
+        taps = at.floor()[:, None] + torch.arange(-1, 3)  # [n, 4]
+        out = torch.zeros(n, side).double()
+        return out.scatter_add_(1, taps.clamp(0, side - 1).long(), cubic(at[:, None] - taps))
+
+    side = 4
+    net = randomise(DINOv2(8, 1, 1, image_size=14 * side))
+    grid = net.pos_embed[0, 1:].unflatten(0, (side, side)).double()
+    expected = torch.einsum("hy,wx,yxd->hwd", weights(h, side), weights(w, side), grid).flatten(0, 1)
+    ours = net.positions(h, w)[0]
+    assert torch.equal(ours[0], net.pos_embed[0, 0])
+    if (h, w) != (side, side):
+        assert error(ours[1:].double(), expected) <= 1e-5
+
+
+# ----------------------------------------------------------------------------------------------- weight files
+def small():
+    return randomise(UMT5(vocab=40, dim=16, ffn_dim=24, num_heads=2, num_layers=2))
+
+
+def write(path, state):
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_files_load_as_saved_with_a_cast(tmp_path, suffix, dtype):
+    source = small()
+    path = write(tmp_path / f"net{suffix}", source.state_dict())
+    with torch.device("meta"):
+        meta = UMT5(vocab=40, dim=16, ffn_dim=24, num_heads=2, num_layers=2)
+    for net in (meta, UMT5(vocab=40, dim=16, ffn_dim=24, num_heads=2, num_layers=2).requires_grad_(False)):
+        frozen = not net.norm.weight.requires_grad
+        assert load_weights(net, path, dtype) is net
+        for name, p in net.named_parameters():
+            assert torch.equal(p, source.get_parameter(name).to(dtype or torch.float32)), name
+            assert p.requires_grad != frozen
+    path.write_bytes(b"\0" * 10)  # what was loaded does not live in the file
+    net(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3))
+
+
+def test_reader_and_old_files(tmp_path):
+    state = small().state_dict()
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for path in (tmp_path / "old.pth", write(tmp_path / "new.safetensors", state)):
+        file = read_weights(path)
+        assert set(file.keys()) == set(state) and file.shape("norm.weight") == (16,)
+        assert torch.equal(file.get("token_embedding.weight"), state["token_embedding.weight"])
+
+
+def test_vae_and_dinov2_load_from_meta(tmp_path, vae):
+    for make in (lambda: WanVAE(dim=8), lambda: DINOv2(32, 1, 2, image_size=28, levels=(0,))):
+        source = randomise(make())
+        path = write(tmp_path / "net.pth", source.state_dict())
+        with torch.device("meta"):
+            net = make()
+        load_weights(net, path)
+        assert not any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers()))
+        if isinstance(net, WanVAE):
+            latent = torch.randn(1, 16, 2, 1, 1)
+            assert torch.equal(net.decode(latent), source.decode(latent))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_loading_never_holds_two_networks(tmp_path, suffix):
+    source = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    path = write(tmp_path / f"net{suffix}", source.state_dict())
+    with torch.device("meta"):
+        net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    with LiveBytes() as live:
+        load_weights(net, path, torch.float64)
+    size = sum(p.nbytes for p in net.parameters())
+    mapped = size // 2 if suffix == ".pth" else 0  # all of the float32 file's tensors exist, but in its pages
+    assert size <= live.peak - mapped <= size * 1.1
+    old = [weakref.ref(p) for p in net.parameters()]
+    load_weights(net, path, torch.float32)
+    assert not any(p() for p in old)
+    file = read_weights(path)
+    at, maps = file.get("0.weight").data_ptr(), Path("/proc/self/maps")
+    if maps.exists():  # Linux: the tensor lies in the file's own pages
+        spans = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(path) in line]
+        assert any(int(start, 16) <= at < int(end, 16) for start, end in spans)
+
+
+def broken_files(folder):
+    """name -> (file, what the one line says)."""
+    state, cases = small().state_dict(), {}
+    good = {
+        suffix: write(folder / f"good{suffix}", state).read_bytes() for suffix in (".safetensors", ".pth")
+    }
+
+    def case(name, content, says):
+        (folder / name).write_bytes(content)
+        cases[name] = says
+
+    for suffix, content in good.items():
+        case(f"empty{suffix}", b"", "is empty")
+        case(f"lfs{suffix}", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-LFS")
+        case(f"html{suffix}", b"\n<!DOCTYPE html><html>", "web page")
+        case(f"html2{suffix}", b"<HTML><body>", "web page")
+        for at in (1, 7, 9, 100, len(content) // 2, len(content) - 1):
+            case(f"cut{at}{suffix}", content[:at], "cannot be read")
+        case(f"noise{suffix}", bytes(range(256)) * 40, "cannot be read")
+    case("swapped.safetensors", good[".pth"], "cannot be read")
+    case("swapped.pth", good[".safetensors"], "cannot be read")
+    entry = '{"a":{"dtype":"%s","shape":%s,"data_offsets":%s}}'
+    hostile = {
+        "huge": b"\xff" * 8 + b"{}",
+        "list": b"[]",
+        "json": b'{"a":',
+        "dtype": (entry % ("Q7", "[1]", "[0,4]")).encode(),
+        "negative": (entry % ("F32", "[-1]", "[0,4]")).encode(),
+        "beyond": (entry % ("F32", "[9]", "[0,36]")).encode(),
+        "overflow": (entry % ("F32", "[4294967296,4294967296,4]", "[0,4]")).encode(),
+        "backwards": (entry % ("F32", "[1]", "[4,0]")).encode(),
+    }
+    for name, header in hostile.items():
+        content = header if name == "huge" else len(header).to_bytes(8, "little") + header + bytes(4)
+        case(f"{name}.safetensors", content, "cannot be read")
+    for name, value in {"code": {"a": print}, "list": [1], "nested": {"model": state}, "number": 3}.items():
+        torch.save(value, folder / f"{name}.pth")
+        cases[f"{name}.pth"] = "cannot be read" if name == "code" else "expected a dict of tensors"
+
+    for suffix in good:
+
+        def altered(name, says, suffix=suffix, **changes):
+            new = {key: value for key, value in {**state, **changes}.items() if value is not None}
+            write(folder / f"{name}{suffix}", new)
+            cases[f"{name}{suffix}"] = says
+
+        fc2 = "blocks.1.ffn.fc2.weight"
+        altered("missing", "21 tensors came, 22 expected; 1 missing ('norm.weight')", **{"norm.weight": None})
+        altered("extra", "23 tensors came, 22 expected; 1 unknown ('bias')", bias=torch.zeros(3))
+        altered(
+            "renamed",
+            "22 tensors came, 22 expected; 1 missing ('norm.weight'); 1 unknown ('norm.gamma')",
+            **{"norm.weight": None, "norm.gamma": torch.ones(16)},
+        )
+        altered(
+            "transposed",
+            f"1 mis-shaped ('{fc2}' (24, 16) instead of (16, 24))",
+            **{fc2: state[fc2].T.contiguous()},
+        )
+        altered(
+            "integers", "is torch.int64, expected torch.float32", **{"norm.weight": torch.ones(16).long()}
+        )
+        blank = dict.fromkeys(state)
+        altered(
+            "other",
+            "22 missing ('token_embedding.weight', 'blocks.0.norm1.weight', '",
+            x=torch.ones(1),
+            **blank,
+        )
+    cases["absent.pth"] = "No such file"
+    (folder / "folder.pth").mkdir()
+    cases["folder.pth"] = "Is a directory"
+    return cases
+
+
+def test_every_bad_file_gives_one_clear_line(tmp_path):
+    for name, says in broken_files(tmp_path).items():
+        with pytest.raises(UserError) as caught:
+            load_weights(small(), tmp_path / name)
+        line = str(caught.value)
+        assert says in line and name in line and "\n" not in line and len(line) < 600, line
+
+
+def test_mutated_safetensors_never_surprise(tmp_path):
+    """Any flipped byte of the header: the network loads, or one UserError."""
+    good, path = (
+        write(tmp_path / "good.safetensors", small().state_dict()).read_bytes(),
+        tmp_path / "bad.safetensors",
+    )
+    torch.manual_seed(0)
+    refused = 0
+    for at in torch.randint(0, 8 + int.from_bytes(good[:8], "little"), (150,)).tolist():
+        path.write_bytes(good[:at] + bytes([good[at] ^ int(torch.randint(1, 256, ()))]) + good[at + 1 :])
+        try:
+            load_weights(small(), path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 100

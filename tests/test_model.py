@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
         load_checkpoint(folder)
 
 
-# ------------------------------------------------------------------------------------------- Wan's checkpoints
+# ------------------------------------------------------------------------------------------ Wan's checkpoints
 SMALL_WAN = DiTConfig(
     dim=48, ffn_dim=96, num_heads=2, num_layers=3, freq_dim=32, text_dim=24, vit_dim=20, vit_levels=2
 )
@@ -277,9 +277,9 @@ def their_name(name):
     if name.startswith("blocks."):
         _, number, rest = name.split(".", 2)
         stem = max((k for k in IN_BLOCKS if rest == k or rest.startswith(k + ".")), key=len)
-        return f"blocks.{number}.{IN_BLOCKS[stem]}{rest[len(stem):]}"
+        return f"blocks.{number}.{IN_BLOCKS[stem]}{rest[len(stem) :]}"
     stem = next((k for k in TO_DIFFUSERS if name.startswith(k)), None)
-    return TO_DIFFUSERS[stem] + name[len(stem):] if stem else name
+    return TO_DIFFUSERS[stem] + name[len(stem) :] if stem else name
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,9 @@ def test_a_new_mfi_keeps_wan_bit_for_bit_and_long_captions_work(oracle, capsys):
     assert said.count("the context grows from 512 rows to 519") == 1
 
 
-@pytest.mark.parametrize("name, parameters, tensors", [("1.3b", 1_418_996_800, 825), ("14b", 14_288_491_584, 1095)])
+@pytest.mark.parametrize(
+    "name, parameters, tensors", [("1.3b", 1_418_996_800, 825), ("14b", 14_288_491_584, 1095)]
+)
 def test_full_sizes_are_wans(name, parameters, tensors):
     with torch.device("meta"):
         net = HarmoView(CONFIGS[name])
@@ -425,7 +427,11 @@ def test_folders_that_hold_no_network(oracle, tmp_path):
     twice = tmp_path / "twice"
     first = twice / "diffusion_pytorch_model-0.safetensors"
     (twice / "diffusion_pytorch_model-1.safetensors").write_bytes(first.read_bytes())
-    for folder, says in (("empty", "0 .safetensors files"), ("pair", "two experts"), ("twice", "came before")):
+    for folder, says in (
+        ("empty", "0 .safetensors files"),
+        ("pair", "two experts"),
+        ("twice", "came before"),
+    ):
         with pytest.raises(UserError, match=says):
             load_wan(HarmoView(SMALL_WAN), tmp_path / folder)
     (twice / "diffusion_pytorch_model.safetensors.index.json").write_text("[1")

@@ -315,8 +315,24 @@ def test_all_stages_from_wan_and_a_video_from_references(small_wan, wan, tmp_pat
     train.main([*small_wan, "--steps", "1"])
     picture = data.benchmark_references(64)[0, 0]
     data.to_image(picture, 64).save("a_front.png")
-    sample.main(["--ckpt", "out/small", "--refs", "a_front.png", "--prompt", "one person nods", "--steps", "1",
-                 "--frames", "5", "--size", "32x48", "--out", "v"])
+    sample.main(
+        [
+            "--ckpt",
+            "out/small",
+            "--refs",
+            "a_front.png",
+            "--prompt",
+            "one person nods",
+            "--steps",
+            "1",
+            "--frames",
+            "5",
+            "--size",
+            "32x48",
+            "--out",
+            "v",
+        ]
+    )
     assert Path("v.mp4").exists() and Path("v.png").exists()
 
 
