@@ -1,10 +1,12 @@
-"""Fused Triton kernels for what is memory-bound in a block, forward and backward, each beside its PyTorch reference.
+"""Fused Triton kernels for what is memory-bound in a block, forward and backward, each beside its reference.
 
-  qk_norm_rope                  RMSNorm over the full width, then rotary by each token's (t, h, w); q and k in one launch
+  qk_norm_rope                  RMSNorm over the full width, then rotary by each token's (t, h, w);
+                                q and k in one launch
   norm_modulate                 LayerNorm, then x * (1 + scale) + shift
   gate_residual_norm_modulate   x + gate * y, and norm_modulate of that sum
 
-Tensors on a GPU go through Triton, all others through the references; use_fused() says which and overrides it.
+Tensors on a GPU go through Triton, all others through the references in PyTorch; use_fused() says which, and
+overrides it.
 Positions are data, an integer tensor [L, 3]: every layout of rope.py runs through the same kernel.
 
   python kernels.py                       checks, then a table of times against the copy bandwidth of this GPU
@@ -14,6 +16,7 @@ Dimension key: B batch, L tokens, D width, N heads, K head width, D = N*K, P row
 """
 import argparse
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -43,8 +46,8 @@ _fused = None
 
 
 def use_fused(choice=None):
-    """Choose the path: None (Triton for tensors on a GPU, where there is Triton), True (Triton or an error) or
-    False (PyTorch). Returns the choice as a sentence."""
+    """Choose the path: None (Triton for tensors on a GPU, where there is Triton), True (Triton or an error)
+    or False (PyTorch). Returns the choice in words."""
     global _fused
     if choice and triton is None:
         raise UserError("fused kernels need Triton, which cannot be imported here")
@@ -63,7 +66,7 @@ def _runs_fused(x):
     return _fused
 
 
-# ------------------------------------------------------------------------------------------- positions, tables
+# ------------------------------------------------------------------------------------------ positions, tables
 class RopeTables(NamedTuple):
     """cos and sin of every position by every pair of a head, float32 [P, K // 2]; a token's row is gathered
     pair by pair: the first pairs at its t, the next at its h, the last at its w (rope.axis_pairs)."""
@@ -75,9 +78,9 @@ _tables, _checked = {}, WeakIdKeyDictionary()
 
 
 def rope_tables(positions, head_dim, theta=1e4):
-    """Tables, computed in float64 as Wan does, that hold these positions (int [L, 3]). They are cached and grow
-    on demand: to the next power of two, so that a far jump costs one rebuild (a position costs head_dim * 4
-    bytes). Waits for the GPU once: call it where a layout is built, not in every block.
+    """Tables, computed in float64 as Wan does, that hold these positions (int [L, 3]). They are cached and
+    grow on demand, to the next power of two, at head_dim * 4 bytes a position. Waits for the GPU: call it
+    where a layout is built, not in every block.
     Raises UserError for positions of another shape or dtype, negative or beyond MAX_POSITION."""
     if positions.ndim != 2 or positions.shape[1] != 3 or positions.dtype not in (torch.int32, torch.int64):
         raise UserError(f"positions are {positions.dtype} {list(positions.shape)}; expected integers [L, 3]")
@@ -102,11 +105,11 @@ def check_positions(positions, tables):
     if _checked.get(positions) != seen:
         low, high = (int(x) for x in positions.aminmax()) if positions.numel() else (0, 0)
         if low < 0 or high >= len(tables.cos):
-            raise UserError(f"positions go from {low} to {high}; these tables hold 0 to {len(tables.cos) - 1}")
+            raise UserError(f"positions go from {low} to {high}; the tables hold 0 to {len(tables.cos) - 1}")
         _checked[positions] = seen
 
 
-# -------------------------------------------------------------------------------------------------- references
+# ------------------------------------------------------------------------------------------------- references
 def _math(dtype):
     return torch.promote_types(dtype, torch.float32)
 
@@ -135,15 +138,15 @@ def gate_residual_norm_modulate_reference(x, y, gate, shift, scale, eps, out_dty
     return x, norm_modulate_reference(x, shift, scale, eps, out_dtype)
 
 
-# ----------------------------------------------------------------------------------------------------- kernels
-# A program owns whole rows and holds one as a tuple of blocks: 5120 is 5 * 1024 and 1536 is 3 * 512, so that no
-# lane idles as it would in the next power of two. A thread's 16 bytes hold whole pairs, which split and join
-# turn in registers without giving up 128-bit loads. F is the dtype of the mathematics.
+# ---------------------------------------------------------------------------------------------------- kernels
+# A program owns whole rows and holds one as a tuple of blocks: 5120 is 5 * 1024 and 1536 is 3 * 512, so that
+# no lane idles as it would in the next power of two. A thread's 16 bytes hold whole pairs, which split and
+# join turn in registers without giving up 128-bit loads. F is the dtype of the mathematics.
 @jit
 def _get(row, c, D: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = False):
     """Block c of a row in dtype F, zero beyond its end; KEEP in L1 what the next row needs again."""
     i = tl.arange(0, BLOCK)
-    row += c * BLOCK
+    row += c * BLOCK  # on the scalar: on the lanes' offsets it takes 40 registers for addresses, and spills
     policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
     if D % BLOCK == 0:
         x = tl.load(row + i, eviction_policy=policy)
@@ -173,8 +176,8 @@ def _zeros(BLOCK: tl.constexpr, CHUNKS: tl.constexpr, F: tl.constexpr):
 @jit
 def _angles(positions, cos, sin, token, P, K: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
             BLOCK: tl.constexpr, F: tl.constexpr):
-    """cos and sin of a token for the pairs of one block, the same for every block (_plan sees to it). Gathered:
-    computing them takes 2.7 times the instructions, and loses digits far out."""
+    """cos and sin of a token for the pairs of one block, the same for every block (_plan sees to it).
+    Gathered, since computing them takes 2.7 times the instructions and loses digits far out."""
     i = tl.arange(0, BLOCK // 2) % (K // 2)
     p = tl.load(positions + token * 3 + (i >= T).to(tl.int32) + (i >= T + H).to(tl.int32))
     inside = (p >= 0) & (p < P)
@@ -190,52 +193,51 @@ def _turn(x, cos, sin, BLOCK: tl.constexpr):
 
 
 @jit
-def _norm_rope_row(x, weight, out, rstd, cos, sin, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-                   CHUNKS: tl.constexpr, F: tl.constexpr):
-    xs = ()
-    squares = tl.zeros((BLOCK,), F)
-    for c in tl.static_range(CHUNKS):
-        xs = xs + (_get(x, c, D, BLOCK, F),)
-        squares += xs[c] * xs[c]
-    r = tl.rsqrt(tl.sum(squares) / D + EPS)
-    tl.store(rstd, r)
-    for c in tl.static_range(CHUNKS):
-        y = xs[c] * r * _get(weight, c, D, BLOCK, F, True)
-        _put(out, c, _turn(y, cos, sin, BLOCK), D, BLOCK)
-
-
-@jit
 def _qk_forward(q, k, weight_q, weight_k, positions, cos, sin, q_out, k_out, rstd, L, P,
                 EPS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
                 BLOCK: tl.constexpr, CHUNKS: tl.constexpr, F: tl.constexpr):
-    """Grid (B*L, 2): one row of q or of k a program."""
+    """Grid (B*L, 2): one row of q or of k a program. rstd [2, B*L] is r below."""
     row = tl.program_id(0).to(tl.int64)
-    c, s = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
-    at = row * D
-    if tl.program_id(1) == 0:
-        _norm_rope_row(q + at, weight_q, q_out + at, rstd + row, c, s, EPS, D, BLOCK, CHUNKS, F)
-    else:
-        rstd += tl.num_programs(0)
-        _norm_rope_row(k + at, weight_k, k_out + at, rstd + row, c, s, EPS, D, BLOCK, CHUNKS, F)
+    x, weight, out = q, weight_q, q_out
+    if tl.program_id(1) == 1:
+        x, weight, out = k, weight_k, k_out
+    c_, s_ = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
+    xs = ()
+    squares = tl.zeros((BLOCK,), F)
+    for c in tl.static_range(CHUNKS):
+        xs = xs + (_get(x + row * D, c, D, BLOCK, F),)
+        squares += xs[c] * xs[c]
+    r = tl.rsqrt(tl.sum(squares) / D + EPS)
+    tl.store(rstd + tl.program_id(1) * tl.num_programs(0) + row, r)
+    for c in tl.static_range(CHUNKS):
+        y = xs[c] * r * _get(weight, c, D, BLOCK, F, True)
+        _put(out + row * D, c, _turn(y, c_, s_, BLOCK), D, BLOCK)
 
 
 @jit
-def _norm_rope_grad_rows(x, weight, rstd, grad, dx, partial, positions, cos, sin, rows, L, P,
-                         D: tl.constexpr, K: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
-                         BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
-                         STAGES: tl.constexpr, F: tl.constexpr):
-    """y = x*r*w, r = 1/rms(x): dw = sum of dy*x*r, dx = r * (dy*w - x*r * mean(dy*w * x*r))."""
+def _qk_backward(q, k, weight_q, weight_k, positions, cos, sin, rstd, q_grad, k_grad, dq, dk, partial,
+                 rows, L, P, D: tl.constexpr, K: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
+                 BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+                 F: tl.constexpr):
+    """Grid (programs, 2): STEPS rows of q or of k each, and their sum for the weight in partial
+    [2, programs, D]. With y = hat * w, hat = x * r and r = 1/rms(x): dw = sum of dy * hat,
+    dx = r * (dy * w - hat * mean(dy * w * hat)). The trip count is compiled in because the interpreter of
+    triton 3.6 cannot loop over a runtime range with numpy >= 2.4."""
+    x, weight, grad, dx = q, weight_q, q_grad, dq
+    if tl.program_id(1) == 1:
+        x, weight, grad, dx = k, weight_k, k_grad, dk
+    rstd += tl.program_id(1) * rows
     dw = _zeros(BLOCK, CHUNKS, F)
     for step in tl.range(STEPS, num_stages=STAGES):
         row = tl.program_id(0) + step * tl.num_programs(0)
         live = (row < rows).to(F)  # a program without a row left repeats the last one and does not count it
         row = tl.minimum(row, rows - 1).to(tl.int64)
-        co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
+        c_, s_ = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
         r = tl.load(rstd + row)
         sums, hats, dys = (), (), ()
         dots = tl.zeros((BLOCK,), F)
         for c in tl.static_range(CHUNKS):
-            dy = _turn(_get(grad + row * D, c, D, BLOCK, F), co, -si, BLOCK)  # turned back
+            dy = _turn(_get(grad + row * D, c, D, BLOCK, F), c_, -s_, BLOCK)  # turned back
             hat = _get(x + row * D, c, D, BLOCK, F) * r
             sums = sums + (dw[c] + dy * hat * live,)
             dy = dy * _get(weight, c, D, BLOCK, F, True)
@@ -245,25 +247,9 @@ def _norm_rope_grad_rows(x, weight, rstd, grad, dx, partial, positions, cos, sin
         mean = tl.sum(dots) / D
         for c in tl.static_range(CHUNKS):
             _put(dx + row * D, c, r * (dys[c] - hats[c] * mean), D, BLOCK)
+    partial += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * D
     for c in tl.static_range(CHUNKS):
-        _put(partial + tl.program_id(0) * D, c, dw[c], D, BLOCK)
-
-
-@jit
-def _qk_backward(q, k, weight_q, weight_k, positions, cos, sin, rstd, q_grad, k_grad, dq, dk, partial,
-                 rows, L, P, D: tl.constexpr, K: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
-                 BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
-                 F: tl.constexpr):
-    """Grid (programs, 2): STEPS rows of q or of k each, and their sum for the weight in partial
-    [2, programs, D]. The trip count is a constant because the interpreter of triton 3.6 cannot loop over another
-    with numpy >= 2.4."""
-    if tl.program_id(1) == 0:
-        _norm_rope_grad_rows(q, weight_q, rstd, q_grad, dq, partial, positions, cos, sin, rows, L, P,
-                             D, K, T, H, BLOCK, CHUNKS, STEPS, STAGES, F)
-    else:
-        partial += tl.num_programs(0) * D
-        _norm_rope_grad_rows(k, weight_k, rstd + rows, k_grad, dk, partial, positions, cos, sin, rows, L, P,
-                             D, K, T, H, BLOCK, CHUNKS, STEPS, STAGES, F)
+        _put(partial, c, dw[c], D, BLOCK)
 
 
 @jit
@@ -352,38 +338,39 @@ def _modulate_backward(total, y, gate, scale, stats, total_grad, out_grad, dx, d
             _put(partial + 2 * size, c, dgate[c], D, BLOCK)
 
 
-# ------------------------------------------------------------------------------------------------------- launch
-SWEPT = {}  # overrides of _plan, by `--sweep`
+# ----------------------------------------------------------------------------------------------------- launch
+SWEPT = {}  # what `--sweep` tries instead of _plan's choice
 
 
-def _plan(D, K, itemsize, live, dtype):
-    """How a row is cut and how many registers a thread may take: 16 bytes a load, and the most programs an SM
-    can hold without spilling. live: 4-byte values per element that a thread holds at once. The steps are where
-    one more program fits; tests compile every kernel for sm_90 with them."""
+def _plan(D, K, dtype, itemsize, live):
+    """How a row is cut, and a thread's share: 16 bytes a load, and as few registers as a compile for sm_90
+    needs without spilling (tests do that): 28 and `live` per element. Fewer let more programs share an SM."""
     block = D & -D
     if block < 256 or block % K or D // block > 8:
         block = 1 << (D - 1).bit_length()
     chunks = -(-D // block)
     warps = SWEPT.get("num_warps") or min(8, max(1, block * itemsize // 512))
-    values = live * block * chunks / (32 * warps)
-    registers = SWEPT.get("maxnreg") or next(r for r in (64, 80, 96, 128, 168, 255) if r >= min(values, 255))
+    registers = 28 + live * block * chunks / (32 * warps)
+    registers = SWEPT.get("maxnreg") or int(min(248, max(64, -(-registers // 8) * 8)))
     return dict(D=D, BLOCK=block, CHUNKS=chunks, F=tl.float64 if dtype == torch.float64 else tl.float32,
                 num_warps=warps, maxnreg=registers)
 
 
 def _qk_plan(D, K, dtype, backward=False):
     t, h, _ = axis_pairs(K)
-    return dict(_plan(D, K, dtype.itemsize, 4 if backward else 1.6, dtype), K=K, T=t, H=h)
+    return dict(_plan(D, K, dtype, dtype.itemsize, 3.5 if backward else 1.1), K=K, T=t, H=h)
 
 
 def _modulate_plan(D, dtype, residual, gated, backward=False):
-    live = 1.6 if not backward else 8.5 if gated else 6.4
-    return dict(_plan(D, 1, 4, live, dtype), RESIDUAL=residual, GATED=gated)  # x is float32 in model.py
+    """16 bytes of the float32 residual stream, 8 of what is bf16 beside it: the sums need the registers."""
+    live = 1.1 if not backward else 7.5 if gated else 5
+    return dict(_plan(D, 1, dtype, 4, live), RESIDUAL=residual, GATED=gated)
 
 
 def _spread(rows, plan, device, shares):
-    """Programs of a backward launch, and the rows that each of them walks. They fill the GPU once, so that the
-    partial sums stay at [programs, D]. Rounded up, since STEPS is compiled in and L changes with the references."""
+    """Programs of a backward launch, and how many rows each of them walks. They fill the GPU once, so that
+    the partial sums are [programs, D]. Steps are rounded up: they are compiled in, and L changes with the
+    references."""
     if device.type == "cuda":
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         full = sms * (65536 // (plan["maxnreg"] * 32 * plan["num_warps"])) // shares
@@ -401,7 +388,7 @@ def _launch(kernel, grid, *args, **options):
             kernel[grid](*args, **options)
 
 
-# ------------------------------------------------------------------------------------------------ torch operators
+# -------------------------------------------------------------------------------------------- torch operators
 @torch.library.custom_op("harmoview::qk_norm_rope", mutates_args=())
 def _qk(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
         eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -424,7 +411,8 @@ def _qk_fake(q, k, weight_q, weight_k, positions, cos, sin, eps):
 
 @torch.library.custom_op("harmoview::qk_norm_rope_backward", mutates_args=())
 def _qk_grad(q_grad: Tensor, k_grad: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor,
-             positions: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+             positions: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, L, D = q.shape
     q_grad, k_grad, q, k, weight_q, weight_k, positions, cos, sin = (
         x.contiguous() for x in (q_grad, k_grad, q, k, weight_q, weight_k, positions, cos, sin))
@@ -454,8 +442,8 @@ _qk.register_autograd(_qk_autograd, setup_context=_qk_setup)
 
 
 @torch.library.custom_op("harmoview::modulate", mutates_args=())
-def _modulate(x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], shift: Tensor, scale: Tensor, eps: float,
-              out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _modulate(x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], shift: Tensor, scale: Tensor,
+              eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     B, L, D = x.shape
     x, y, gate, shift, scale = (None if z is None else z.contiguous() for z in (x, y, gate, shift, scale))
     total, out, stats = _modulate_fake(x, y, gate, shift, scale, eps, out_dtype)
@@ -477,7 +465,8 @@ def _modulate_grad(total_grad: Tensor, out_grad: Tensor, total: Tensor, y: Optio
     B, L, D = total.shape
     total_grad, out_grad, total, y, gate, scale = (
         None if z is None else z.contiguous() for z in (total_grad, out_grad, total, y, gate, scale))
-    dx, dy, dgate, dshift, dscale = _modulate_grad_fake(total_grad, out_grad, total, y, gate, shift, scale, stats)
+    grads = _modulate_grad_fake(total_grad, out_grad, total, y, gate, shift, scale, stats)
+    dx, dy, dgate, dshift, dscale = grads
     plan = _modulate_plan(D, total.dtype, y is not None, gate is not None, backward=True)
     programs, steps = _spread(L, plan, total.device, shares=max(B, 1))
     partial = stats.new_empty(2 + (gate is not None), B, programs, D)
@@ -486,7 +475,7 @@ def _modulate_grad(total_grad: Tensor, out_grad: Tensor, total: Tensor, y: Optio
     sums = partial.sum(2)  # [2 or 3, B, D]
     for grad, value in zip((dshift, dscale, dgate), sums):
         grad.copy_(value)
-    return dx, dy, dgate, dshift, dscale
+    return grads
 
 
 @_modulate_grad.register_fake
@@ -501,15 +490,15 @@ def _modulate_setup(ctx, inputs, output):
 
 
 def _modulate_autograd(ctx, total_grad, out_grad, _):
-    total, y, gate, shift, scale, stats = ctx.saved_tensors
-    dx, dy, dgate, dshift, dscale = _modulate_grad(total_grad, out_grad, total, y, gate, shift, scale, stats)
+    _, y, gate, *_ = ctx.saved_tensors
+    dx, dy, dgate, dshift, dscale = _modulate_grad(total_grad, out_grad, *ctx.saved_tensors)
     return dx, None if y is None else dy, None if gate is None else dgate, dshift, dscale, None, None
 
 
 _modulate.register_autograd(_modulate_autograd, setup_context=_modulate_setup)
 
 
-# ------------------------------------------------------------------------------------------------------ functions
+# -------------------------------------------------------------------------------------------------- functions
 def _expect(name, x, shape, device, dtypes=DTYPES):
     if list(x.shape) != list(shape):
         raise UserError(f"{name} is {list(x.shape)}; expected {list(shape)}")
@@ -522,14 +511,14 @@ def _expect(name, x, shape, device, dtypes=DTYPES):
 def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
     """RMSNorm of q and k over the full width, then rotary of adjacent pairs by each token's (t, h, w).
 
-    q, k          [B, L, D] of one dtype: float32, bfloat16 or float16; the mathematics is float32, rounded once
-    weight_q, _k  [D], any of these dtypes
+    q, k          [B, L, D], both float32, bfloat16 or float16; the mathematics is float32, rounded once
+    weight_q, _k  [D], both of one of these dtypes
     positions     int [L, 3], each below len(tables.cos)
     tables        rope_tables(positions, K): K comes from here
     Returns q, k [B, L, D/K, K], contiguous, in the dtype that came.
     Differentiable in the first four, once; saved for it are its inputs and two floats a token.
-    Raises UserError where a shape, dtype, device or position does not fit. Wan 2.1's WanRMSNorm and rope_apply,
-    with positions free.
+    Raises UserError where a shape, dtype, device or position does not fit. On the video's own positions it is
+    Wan 2.1's WanRMSNorm and rope_apply.
     """
     K = 2 * tables.cos.shape[1]
     if q.ndim != 3 or q.shape[2] % K:
@@ -537,7 +526,7 @@ def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
     _expect("q", q, q.shape, q.device)
     _expect("k", k, q.shape, q.device, (q.dtype,))
     _expect("weight_q", weight_q, q.shape[2:], q.device)
-    _expect("weight_k", weight_k, q.shape[2:], q.device)
+    _expect("weight_k", weight_k, q.shape[2:], q.device, (weight_q.dtype,))
     _expect("positions", positions, (q.shape[1], 3), q.device, (torch.int64, torch.int32))
     _expect("tables.cos", tables.cos, tables.cos.shape, q.device, (torch.float32,))
     _expect("tables.sin", tables.sin, tables.cos.shape, q.device, (torch.float32,))
@@ -558,7 +547,7 @@ def _expect_modulation(x, **rows):
 
 def norm_modulate(x, shift, scale, eps, out_dtype=None):
     """LayerNorm of x [B, L, D] without weights, times 1 + scale, plus shift, both [B, D]; float32 inside,
-    returned in out_dtype (that of x where None). Raises UserError where a shape, dtype or device does not fit."""
+    returned in out_dtype (None: that of x). Raises UserError where a shape, dtype or device does not fit."""
     out_dtype = out_dtype or x.dtype
     _expect_modulation(x, shift=shift, scale=scale)
     if _runs_fused(x):
@@ -579,3 +568,201 @@ def gate_residual_norm_modulate(x, y, gate, shift, scale, eps, out_dtype=None):
     if _runs_fused(x):
         return _modulate(x, y, gate, shift, scale, eps, out_dtype)[:2]
     return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, eps, out_dtype)
+
+
+# ------------------------------------------------------------------------------------------- checks and bench
+KERNELS = {  # bytes an element, forward and backward, for bf16 beside a float32 residual stream
+    "qk_norm_rope": (8, 12), "norm_modulate": (6, 10),
+    "residual_norm_modulate": (12, 16), "gate_residual_norm_modulate": (12, 18)}
+BASES = {"1.3B": (12, 128), "14B": (40, 128)}  # N, K
+TOKENS, TOP = 39_000, 150  # of the bench: 81 frames at 480x832 and four views; positions below TOP
+
+
+def plain_qk_norm_rope(q, k, weight_q, weight_k, cos, sin, eps):
+    """What one writes without a kernel: F.rms_norm in the dtype of q, rotary by even and odd halves."""
+    def one(x, weight):
+        x = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+        a, b = x.unflatten(-1, (-1, cos.shape[1], 2)).unbind(-1)  # [B, L, N, K/2]
+        c, s = cos[:, None], sin[:, None]
+        return torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2).to(x.dtype)
+    return one(q, weight_q), one(k, weight_k)
+
+
+def complex_qk_norm_rope(q, k, weight_q, weight_k, turn, eps):
+    """The arithmetic of Wan's official code, written afresh: float32 norm, rotary in complex128 [L, K/2]."""
+    def one(x, weight):
+        y = x.to(_math(x.dtype))
+        y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        y = torch.view_as_complex(y.double().unflatten(-1, (-1, turn.shape[1], 2)))  # [B, L, N, K/2]
+        return torch.view_as_real(y * turn[:, None]).flatten(-2).to(x.dtype)
+    return one(q, weight_q), one(k, weight_k)
+
+
+def case(kernel, B, L, N, K, dtype, device):
+    """Random inputs for one of KERNELS: a function of them that returns a tuple, the inputs, and gradients of
+    what it returns. Residual stream and modulation are float32 or wider, as in model.py."""
+    draw = torch.Generator(device).manual_seed(L * N + K)
+
+    def rand(*shape, dtype=_math(dtype)):
+        return torch.randn(shape, device=device, generator=draw).to(dtype).requires_grad_()
+    x, y, q, k = rand(B, L, N * K), *(rand(B, L, N * K, dtype=dtype) for _ in range(3))
+    gate, shift, scale = (rand(B, N * K) for _ in range(3))
+    x_grad, out_grad = rand(B, L, N * K).detach(), rand(B, L, N * K, dtype=dtype).detach()
+    if kernel == "qk_norm_rope":
+        positions = torch.randint(0, TOP, (L, 3), device=device, generator=draw)
+        tables = rope_tables(positions, K)
+        return (lambda *x: qk_norm_rope(*x, positions, tables, 1e-6),
+                [q, k, rand(N * K, dtype=dtype), rand(N * K, dtype=dtype)],
+                [out_grad.unflatten(-1, (N, K)), y.detach().unflatten(-1, (N, K))])
+    if kernel == "norm_modulate":
+        return lambda *x: (norm_modulate(*x, 1e-6, dtype),), [x, shift, scale], [out_grad]
+    if kernel == "residual_norm_modulate":
+        return (lambda x, y, *m: gate_residual_norm_modulate(x, y, None, *m, 1e-6, dtype),
+                [x, y, shift, scale], [x_grad, out_grad])
+    return (lambda *x: gate_residual_norm_modulate(*x, 1e-6, dtype),
+            [x, y, gate, shift, scale], [x_grad, out_grad])
+
+
+def off(found, truth):
+    """The largest error as a share of the largest value."""
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+
+
+def check(kernel, B, L, N, K, dtype, device):
+    """The kernel's worst error over outputs and gradients, as a share of what is allowed, and a line on it.
+    Truth is the reference in float64. float32 may be off by 1e-5; bf16 and fp16 by twice what the reference
+    in that dtype is, and by one bf16 ulp in the interpreter, which cuts digits where a GPU rounds."""
+    fn, args, grads = case(kernel, B, L, N, K, dtype, device)
+    exact = case(kernel, B, L, N, K, torch.float64, device)[0]
+    found = []
+    for fused, fn, to in ((True, fn, torch.Tensor.detach), (False, fn, torch.Tensor.detach),
+                          (False, exact, torch.Tensor.double)):
+        use_fused(fused)
+        leaves = [to(x.detach()).requires_grad_() for x in args]
+        outputs = fn(*leaves)
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, [to(g) for g in grads])])
+    use_fused(None)
+    fused, eager = ([off(x, truth) for x, truth in zip(way, found[2])] for way in found[:2])
+    allowed = [1e-5 if dtype == torch.float32 else 2 * error + INTERPRET * 2**-8 for error in eager]
+    worst, n = max(error / (bound + 1e-12) for error, bound in zip(fused, allowed)), len(grads)
+    return worst, (f"{kernel:28} {str(dtype)[6:]:9} B {B} L {L:3} N {N:2} K {K:3}  "
+                   f"forward {max(fused[:n]):.1e}  backward {max(fused[n:]):.1e}  "
+                   f"{worst:6.1%} of what is allowed")
+
+
+def check_all(device):
+    """Print every check; True where all passed."""
+    shapes = [(1, 1, 1, 32), (2, 3, 3, 24), (1, 5, 12, 128)] if INTERPRET else [
+        (1, 1, 1, 64), (2, 129, 3, 24), (2, 257, 12, 128), (1, 515, 40, 128)]
+    passed = True
+    for kernel, dtype, shape in itertools.product(KERNELS, DTYPES[:3], shapes):
+        worst, line = check(kernel, *shape, dtype, device)
+        passed &= worst <= 1
+        print(line if worst <= 1 else f"{line}  FAILED", flush=True)
+    return passed
+
+
+def microseconds(fn, calls=10):
+    """Median of five batches. The GPU first sleeps while calls queue up, so that launching costs nothing, and
+    a call moves far more than the cache holds."""
+    times = []
+    for _ in range(6):  # the first one warms up
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(40_000_000)
+        start.record()
+        for _ in range(calls):
+            fn()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / calls * 1000)
+    return statistics.median(times[1:])
+
+
+def time_both(fn, args, grads, fused):
+    """Microseconds of the forward and of the backward."""
+    use_fused(fused)
+    with torch.no_grad():
+        forward = microseconds(lambda: fn(*args))
+    outputs = fn(*args)
+    return forward, microseconds(lambda: torch.autograd.grad(outputs, args, grads, retain_graph=True))
+
+
+def bench(device):
+    """Every kernel forward and backward at the shapes of BASES, in bf16: prints and returns the table."""
+    torch._functorch.config.donated_buffer = False  # else compiled code refuses to run one backward again
+    a = torch.empty(2, 2**31, dtype=torch.uint8, device=device)
+    copy = a.numel() / microseconds(lambda: a[1].copy_(a[0])) * 1e6  # read and written
+    print(f"\n{torch.cuda.get_device_name(device)}, copy {copy / 1e12:.2f} TB/s; L {TOKENS}, bf16; how many "
+          f"times faster than\n{'':43} {'us':>7} {'GB/s':>6} of copy  official   eager compiled")
+    rows = []
+    for kernel, (base, (N, K)) in itertools.product(KERNELS, BASES.items()):
+        fn, args, grads = case(kernel, 1, TOKENS, N, K, torch.bfloat16, device)
+        ways = {"eager": fn, "compiled": torch.compile(fn, dynamic=False)}
+        if kernel == "qk_norm_rope":
+            cos, sin = rope_table(torch.randint(0, TOP, (TOKENS, 3), device=device), K)
+            turn = torch.complex(cos.double(), sin.double())
+            # without complex numbers, for which torch.compile generates no code
+            plain = functools.partial(plain_qk_norm_rope, cos=cos, sin=sin, eps=1e-6)
+            ways = {"official": functools.partial(complex_qk_norm_rope, turn=turn, eps=1e-6),
+                    "eager": plain, "compiled": torch.compile(plain, dynamic=False)}
+        ours = time_both(fn, args, grads, True)
+        others = {name: time_both(way, args, grads, False) for name, way in ways.items()}
+        for i, direction in enumerate(("forward", "backward")):
+            rate = KERNELS[kernel][i] * TOKENS * N * K / ours[i] * 1e6
+            rows.append(dict(kernel=kernel, base=base, direction=direction, us=round(ours[i], 1),
+                             gb_s=round(rate / 1e9), of_copy=round(rate / copy, 3),
+                             **{name: round(times[i] / ours[i], 2) for name, times in others.items()}))
+            print(f"{kernel:28} {base:5} {direction:8} {ours[i]:7.1f} {rate / 1e9:6.0f} {rate / copy:7.1%}  "
+                  f"{rows[-1].get('official', '-'):>8} {rows[-1]['eager']:>7} {rows[-1]['compiled']:>8}",
+                  flush=True)
+    use_fused(None)
+    return dict(gpu=torch.cuda.get_device_name(device), torch=torch.__version__, triton=triton.__version__,
+                tokens=TOKENS, dtype="bfloat16", copy_gb_s=round(copy / 1e9), rows=rows)
+
+
+def sweep(device):
+    """Times of every backward for other choices than _plan's: what to write there for another GPU."""
+    for kernel, (base, (N, K)) in itertools.product(KERNELS, BASES.items()):
+        tried = []
+        for choice in itertools.product((2, 4, 8, 16), (80, 104, 128, 168, 248), (1, 2)):
+            SWEPT.update(zip(("num_warps", "maxnreg", "stages"), choice))
+            try:
+                us = time_both(*case(kernel, 1, TOKENS, N, K, torch.bfloat16, device), True)[1]
+                tried.append((round(us), *choice))
+            except Exception as error:  # more registers or shared memory than there are
+                print(f"{kernel} {base} {choice}: {str(error).splitlines()[0]}")
+        SWEPT.clear()
+        print(f"{kernel} {base} backward, (us, warps, registers, stages):", *sorted(tried)[:6], flush=True)
+    use_fused(None)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Check the fused kernels and time them.")
+    parser.add_argument("--out", type=Path, default=Path("out/kernels.json"), help="the table as JSON")
+    parser.add_argument("--sweep", action="store_true", help="also time other launch choices (minutes)")
+    args = parser.parse_args(argv)
+    if triton is None:
+        raise UserError("Triton cannot be imported here: there is nothing to check")
+    gpu = torch.cuda.is_available() and not INTERPRET
+    if not gpu and not INTERPRET:
+        print("no GPU here: timing needs one. To check the kernels without, set TRITON_INTERPRET=1")
+        return
+    if not check_all(torch.device("cuda" if gpu else "cpu")):
+        raise UserError("a kernel is off by more than is allowed: see FAILED above")
+    if not gpu:
+        print("all checks passed in Triton's interpreter; timing needs a GPU")
+        return
+    table = bench(torch.device("cuda"))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(table, indent=1))
+    print(f"wrote {args.out}")
+    if args.sweep:
+        sweep(torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"kernels.py: {error}")
