@@ -201,7 +201,7 @@ def _qk_forward(q, k, weight_q, weight_k, positions, cos, sin, q_out, k_out, rst
     x, weight, out = q, weight_q, q_out
     if tl.program_id(1) == 1:
         x, weight, out = k, weight_k, k_out
-    c_, s_ = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
+    co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
     xs = ()
     squares = tl.zeros((BLOCK,), F)
     for c in tl.static_range(CHUNKS):
@@ -211,7 +211,7 @@ def _qk_forward(q, k, weight_q, weight_k, positions, cos, sin, q_out, k_out, rst
     tl.store(rstd + tl.program_id(1) * tl.num_programs(0) + row, r)
     for c in tl.static_range(CHUNKS):
         y = xs[c] * r * _get(weight, c, D, BLOCK, F, True)
-        _put(out + row * D, c, _turn(y, c_, s_, BLOCK), D, BLOCK)
+        _put(out + row * D, c, _turn(y, co, si, BLOCK), D, BLOCK)
 
 
 @jit
@@ -232,12 +232,12 @@ def _qk_backward(q, k, weight_q, weight_k, positions, cos, sin, rstd, q_grad, k_
         row = tl.program_id(0) + step * tl.num_programs(0)
         live = (row < rows).to(F)  # a program without a row left repeats the last one and does not count it
         row = tl.minimum(row, rows - 1).to(tl.int64)
-        c_, s_ = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
+        co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
         r = tl.load(rstd + row)
         sums, hats, dys = (), (), ()
         dots = tl.zeros((BLOCK,), F)
         for c in tl.static_range(CHUNKS):
-            dy = _turn(_get(grad + row * D, c, D, BLOCK, F), c_, -s_, BLOCK)  # turned back
+            dy = _turn(_get(grad + row * D, c, D, BLOCK, F), co, -si, BLOCK)  # turned back
             hat = _get(x + row * D, c, D, BLOCK, F) * r
             sums = sums + (dw[c] + dy * hat * live,)
             dy = dy * _get(weight, c, D, BLOCK, F, True)
@@ -690,7 +690,8 @@ def time_both(fn, args, grads, fused):
 
 def bench(device):
     """Every kernel forward and backward at the shapes of BASES, in bf16: prints and returns the table."""
-    torch._functorch.config.donated_buffer = False  # else compiled code refuses to run one backward again
+    from torch._functorch import config
+    config.donated_buffer = False  # else compiled code refuses to run one backward again
     a = torch.empty(2, 2**31, dtype=torch.uint8, device=device)
     copy = a.numel() / microseconds(lambda: a[1].copy_(a[0])) * 1e6  # read and written
     print(f"\n{torch.cuda.get_device_name(device)}, copy {copy / 1e12:.2f} TB/s; L {TOKENS}, bf16; how many "
@@ -725,7 +726,7 @@ def sweep(device):
     """Times of every backward for other choices than _plan's: what to write there for another GPU."""
     for kernel, (base, (N, K)) in itertools.product(KERNELS, BASES.items()):
         tried = []
-        for choice in itertools.product((2, 4, 8, 16), (80, 104, 128, 168, 248), (1, 2)):
+        for choice in itertools.product((2, 4, 8) if N < 40 else (4, 8, 16), (104, 168, 248), (1, 2)):
             SWEPT.update(zip(("num_warps", "maxnreg", "stages"), choice))
             try:
                 us = time_both(*case(kernel, 1, TOKENS, N, K, torch.bfloat16, device), True)[1]
