@@ -30,7 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from encoders import one_line, put_tensor, read_weights, refuse_mismatch
-from rope import VIEWS, UserError, apply_rope, reference_positions, rope_table, video_positions
+from kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope, rope_tables
+from rope import VIEWS, UserError, reference_positions, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
@@ -93,11 +94,6 @@ def say_once(message):
     print(message, file=sys.stderr)
 
 
-def modulate(x, shift, scale):
-    """x [B, L, D] with one shift and scale [B, D] a sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 def uses_bf16(device, precision="auto"):
     """auto: bf16 on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
     if precision == "auto":
@@ -138,7 +134,7 @@ def attend(q, k, v):
 
 
 class Attention(nn.Module):
-    """Wan's attention, self or cross: RMSNorm of q and k, no mask. Rotary only where cos, sin are given."""
+    """Wan's attention, self or cross: RMSNorm of q and k, no mask. Rotary only where rope is given."""
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
@@ -148,11 +144,13 @@ class Attention(nn.Module):
 
     def forward(self, x, context, rope=None):
         """x [B, L, D] attends to context [B, S, D] (itself in self-attention) -> [B, L, D]."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))  # [B, L, N, K]
-        k = self.norm_k(self.k(context)).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
-        v = self.v(context).unflatten(-1, (self.num_heads, -1))
+        q, k = self.q(x), self.k(context)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rope, self.norm_q.eps)
+        else:
+            q = self.norm_q(q).unflatten(-1, (self.num_heads, -1))  # [B, L, N, K]
+            k = self.norm_k(k).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
+        v = self.v(context).unflatten(-1, (self.num_heads, -1))
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, N, L, K]
         return self.o(y.transpose(1, 2).flatten(2))
 
@@ -172,11 +170,15 @@ class Block(nn.Module):
         """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D]."""
         modulation = (self.modulation.float() + time).unbind(1)  # [B, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
-        dtype = context.dtype
-        h = modulate(self.norm1(x), shift_sa, scale_sa).to(dtype)
-        x = x + self.self_attn(h, h, rope) * gate_sa[:, None]
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context)  # no gate, no modulation
-        h = modulate(self.norm2(x), shift_ffn, scale_ffn).to(dtype)
+        dtype, eps = context.dtype, self.norm1.eps
+        # norm3 has weights of its own in the place of a modulation, and what follows it has no gate
+        shift_ca = self.norm3.bias.float().expand_as(shift_sa)
+        scale_ca = (self.norm3.weight.float() - 1).expand_as(scale_sa)
+        h = norm_modulate(x, shift_sa, scale_sa, eps, dtype)
+        y = self.self_attn(h, h, rope)
+        x, h = gate_residual_norm_modulate(x, y, gate_sa, shift_ca, scale_ca, eps, dtype)
+        y = self.cross_attn(h, context)
+        x, h = gate_residual_norm_modulate(x, y, None, shift_ffn, scale_ffn, eps, dtype)
         return x + self.ffn(h) * gate_ffn[:, None]
 
 
@@ -190,7 +192,7 @@ class Head(nn.Module):
     def forward(self, x, time):
         """x float32 [B, L, D], time float32 [B, D] -> [B, L, PATCH*PATCH*C]."""
         shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
-        return self.head(modulate(self.norm(x), shift, scale).to(self.head.weight.dtype))
+        return self.head(norm_modulate(x, shift, scale, self.norm.eps, self.head.weight.dtype))
 
 
 class MFI(nn.Module):
@@ -221,12 +223,13 @@ class MFI(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device):
-    """cos, sin [L, K // 2] for the video's tokens and the reference tokens behind them."""
+    """Positions [L, 3] of the video's tokens and the reference tokens behind them, and tables for them."""
     positions = video_positions(*grid)
     if present is not None:
         refs = reference_positions(layout, present, *grid, ref_hw, proxy_tokens, jump)
         positions = torch.cat((positions, refs))
-    return rope_table(positions.to(device), head_dim)
+    positions = positions.to(device)
+    return positions, rope_tables(positions, head_dim)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,485 @@
+"""Triton's interpreter runs the kernels here, so no test needs a GPU; the offline compile needs none."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; conftest.py does it too
+import kernels
+from conftest import ROOT, run
+from kernels import (
+    KERNELS,
+    check,
+    complex_qk_norm_rope,
+    gate_residual_norm_modulate,
+    norm_modulate,
+    off,
+    plain_qk_norm_rope,
+    qk_norm_rope,
+    rope_tables,
+)
+from rope import LAYOUTS, UserError, axis_pairs, reference_positions, rope_table, video_positions
+
+EPS = 1e-6
+interpreted = pytest.mark.skipif(
+    kernels.triton is None or not kernels.INTERPRET,
+    reason="needs Triton, imported with TRITON_INTERPRET=1",
+)
+
+
+@pytest.fixture(params=["reference", pytest.param("fused", marks=interpreted)])
+def path(request):
+    """Both paths, one after the other."""
+    kernels.use_fused(request.param == "fused")
+    yield request.param
+    kernels.use_fused(None)
+
+
+@pytest.fixture
+def fused():
+    kernels.use_fused(True)
+    yield
+    kernels.use_fused(None)
+
+
+def qk(B, L, N, K, dtype=torch.float32, grad=False, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(B, L, N * K)] * 2 + [(N * K,)] * 2
+    return [torch.randn(s, generator=draw).to(dtype).requires_grad_(grad) for s in shapes]
+
+
+def positions(L, top=100, seed=0):
+    return torch.randint(0, top, (L, 3), generator=torch.Generator().manual_seed(seed))
+
+
+def turn_of(at, K):
+    """complex128 [L, K/2]: the angles, by the formula."""
+    axes = enumerate(axis_pairs(K))
+    angle = torch.cat([at[:, a, None] * 1e4 ** -(torch.arange(n).double() / max(n, 1)) for a, n in axes], 1)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+@interpreted
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradcheck_in_float64(kernel, fused):
+    """Forward and backward of the kernels themselves, B*L rows over 2 programs, a padded width."""
+    fn, args, _ = kernels.case(kernel, 1, 3, 1, 6, torch.float64, torch.device("cpu"))
+    assert torch.autograd.gradcheck(fn, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradcheck_of_the_reference(kernel):
+    fn, args, _ = kernels.case(kernel, 2, 3, 2, 6, torch.float64, torch.device("cpu"))
+    assert torch.autograd.gradcheck(fn, args)
+
+
+@pytest.mark.parametrize(
+    "L, N, K", [(1, 1, 32), (7, 3, 64), (5, 12, 128), (1, 40, 128), (3, 40, 32), (3, 5, 96), (3, 2, 24)]
+)
+def test_float32_against_complex128(path, L, N, K):
+    """One token, odd lengths, 1 to 40 heads, head widths 24 to 128; D in one block, padded, in several."""
+    args, at = qk(1, L, N, K), positions(L)
+    found = qk_norm_rope(*args, at, rope_tables(at, K), EPS)
+    truth = complex_qk_norm_rope(*(x.double() for x in args), turn_of(at, K), EPS)
+    assert found[0].shape == (1, L, N, K) and found[0].is_contiguous()
+    assert max(off(f, t) for f, t in zip(found, truth)) <= 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_equals_reference(kernel, dtype):
+    """Outputs and all gradients, two samples, more rows than programs."""
+    worst, line = check(kernel, 2, 5, 4, 64, dtype, torch.device("cpu"))
+    assert worst <= 1, line
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_bf16_is_at_most_twice_as_far_off_as_eager_bf16(path, at):
+    """Outputs and gradients of q (at 0) or k, against float64; eager is F.rms_norm in bf16, then rotary."""
+    L, N, K = 9, 4, 64
+    places, args = positions(L), qk(2, L, N, K, torch.bfloat16, grad=True)
+    tables, (cos, sin), turn = rope_tables(places, K), rope_table(places, K), turn_of(places, K)
+    exact = [x.detach().double().requires_grad_() for x in args]
+    outputs = (
+        qk_norm_rope(*args, places, tables, EPS),
+        plain_qk_norm_rope(*args, cos, sin, EPS),
+        complex_qk_norm_rope(*exact, turn, EPS),
+    )
+    g = torch.randn(2, L, N, K).bfloat16()
+    found = []
+    for y, leaves in zip(outputs, (args, args, exact)):
+        grads = torch.autograd.grad(y[at], (leaves[at], leaves[2 + at]), g.to(y[at].dtype))
+        found.append((y[at].detach(), *grads))
+    for ours, eager, truth in zip(*found):
+        assert off(ours, truth) <= 2 * off(eager, truth)
+
+
+def test_equals_wan_on_its_dense_grid(path):
+    """Wan turns a [T, H, W] grid by a broadcast product of three axes' powers; ours gathers by position."""
+    (T, H, W), N, K = (2, 3, 2), 2, 44  # 8, 7 and 7 pairs
+    q, k, weight_q, weight_k = qk(1, T * H * W, N, K)
+    freqs = []
+    for size, pairs in zip((T, H, W), axis_pairs(K)):
+        power = 1e4 ** -(torch.arange(0, 2 * pairs, 2).double() / (2 * pairs))
+        angle = torch.outer(torch.arange(size).double(), power)
+        freqs.append(torch.polar(torch.ones_like(angle), angle))
+    t, h, w = freqs
+    grid = torch.cat((t[:, None, None].expand(T, H, W, -1), h[None, :, None].expand(T, H, W, -1),
+                      w[None, None].expand(T, H, W, -1)), dim=-1).reshape(T * H * W, K // 2)
+    at = video_positions(T, H, W)
+    found = qk_norm_rope(q, k, weight_q, weight_k, at, rope_tables(at, K), EPS)
+    for x, weight, y in ((q, weight_q, found[0]), (k, weight_k, found[1])):
+        x = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
+        x = torch.view_as_complex(x.reshape(T * H * W, N, K // 2, 2)) * grid[:, None]
+        assert off(y[0], torch.view_as_real(x).flatten(-2)) <= 1e-5
+
+
+def test_shifting_every_t_leaves_scores_unchanged(path):
+    args, at = qk(1, 5, 2, 32), positions(5, 20)
+    scores = []
+    for shift in (0, 37):
+        places = at + torch.tensor([shift, 0, 0])
+        q, k = qk_norm_rope(*args, places, rope_tables(places, 32), EPS)
+        scores.append(torch.einsum("blnk,bmnk->bnlm", q, k))
+    assert torch.allclose(*scores, atol=1e-4)
+    assert off(*scores) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_goes_through_the_same_kernel(path, layout):
+    """Two identities, dropped views, proxies; a far jump makes the table grow."""
+    present = [("front", "left"), ("front", "back")]
+    refs = reference_positions(layout, present, 1, 1, 2, (1, 2), 1, jump=300)
+    at, K = torch.cat((video_positions(1, 1, 2), refs)), 24
+    args = qk(1, len(at), 1, K)
+    found = qk_norm_rope(*args, at, rope_tables(at, K), EPS)
+    truth = complex_qk_norm_rope(*(x.double() for x in args), turn_of(at, K), EPS)
+    assert max(off(f, t) for f, t in zip(found, truth)) <= 1e-5
+
+
+def test_tables_grow_and_equal_rope_table():
+    K = 34  # a head width of no other test
+    near, far = torch.tensor([[1, 2, 3]]), torch.tensor([[1000, 2, 3]])
+    small = rope_tables(near, K)
+    large = rope_tables(far, K)
+    assert len(small.cos) == 64 and len(large.cos) == 1024 and rope_tables(near, K) is large
+    every = torch.arange(1024)[:, None].expand(-1, 3)
+    assert torch.equal(large.cos, rope_table(every, K)[0]) and torch.equal(large.sin, rope_table(every, K)[1])
+    with torch.inference_mode():
+        made = rope_tables(torch.tensor([[5000, 0, 0]]), K)
+    assert not made.cos.is_inference()
+
+
+# ----------------------------------------------------------------------------------------------------- inputs
+def test_inputs_stay_untouched(path):
+    args, at = qk(2, 3, 2, 32), positions(3)
+    tables = rope_tables(at, 32)
+    x, row = torch.randn(2, 3, 64), torch.randn(2, 64)
+    before = [y.clone() for y in (*args, at, *tables, x, row)]
+    qk_norm_rope(*args, at, tables, EPS)
+    norm_modulate(x, row, row, EPS)
+    gate_residual_norm_modulate(x, x, row, row, row, EPS)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*args, at, *tables, x, row)))
+
+
+def test_non_contiguous_inputs_and_gradients(path):
+    """q, k cut out of one projection, positions by columns, gradients as attention's transposed views."""
+    L, N, K = 3, 2, 32
+    places = positions(L).T.contiguous().T
+    tables = rope_tables(places, K)
+    weights = qk(1, 1, N, K)[2:]
+    both = torch.randn(2, L, 2 * N * K)
+    g = torch.randn(2, N, L, K).transpose(1, 2)
+    grads = []
+    for make in (lambda x: x, torch.Tensor.contiguous):
+        leaf = both.clone().requires_grad_()
+        q, k = (make(x) for x in leaf.chunk(2, -1))
+        y = qk_norm_rope(q, k, *weights, make(places), tables, EPS)
+        grads.append((*y, *torch.autograd.grad(y, leaf, [make(g), make(g)])))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    x, rows = torch.randn(L, 2, 48).transpose(0, 1), torch.randn(2, 6, 48).unbind(1)
+    y = [gate_residual_norm_modulate(make(x), make(x), *(make(r) for r in rows[:3]), EPS)
+         for make in (lambda x: x, torch.Tensor.contiguous)]
+    assert all(torch.equal(a, b) for a, b in zip(*y))
+
+
+def test_no_tokens_and_no_samples(path):
+    for B, L in ((2, 0), (0, 3)):
+        args, at = qk(B, L, 2, 32, grad=True), positions(L)
+        q, k = qk_norm_rope(*args, at, rope_tables(at, 32), EPS)
+        assert q.shape == k.shape == (B, L, 2, 32)
+        grads = torch.autograd.grad(q.sum() + k.sum(), args)
+        assert [g.shape for g in grads] == [x.shape for x in args] and not grads[2].any()
+        x, row = torch.zeros(B, L, 64, requires_grad=True), torch.ones(B, 64, requires_grad=True)
+        total, y = gate_residual_norm_modulate(x, x, row, row, row, EPS)
+        assert total.shape == y.shape == x.shape
+        assert not torch.autograd.grad(y.sum() + total.sum(), row)[0].any()
+
+
+def test_only_one_output_used(path):
+    """The other's gradient is zero, not missing."""
+    args, at = qk(1, 3, 2, 32, grad=True), positions(3)
+    q, _ = qk_norm_rope(*args, at, rope_tables(at, 32), EPS)
+    dq, dk = torch.autograd.grad(q.sum(), args[:2], allow_unused=True)
+    assert dq.abs().sum() > 0 and (dk is None or not dk.any())
+    x = torch.randn(1, 3, 64, requires_grad=True)
+    row = torch.randn(1, 64)
+    total, y = gate_residual_norm_modulate(x, x, None, row, row, EPS)
+    assert torch.allclose(torch.autograd.grad(total.sum(), x, retain_graph=True)[0], torch.full_like(x, 2))
+    assert torch.autograd.grad(y.square().sum(), x)[0].abs().sum() > 0
+
+
+def test_layer_norm_with_weights_is_a_modulation(path):
+    """Wan's norm3: shift is the bias, scale the weight less one."""
+    x, y, weight, bias = torch.randn(2, 3, 48), torch.randn(2, 3, 48), torch.randn(48), torch.randn(48)
+    total, out = gate_residual_norm_modulate(
+        x, y, None, bias.expand(2, -1), (weight - 1).expand(2, -1), EPS, torch.bfloat16
+    )
+    assert torch.equal(total, x + y) and out.dtype == torch.bfloat16
+    truth = torch.nn.functional.layer_norm(x + y, (48,), weight, bias, EPS)
+    assert off(out, truth) < 2**-7
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+def test_wrong_inputs_are_one_clear_error(path):
+    (q, k, wq, wk), at = qk(1, 3, 2, 32), positions(3)
+    tables, row = rope_tables(at, 32), torch.zeros(1, 64)
+    top = len(tables.cos)
+    wrong = {
+        "expected .B, L, D. with D a multiple": (q[..., :40], k[..., :40], wq[:40], wk[:40], at, tables),
+        r"k is \[1, 2, 64\]; expected": (q, k[:, :2], wq, wk, at, tables),
+        "k is torch.bfloat16; expected float32": (q, k.bfloat16(), wq, wk, at, tables),
+        "q is torch.int64": (q.long(), k.long(), wq, wk, at, tables),
+        r"weight_k is \[32\]": (q, k, wq, wk[:32], at, tables),
+        r"positions is \[2, 3\]": (q, k, wq, wk, at[:2], tables),
+        "positions is torch.float32": (q, k, wq, wk, at.float(), tables),
+        "k is on meta": (q, k.to("meta"), wq, wk, at, tables),
+        "positions go from -1 to": (q, k, wq, wk, at - at.min() - 1, tables),
+        f"positions go from .* to {top}; the tables hold 0 to {top - 1}":
+            (q, k, wq, wk, at - at.max() + top, tables),
+    }
+    for message, args in wrong.items():
+        with pytest.raises(UserError, match=message):
+            qk_norm_rope(*args, EPS)
+    for bad, message in ((at - 200, "positions go from -"), (at + 2**20, "expected 0 to"),
+                         (at[:, :2], "expected integers"), (at.float(), "expected integers")):
+        with pytest.raises(UserError, match=message):
+            rope_tables(bad, 32)
+    for message, args in {r"shift is \[64\]": (q, row[0], row), "scale is torch.int64": (q, row, row.long()),
+                          r"x is \[3, 64\]": (q[0], row, row)}.items():
+        with pytest.raises(UserError, match=message):
+            norm_modulate(*args, EPS)
+    with pytest.raises(UserError, match=r"y is \[1, 2, 64\]"):
+        gate_residual_norm_modulate(q, q[:, :2], row, row, row, EPS)
+    with pytest.raises(UserError, match=r"gate is \[1, 32\]"):
+        gate_residual_norm_modulate(q, q, row[:, :32], row, row, EPS)
+
+
+def test_positions_are_looked_at_again_after_a_change(path):
+    args, at = qk(1, 3, 2, 32), positions(3)
+    tables = rope_tables(at, 32)
+    qk_norm_rope(*args, at, tables, EPS)
+    at[1, 2] = -1
+    with pytest.raises(UserError, match="positions go from -1"):
+        qk_norm_rope(*args, at, tables, EPS)
+
+
+@interpreted
+def test_kernel_gives_nan_for_a_position_that_nobody_looked_at(fused, monkeypatch):
+    monkeypatch.setattr(kernels, "check_positions", lambda *_: None)
+    tables = rope_tables(positions(1), 32)
+    at = torch.tensor([[0, 0, 0], [0, -1, 0], [0, 0, len(tables.cos)]])
+    q, _ = qk_norm_rope(*qk(1, 3, 1, 32), at, tables, EPS)
+    at_h, at_w = slice(12, 22), slice(22, 32)  # 6, 5 and 5 pairs
+    assert q[0, 0].isfinite().all() and q[0, 1, :, at_w].isfinite().all()
+    assert q[0, 1, :, at_h].isnan().all() and q[0, 2, :, at_w].isnan().all()
+
+
+def test_the_switch():
+    assert kernels.use_fused(False) == kernels.use_fused(None) == "PyTorch reference kernels"
+    x, row = torch.randn(1, 2, 8), torch.zeros(1, 8)
+    if kernels.triton is None:
+        with pytest.raises(UserError, match="Triton"):
+            kernels.use_fused(True)
+        return
+    try:
+        if kernels.INTERPRET:
+            assert kernels.use_fused(True) == "fused Triton kernels (interpreted)"
+        else:
+            kernels.use_fused(True)
+            with pytest.raises(UserError, match="need a GPU"):
+                norm_modulate(x, row, row, EPS)
+    finally:
+        kernels.use_fused(None)
+
+
+def test_without_triton_the_references_serve(tmp_path):
+    """In a process where importing it fails."""
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch, kernels\n"
+        "x, row = torch.randn(1, 2, 8), torch.zeros(1, 8)\n"
+        "print(kernels.use_fused(), kernels.norm_modulate(x, row, row, 1e-6).shape)\n"
+        "kernels.use_fused(True)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "PyTorch reference kernels torch.Size([1, 2, 8])" in done.stdout
+    assert "need Triton" in done.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------- torch.compile
+@interpreted
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_opcheck(kernel, fused):
+    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes."""
+    fn, args, _ = kernels.case(kernel, 2, 3, 1, 8, torch.float32, torch.device("cpu"))
+    if kernel == "qk_norm_rope":
+        at = positions(3)
+        torch.library.opcheck(kernels._qk, (*args, at, *rope_tables(at, 8), EPS))
+        return
+    if kernel == "norm_modulate":
+        args = args[0], None, None, *args[1:]
+    elif kernel == "residual_norm_modulate":
+        args = *args[:2], None, *args[2:]
+    torch.library.opcheck(kernels._modulate, (*args, EPS, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_without_a_graph_break(path, kernel):
+    fn, args, grads = kernels.case(kernel, 2, 3, 1, 8, torch.float32, torch.device("cpu"))
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True)
+    found = []
+    for f in (fn, compiled):
+        y = f(*args)
+        found.append([*y, *torch.autograd.grad(y, args, grads)])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+
+
+# -------------------------------------------------------------------------------------------- offline compile
+OFFLINE = '''
+import collections, itertools, json, re, subprocess, sys, tempfile
+from pathlib import Path
+import torch, triton
+import triton.backends.nvidia as nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import kernels
+
+BF16 = "q k q_out k_out q_grad k_grad dq dk y out out_grad dy".split()
+INTS = dict(L="i32", P="i32", rows="i32", positions="*i64")
+
+
+def compile(kernel, plan, **more):
+    """Registers, bytes of stack and global accesses by width of one kernel for sm_90."""
+    options = {name: plan.pop(name) for name in ("num_warps", "maxnreg")}
+    constants = {k: v for k, v in {**plan, **more}.items() if k in kernel.arg_names}
+    types = {n: "constexpr" if n in constants else INTS.get(n, "*bf16" if n in BF16 else "*fp32")
+             for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n].startswith("*")}
+    source = ASTSource(kernel, types, constants, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+    use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage.stdout + usage.stderr)}
+    widths = collections.Counter(
+        f"{op} {width or 'v1'}.{bits}" for op, width, bits in
+        re.findall(r"\\b(ld|st)\\.global[.\\w:]*?(?:\\.(v\\d))?\\.(b\\d+)", built.asm["ptx"]))
+    return dict(use, limit=options["maxnreg"], warps=options["num_warps"], **widths)
+
+
+found = {}
+for N in (12, 40):
+    D = N * 128
+    for backward, kernel in enumerate((kernels._qk_forward, kernels._qk_backward)):
+        found[f"{kernel.__name__} {D}"] = compile(
+            kernel, kernels._qk_plan(D, 128, torch.bfloat16, bool(backward)), EPS=1e-6, STEPS=200, STAGES=1)
+    for residual, gated in ((False, False), (True, False), (True, True)):
+        none = dict.fromkeys((() if residual else ("y", "total_grad", "dy")) + (() if gated else ("gate",)))
+        for backward, kernel in enumerate((kernels._modulate_forward, kernels._modulate_backward)):
+            plan = kernels._modulate_plan(D, torch.float32, residual, gated, bool(backward))
+            found[f"{kernel.__name__} {D} {residual:d}{gated:d}"] = compile(
+                kernel, plan, EPS=1e-6, STEPS=200, STAGES=1, **none)
+print(json.dumps(found))
+'''
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_offline_compile_for_sm_90(tmp_path):
+    """At the widths of 1.3B and 14B, without a GPU: no spills, nothing on the stack, and 128-bit accesses to
+    every large tensor (64-bit where it is bf16 beside the float32 residual stream)."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", OFFLINE], env=env, capture_output=True, text=True)
+    if "FileNotFoundError" in done.stderr or "Cannot find" in done.stderr:
+        pytest.skip(f"Triton came without its assembler: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    for name, use in json.loads(done.stdout.splitlines()[-1]).items():
+        print(name, use)
+        assert use["STACK"] == use["LOCAL"] == 0 and use["REG"] <= use["limit"], (name, use)
+        chunks = 5 if "5120" in name else 3
+        loads, stores = use.get("ld v4.b32", 0), use.get("st v4.b32", 0)
+        if name.startswith("_qk"):  # a block: x (and its gradient), float32 weights in two; dx, dw in two
+            assert loads == chunks * (4 if "backward" in name else 3), (name, use)
+            assert stores == chunks * (3 if "backward" in name else 1), (name, use)
+            assert use.get("ld v2.b32", 0) == use.get("st v2.b32", 0) == 0, (name, use)
+        else:
+            assert loads >= 2 * chunks and use.get("ld v1.b32", 0) <= 2, (name, use)
+            assert use.get("st v1.b16", 0) == use.get("ld v1.b16", 0) == 0, (name, use)
+
+
+@interpreted
+def test_the_script_checks_without_a_gpu(monkeypatch, capsys, tmp_path):
+    """Its checks are those of test_kernel_equals_reference; here, what it does with their result."""
+    monkeypatch.setattr(kernels, "KERNELS", {"norm_modulate": (6, 10)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kernels.main(["--out", str(tmp_path / "kernels.json")])
+    out = capsys.readouterr().out
+    assert "timing needs a GPU" in out and "FAILED" not in out and not list(tmp_path.iterdir())
+    monkeypatch.setattr(kernels, "check", lambda *_: (1.5, "a line"))
+    with pytest.raises(UserError, match="FAILED"):
+        kernels.main([])
+
+
+def test_the_script_says_what_it_needs(tmp_path, monkeypatch):
+    if torch.cuda.is_available() or kernels.triton is None:
+        pytest.skip("here it would run the whole bench, or nothing")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in run(ROOT / "kernels.py", cwd=tmp_path)
+
+
+@interpreted
+def test_the_network_is_the_same_with_and_without():
+    """Forward and every gradient, two people, dropped views; weights that are not at their gentle start."""
+    from model import CONFIGS, HarmoView
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIGS["tiny"], proxy_tokens=1)  # 11 tokens: the interpreter is slow
+    network = HarmoView(config)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, text = torch.randn(1, config.in_dim, 3, 2, 2), torch.randn(1, 3, config.text_dim)
+    views = ("front", "left"), ("front",)
+    refs = [{v: torch.randn(1, config.in_dim, 2, 2) for v in shown} for shown in views]
+    vit = [torch.randn(1, config.vit_levels, 2, config.vit_dim), None]
+    t, target = torch.tensor([300.0]), torch.randn(x.shape)
+    found = []
+    for fused in (True, False):
+        kernels.use_fused(fused)
+        y = network(x, t, text, refs, vit)
+        loss = (y - target).square().mean()
+        found.append([y.detach(), *torch.autograd.grad(loss, list(network.parameters()))])
+    kernels.use_fused(None)
+    names = ["velocity", *(name for name, _ in network.named_parameters())]
+    errors = {name: off(a, b) for name, a, b in zip(names, *found)}
+    assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
