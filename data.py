@@ -613,7 +613,8 @@ def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
         if vit == "trained":
             train_vit(encoders.vit, size)
             safetensors.torch.save_file(encoders.vit.state_dict(), build / "vit.safetensors")
-        motions = tuple(MOTIONS) if pairs == "cross" else IN_PAIR_MOTIONS
+        # sweeps twice as often: they show the views that the references are for
+        motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
         bar = tqdm(total=sum(clips), desc="rendering the toy world", unit=" clips", disable=None)
         captions = []
         for people, n in enumerate(clips, 1):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import data
 from encoders import UMT5, DINOv2, WanVAE, stream_blocks
+from kernels import use_fused
 from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint, load_checkpoint, load_wan,
                    uses_bf16, wan_config)
 from rope import VIEWS, UserError
@@ -477,6 +478,8 @@ def arguments(argv=None):
                       help="weights stay in CPU memory, block by block on the GPU")
     card.add_argument("--tile", type=int,
                       help="pixels a side that the VAE works on at a time, for example 256")
+    card.add_argument("--no-fused", action="store_true",
+                      help="PyTorch's operations in the place of the Triton kernels")
     card.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
     return p.parse_args(argv)
 
@@ -616,6 +619,7 @@ def main(argv=None):
         return dry_run(args)
     out = Path(args.out.removesuffix(".mp4").removesuffix(".png"))
     data.probe_writable(out.parent)
+    print(use_fused(False if args.no_fused else None))
     model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile)
     recipe, frames, size = resolve(args, model.config, meta)
     rows = rows_of(args, model, meta, frames, size)

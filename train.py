@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+from kernels import use_fused
 from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors, load_wan,
                    save_checkpoint, uses_bf16)
 from rope import LAYOUTS, VIEWS, UserError
@@ -55,7 +56,7 @@ STAGES = {
 }
 RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=10.0),
-    "toy": dict(steps=(30, 40, 600, 700), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=10.0),
+    "toy": dict(steps=(30, 40, 420, 680), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=10.0),
     "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=10.0),
     # full fine-tuning from --wan; what others use for Wan, not measured here
     "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, shift=5.0),
@@ -95,6 +96,8 @@ def arguments(argv=None):
                      help="timestep shift: more than 1 trains more on noisy steps")
     opt.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                      help="matmuls under autocast; auto: bf16 if fast here")
+    opt.add_argument("--no-fused", action="store_true",
+                     help="PyTorch's operations in the place of the Triton kernels")
     opt.add_argument("--compile", action="store_true",
                      help="torch.compile every block (needs a C++ compiler or a GPU)")
     method = p.add_argument_group("method")
@@ -449,6 +452,7 @@ def wan_root(args):
 
 def main(argv=None):
     args = arguments(argv)
+    kernels_in_use = use_fused(False if args.no_fused else None)
     world = World.join()
     stages, config = resolve(args, world)
     prepare(stages[0], args, config, world)  # what it refuses, it refuses before minutes of rendering
@@ -471,7 +475,7 @@ def main(argv=None):
               f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
               f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
               f"{args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, shift {args.shift}, {args.precision} "
-              f"on {world.device}")
+              f"on {world.device}, {kernels_in_use}")
         load_data()  # what it renders and encodes, it leaves for the other ranks
     world.barrier()
     dataset = load_data()
