@@ -380,6 +380,13 @@ VIT_SCALE = 2  # the toy's pictures have half the spread of ImageNet-normalised 
 FROZEN_SEED = 7
 
 
+def latent_shape(channels, frames, size):
+    """(C, T, H, W) of the latents of a clip of (H, W) pixels: Wan's, of 16 channels, or the toy's."""
+    if channels == 16:
+        return channels, (frames + 3) // 4, size[0] // 8, size[1] // 8
+    return channels, frames, size[0] // ToyCodec.stride, size[1] // ToyCodec.stride
+
+
 class ToyEncoders:
     """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed,
     beside a trained tokenizer.
@@ -418,9 +425,6 @@ class ToyEncoders:
     def features(self, image):
         """Frontal references [B, 3, H, W] in -1..1 -> [B, levels, tokens, VIT_DIM]."""
         return self.vit(VIT_SCALE * image)
-
-    def latent_shape(self, frames, size):
-        return 3 * self.codec.stride**2, frames, size[0] // self.codec.stride, size[1] // self.codec.stride
 
     def encode(self, video):
         """[B, 3, F, H, W] in -1..1 -> latents."""
@@ -509,9 +513,6 @@ class WanEncoders:
         mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         net = self.network("ViT")
         return net(((square + 1) / 2 - mean).div(std).to(self.device, self.dtype)).float()
-
-    def latent_shape(self, frames, size):
-        return 16, (frames + 3) // 4, size[0] // 8, size[1] // 8
 
     def encode(self, video):
         return self.network("VAE").encode(video, tile=self.tile)

@@ -12,10 +12,13 @@ in the same person's place:
 """
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
+# before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from tqdm import tqdm
 

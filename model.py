@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from encoders import one_line, put_tensor, read_weights, refuse_mismatch
 from kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope, rope_tables
@@ -35,6 +37,10 @@ from rope import VIEWS, UserError, reference_positions, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
+# what --recompute keeps: attention's output costs the most to make again and little to hold
+KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in
+        ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
+        if hasattr(torch.ops.aten, f"_scaled_dot_product_{kind}")]
 SIGMA_MIN = 0.05  # below this noise level an x0 prediction's velocity is no longer divided by sigma
 
 
@@ -261,6 +267,7 @@ class HarmoView(nn.Module):
         self.proxies = (nn.Parameter(torch.empty(len(VIEWS), c.proxy_tokens, c.dim))
                         if c.proxy_tokens else None)
         self.mfi = MFI(c) if c.vit_dim else None
+        self.recompute = False  # activations of a block again in its backward pass, instead of holding them
         self.init_weights()
         self.init_own()
 
@@ -321,7 +328,11 @@ class HarmoView(nn.Module):
             time6 = float32(self.time_projection, time).unflatten(1, (6, -1))  # [B, 6, D]
         tokens = tokens.float()
         for block in self.blocks:
-            tokens = block(tokens, time6, context, rope)
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, time6, context, rope, use_reentrant=False,
+                                    context_fn=lambda: create_selective_checkpoint_contexts(KEPT))
+            else:
+                tokens = block(tokens, time6, context, rope)
         out = self.head(tokens[:, :video_len], time).float()  # [B, L, 4C]
         out = unpatchify(out, grid)  # [B, C, T, H, W] in latents
         if c.prediction == "x0":
@@ -399,6 +410,47 @@ def unpatchify(x, grid):
     B, (T, H, W) = len(x), grid
     x = x.view(B, T, H, W, PATCH, PATCH, -1)
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, PATCH * H, PATCH * W)
+
+
+# ------------------------------------------------------------------------------------------------------ speed
+def random_inputs(config, shape, batch, device):
+    """x, t, text, refs, vit for timing: one person with all views. shape (C, T, H, W): a video's latents."""
+    def normal(*sizes):
+        return torch.randn(batch, *sizes, device=device)
+    refs = [{view: normal(shape[0], *shape[2:]) for view in VIEWS}]
+    vit = [normal(config.vit_levels, 17, config.vit_dim)] if config.vit_dim else None
+    return normal(*shape), torch.full((batch,), 500.0, device=device), normal(64, config.text_dim), refs, vit
+
+
+def report_speed(step, model, shape, batch, passes, device, warm_up=2, steps=5):
+    """Time step() and print a table. Model TFLOP/s: passes * HarmoView.flops of the tokens a second, where
+    a forward is one pass and its backward two; recomputation is not counted."""
+    def seconds(fn, n):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(n):
+            fn()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n
+    c, gpu = model.config, device.type == "cuda"
+    seconds(step, warm_up)
+    took = seconds(step, steps)
+    C, T, H, W = shape
+    tokens = (T + len(VIEWS)) * (H // PATCH) * (W // PATCH)
+    rate = passes * batch * model.flops(tokens) / took / 1e12
+    n, dtype = 8192 if gpu else 1024, torch.bfloat16 if uses_bf16(device) else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds(lambda: a @ a, 3)
+    matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12
+    q = torch.empty(1, c.num_heads, tokens, c.dim // c.num_heads, device=device, dtype=dtype)
+    plain = not gpu and tokens <= 1024  # attend's own matmuls
+    backend = "matmuls" if plain else torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name
+    print(f"{batch} x {tokens:,} tokens, attention by {backend}: {took:.3g} seconds a step, "
+          f"{batch * tokens / took:,.0f} tokens/s")
+    print(f"{rate:.3g} model TFLOP/s, {rate / matmul:.0%} of this machine's {dtype} matmul ({matmul:.3g})"
+          + (f", {rate / 989:.0%} of an H200's 989" if gpu else ""))
 
 
 # ---------------------------------------------------------------------------------------- Wan's checkpoints

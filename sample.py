@@ -25,7 +25,7 @@ import data
 from encoders import UMT5, DINOv2, WanVAE, stream_blocks
 from kernels import use_fused
 from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint, load_checkpoint, load_wan,
-                   uses_bf16, wan_config)
+                   random_inputs, report_speed, uses_bf16, wan_config)
 from rope import VIEWS, UserError
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -161,7 +161,8 @@ def generate(model, encoders, captions, people, frames, size, seeds, recipe):
     (refs, vit), = encode_people(encoders, [people], model.device)
     velocity = guided(model, text[:-1], text[-1:], refs, vit, recipe["guide_text"], recipe["guide_refs"],
                       model.boundary)
-    latent = denoise(velocity, encoders.latent_shape(frames, size), seeds, recipe, model.device)
+    shape = data.latent_shape(model.config.in_dim, frames, size)
+    latent = denoise(velocity, shape, seeds, recipe, model.device)
     return encoders.decode(latent.cpu())
 
 
@@ -440,6 +441,26 @@ def dry_run(args):
           f"{sum(flops):,.0f} TFLOP a step, {recipe['steps']} steps")
 
 
+@torch.no_grad()
+def bench(args):
+    """Forwards on random latents, with random weights where --ckpt is a config's name."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.ckpt in CONFIGS:
+        with device:
+            model = HarmoView(CONFIGS[args.ckpt]).to(torch.bfloat16 if uses_bf16(device) else torch.float32)
+        toy, world = model.config.in_dim != 16, data.WORLDS[args.ckpt]
+        meta = {"kind": "toy" if toy else "wan2.1", "world": world}
+    else:
+        experts, _, meta = load(args.ckpt, args.wan)
+        model = experts.load[0]()
+    _, frames, size = resolve(args, model.config, meta)
+    shape = data.latent_shape(model.config.in_dim, frames, size)
+    inputs = random_inputs(model.config, shape, 1, device)
+    with autocast(device):
+        report_speed(lambda: model(*inputs), model, shape, 1, 1, device)
+    print(f"peak memory {peak_memory() / 2**30:.1f} GiB")
+
+
 # -------------------------------------------------------------------------------------------------------- CLI
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -473,6 +494,9 @@ def arguments(argv=None):
     how.add_argument("--guide-refs", type=float, help="guidance towards the references; 1 is none")
     how.add_argument("--negative", help="what the video should not be")
     how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--bench", action="store_true",
+                     help="time the transformer on random latents, one person with all views, and stop; "
+                     "--ckpt may be the name of a config")
     card = p.add_argument_group("small cards")
     card.add_argument("--offload", action="store_true",
                       help="weights stay in CPU memory, block by block on the GPU")
@@ -595,8 +619,8 @@ def make(rows, model, encoders, recipe, frames, size):
     def velocity(x, t):  # all rows step together, so that each expert loads once
         bar.update(len(rows))
         return torch.cat([v(x[i:i + 1], t) for i, v in enumerate(velocities)])
-    latents = denoise(velocity, encoders.latent_shape(frames, size), [row["seed"] for row in rows], recipe,
-                      model.device).cpu()
+    shape = data.latent_shape(model.config.in_dim, frames, size)
+    latents = denoise(velocity, shape, [row["seed"] for row in rows], recipe, model.device).cpu()
     bar.close()
     seconds = time.perf_counter() - start - model.loading
     print(f"{seconds / bar.total:.3g} seconds a step, and {model.loading:.3g} to load the transformer")
@@ -617,6 +641,9 @@ def main(argv=None):
         raise UserError("--refs needs --prompt: say what the people do")
     if args.dry_run:
         return dry_run(args)
+    if args.bench:
+        print(use_fused(False if args.no_fused else None))
+        return bench(args)
     out = Path(args.out.removesuffix(".mp4").removesuffix(".png"))
     data.probe_writable(out.parent)
     print(use_fused(False if args.no_fused else None))

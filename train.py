@@ -24,6 +24,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ from tqdm import tqdm
 import data
 from kernels import use_fused
 from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors, load_wan,
-                   save_checkpoint, uses_bf16)
+                   random_inputs, report_speed, save_checkpoint, uses_bf16)
 from rope import LAYOUTS, VIEWS, UserError
 
 
@@ -96,6 +98,8 @@ def arguments(argv=None):
                      help="timestep shift: more than 1 trains more on noisy steps")
     opt.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                      help="matmuls under autocast; auto: bf16 if fast here")
+    opt.add_argument("--recompute", action="store_true",
+                     help="of a block hold attention's output alone, the rest is made again going backward")
     opt.add_argument("--no-fused", action="store_true",
                      help="PyTorch's operations in the place of the Triton kernels")
     opt.add_argument("--compile", action="store_true",
@@ -112,6 +116,12 @@ def arguments(argv=None):
                         help="the toy's ViT: random, or trained for a minute to tell people apart")
     method.add_argument("--mask", type=float, default=0.0,
                         help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
+    speed = p.add_argument_group("speed")
+    speed.add_argument("--bench", action="store_true",
+                       help="time steps on random latents, one person with all views, and stop")
+    speed.add_argument("--bench-frames", type=int, help="frames of its clips (default: the config's)")
+    speed.add_argument("--bench-size", type=int, nargs=2, metavar=("H", "W"),
+                       help="pixels of its clips (default: the config's)")
     log = p.add_argument_group("logging")
     log.add_argument("--save-every", type=int, default=500,
                      help="steps between checkpoints; the stage's last step is always saved")
@@ -247,7 +257,7 @@ def resolve(args, world):
     if args.no_mfi:
         overrides |= {"vit_dim": 0, "vit_levels": 0}
     config = replace(CONFIGS[args.config], **{k: v for k, v in overrides.items() if v is not None})
-    if config.in_dim == 16 and not args.wan:
+    if config.in_dim == 16 and not args.wan and not args.bench:
         raise UserError(f"--config {args.config} trains on Wan's latents: "
                         "give --wan DIR, the folder of a Wan checkpoint")
     stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
@@ -350,6 +360,7 @@ def train_stage(number, args, config, dataset, world, stop):
         tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
         save_checkpoint(folder / f"step-{step:06d}", tensors, meta, dataset.files, keep=args.keep)
 
+    model.recompute = args.recompute
     wrapped = model  # compile and DDP wrap last, so that no saved key carries their prefixes
     if args.compile:
         for block in model.blocks:
@@ -444,6 +455,33 @@ def stop_on_sigterm(world):
     return stop
 
 
+def bench(args, config, world):
+    """Training steps on random latents: forward, backward, clipping and optimizers."""
+    clip = data.WORLDS[args.config]
+    shape = data.latent_shape(config.in_dim, args.bench_frames or clip["frames"],
+                              args.bench_size or (clip["size"], clip["size"]))
+    with world.device:
+        model = HarmoView(config)
+    model.recompute = args.recompute
+    optimizers = make_optimizers(model, args)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    x, t, text, refs, vit = random_inputs(config, shape, args.micro_batch, world.device)
+    noise = torch.randn_like(x)
+
+    def step():
+        with autocast(world.device, args.precision):
+            loss_of(model, (x, text, refs, vit), t / 1000, noise).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    report_speed(step, model, shape, args.micro_batch, 3, world.device)
+    if world.device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
 def wan_root(args):
     """Where --wan's encoders are: beside the transformer, or a folder up where it is one of two experts."""
     folder = Path(args.wan).resolve()
@@ -455,6 +493,9 @@ def main(argv=None):
     kernels_in_use = use_fused(False if args.no_fused else None)
     world = World.join()
     stages, config = resolve(args, world)
+    if args.bench:
+        print(kernels_in_use)
+        return bench(args, config, world)
     prepare(stages[0], args, config, world)  # what it refuses, it refuses before minutes of rendering
     for number in stages[1:]:
         refuse_to_lose(number, args)

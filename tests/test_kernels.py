@@ -132,8 +132,14 @@ def test_equals_wan_on_its_dense_grid(path):
         angle = torch.outer(torch.arange(size).double(), power)
         freqs.append(torch.polar(torch.ones_like(angle), angle))
     t, h, w = freqs
-    grid = torch.cat((t[:, None, None].expand(T, H, W, -1), h[None, :, None].expand(T, H, W, -1),
-                      w[None, None].expand(T, H, W, -1)), dim=-1).reshape(T * H * W, K // 2)
+    grid = torch.cat(
+        (
+            t[:, None, None].expand(T, H, W, -1),
+            h[None, :, None].expand(T, H, W, -1),
+            w[None, None].expand(T, H, W, -1),
+        ),
+        dim=-1,
+    ).reshape(T * H * W, K // 2)
     at = video_positions(T, H, W)
     found = qk_norm_rope(q, k, weight_q, weight_k, at, rope_tables(at, K), EPS)
     for x, weight, y in ((q, weight_q, found[0]), (k, weight_k, found[1])):
@@ -206,8 +212,10 @@ def test_non_contiguous_inputs_and_gradients(path):
         grads.append((*y, *torch.autograd.grad(y, leaf, [make(g), make(g)])))
     assert all(torch.equal(a, b) for a, b in zip(*grads))
     x, rows = torch.randn(L, 2, 48).transpose(0, 1), torch.randn(2, 6, 48).unbind(1)
-    y = [gate_residual_norm_modulate(make(x), make(x), *(make(r) for r in rows[:3]), EPS)
-         for make in (lambda x: x, torch.Tensor.contiguous)]
+    y = [
+        gate_residual_norm_modulate(make(x), make(x), *(make(r) for r in rows[:3]), EPS)
+        for make in (lambda x: x, torch.Tensor.contiguous)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*y))
 
 
@@ -263,18 +271,31 @@ def test_wrong_inputs_are_one_clear_error(path):
         "positions is torch.float32": (q, k, wq, wk, at.float(), tables),
         "k is on meta": (q, k.to("meta"), wq, wk, at, tables),
         "positions go from -1 to": (q, k, wq, wk, at - at.min() - 1, tables),
-        f"positions go from .* to {top}; the tables hold 0 to {top - 1}":
-            (q, k, wq, wk, at - at.max() + top, tables),
+        f"positions go from .* to {top}; the tables hold 0 to {top - 1}": (
+            q,
+            k,
+            wq,
+            wk,
+            at - at.max() + top,
+            tables,
+        ),
     }
     for message, args in wrong.items():
         with pytest.raises(UserError, match=message):
             qk_norm_rope(*args, EPS)
-    for bad, message in ((at - 200, "positions go from -"), (at + 2**20, "expected 0 to"),
-                         (at[:, :2], "expected integers"), (at.float(), "expected integers")):
+    for bad, message in (
+        (at - 200, "positions go from -"),
+        (at + 2**20, "expected 0 to"),
+        (at[:, :2], "expected integers"),
+        (at.float(), "expected integers"),
+    ):
         with pytest.raises(UserError, match=message):
             rope_tables(bad, 32)
-    for message, args in {r"shift is \[64\]": (q, row[0], row), "scale is torch.int64": (q, row, row.long()),
-                          r"x is \[3, 64\]": (q[0], row, row)}.items():
+    for message, args in {
+        r"shift is \[64\]": (q, row[0], row),
+        "scale is torch.int64": (q, row, row.long()),
+        r"x is \[3, 64\]": (q[0], row, row),
+    }.items():
         with pytest.raises(UserError, match=message):
             norm_modulate(*args, EPS)
     with pytest.raises(UserError, match=r"y is \[1, 2, 64\]"):

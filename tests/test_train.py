@@ -18,7 +18,16 @@ from conftest import ROOT, WAN_SMALL, run
 import data
 import sample
 import train
-from model import CONFIGS, OWN, DiTConfig, HarmoView, find_checkpoint, load_checkpoint, load_wan
+from model import (
+    CONFIGS,
+    OWN,
+    DiTConfig,
+    HarmoView,
+    find_checkpoint,
+    load_checkpoint,
+    load_wan,
+    random_inputs,
+)
 from rope import VIEWS, UserError
 
 FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
@@ -284,6 +293,41 @@ def test_an_interrupted_rendering_leaves_no_cache(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         data.build_cache(tmp_path, **data.WORLDS["tiny"])
     assert not list(tmp_path.iterdir())
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    torch.manual_seed(0)
+    model = HarmoView(CONFIGS["tiny"])
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    inputs = random_inputs(model.config, (48, 3, 40, 40), 1, torch.device("cpu"))  # long enough for SDPA
+    grads = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(*inputs).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_recomputing_keeps_attention_and_makes_the_rest_again():
+    model = HarmoView(CONFIGS["tiny"])
+    inputs = random_inputs(model.config, (48, 3, 40, 40), 1, torch.device("cpu"))
+    calls = []
+    for model.recompute in (False, True):
+        with torch.profiler.profile() as profile:
+            model(*inputs).square().mean().backward()
+        calls.append({event.key: event.count for event in profile.key_averages()})
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert calls[0][flash] == calls[1][flash] == model.config.num_layers
+    assert calls[1]["aten::gelu"] > calls[0]["aten::gelu"]
+
+
+def test_bench_prints_its_table(tmp_path):
+    said = run(ROOT / "train.py", "--config", "tiny", "--bench", "--recompute", cwd=tmp_path)
+    assert "seconds a step" in said and "model TFLOP/s" in said and "attention by" in said
+    said = run(ROOT / "sample.py", "--ckpt", "tiny", "--bench", cwd=tmp_path)
+    assert "seconds a step" in said and "peak memory" in said and not any(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ from Wan
