@@ -308,24 +308,43 @@ def clip_pose(clips, k, frames):
     }
 
 
-def render_clips(clips, people, frames, size):
+def render_clips(clips, people, frames, size, poses=None):
     """Clips with given identities: the ground truth, for whoever is put into them.
 
     clips    n Clips with equally many people
     people   one identities dict per person, each of n identities
+    poses    {k: entries of person k's pose dict, [n, frames], in the place of the clips' own}
     returns  video [n, 3, frames, size, size] in -1..1 and head masks [n, people, frames, size, size] in 0..1
     """
     n = len(clips)
     scene = background([c.background for c in clips], size)[:, :, None].expand(-1, -1, frames, -1, -1)
     masks = []
     for k, identities in enumerate(people):
-        pose = {name: v.flatten(0, 1) for name, v in clip_pose(clips, k, frames).items()}
+        pose = clip_pose(clips, k, frames) | (poses or {}).get(k, {})
+        pose = {name: v.flatten(0, 1) for name, v in pose.items()}
         who = pick(identities, torch.arange(n).repeat_interleave(frames))
         rgb, alpha, head = (a.unflatten(0, (n, frames)).transpose(1, 2)  # [n, ., F, S, S]
                             for a in render_in_chunks(who, pose, size))
         scene = rgb + (1 - alpha) * scene
         masks = [m * (1 - alpha[:, 0]) for m in masks] + [head[:, 0]]  # a later person covers an earlier one
     return scene * 2 - 1, torch.stack(masks, dim=1)
+
+
+def reference_pose(n, seed):
+    """How n people stand in the four VIEWS of their cross-pair references: every entry [n * V] or
+    [n * V, 3]."""
+    V, g = len(VIEWS), torch.Generator().manual_seed(seed)
+
+    def jitter(size_of):
+        return size_of * (2 * torch.rand(n * V, generator=g) - 1)
+    lights, colours = (torch.tensor([light[part] for light in LIGHTS.values()]) for part in (0, 1))
+    shirts = torch.tensor(list(SHIRTS.values()))
+    light = torch.randint(len(LIGHTS), (n * V,), generator=g)
+    return {"yaw": torch.tensor([VIEW_YAW[v] for v in VIEWS]).repeat(n) + jitter(8),
+            "pitch": jitter(6), "roll": jitter(4), "mouth": torch.rand(n * V, generator=g).round(),
+            "light": lights[light], "light_colour": colours[light],
+            "shirt": shirts[torch.randint(len(SHIRTS), (n * V,), generator=g)],
+            "x": torch.zeros(n * V), "y": torch.full((n * V,), 0.06), "scale": 0.66 + jitter(0.03)}
 
 
 def render_references(identities, seed, size, clips=None, k=0, frames=6):
@@ -337,24 +356,12 @@ def render_references(identities, seed, size, clips=None, k=0, frames=6):
     IN_PAIR_MOTIONS come near to IN_PAIR_VIEWS only, and training uses no other.
     """
     n, V = len(identities["width"]), len(VIEWS)
-    g = torch.Generator().manual_seed(seed)
-
-    def jitter(size_of):
-        return size_of * (2 * torch.rand(n * V, generator=g) - 1)
-    if clips is None:
-        lights, shirts = (torch.tensor([v[part] for v in table]) for part, table in
-                          ((0, LIGHTS.values()), (1, LIGHTS.values()))), torch.tensor(list(SHIRTS.values()))
-        which = torch.randint(len(LIGHTS), (n * V,), generator=g)
-        light, light_colour = (table[which] for table in lights)
-        pose = {"yaw": torch.tensor([VIEW_YAW[v] for v in VIEWS]).repeat(n) + jitter(8),
-                "pitch": jitter(6), "roll": jitter(4), "mouth": torch.rand(n * V, generator=g).round(),
-                "light": light, "light_colour": light_colour,
-                "shirt": shirts[torch.randint(len(SHIRTS), (n * V,), generator=g)]}
-    else:
-        pose = clip_pose(clips, k, frames)
-        nearest = view_distance(pose["yaw"]).argmin(dim=2)  # [n, V]
-        pose = {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in pose.items()}
-    pose |= {"x": torch.zeros(n * V), "y": torch.full((n * V,), 0.06), "scale": 0.66 + jitter(0.03)}
+    pose = reference_pose(n, seed)
+    if clips is not None:
+        of_clip = clip_pose(clips, k, frames)
+        nearest = view_distance(of_clip["yaw"]).argmin(dim=2)  # [n, V]
+        pose |= {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in of_clip.items()
+                 if name not in ("x", "y", "scale")}  # framed as a reference
     who = pick(identities, torch.arange(n).repeat_interleave(V))
     rgb, alpha, _ = render_in_chunks(who, pose, size)
     return (rgb + (1 - alpha)).unflatten(0, (n, V)) * 2 - 1

@@ -1,122 +1,545 @@
-"""Measure identity against exact ground truth: 100 fixed cases over 52 people that training never saw.
+"""The toy benchmark: 100 fixed cases over 52 people that training never saw, with exact ground truth.
 
-  python eval.py --ckpt out/toy            the table, and one JSON line a case and reference setting in OUT
+  python eval.py --ckpt out/toy             table, OUT/cases.jsonl (one line a case) and OUT/report.html
+  python eval.py --ablate full no-mfi       trains and measures rows of ABLATIONS, then says which CLAIMS hold
 
 A case is a clip of one or two people whose motion sweeps the yaw. The clip is sampled from its caption and
-references, then compared with the same clip rendered from its known parameters, and with 51 others rendered
-in the same person's place:
-  PSNR      on the person's head, against the truth;
-            "side" over frames with the yaw 45 degrees or more from the front
-  top-1     is the right identity the nearest of the 52 (chance 1.9 %)
-  swaps     two people: is the generated person nearer to the other one, rendered in the same place
+references; what it then shows is read by rendering: the same clip with one thing changed (another person,
+yaw, motion, mouth, wall, a reference's pose) is rendered from known parameters, and the nearest rendering
+wins. METRICS says what is read. Intervals are 95 %, by bootstrap over cases. A restart skips finished cases.
 """
 import argparse
+import base64
+import functools
+import hashlib
+import html
+import io
 import json
+import math
 import os
+import shlex
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
+from model import find_checkpoint
 from rope import VIEWS, UserError
 from sample import RECIPES, generate, load
 
-SETTINGS = {"none": (), "front": ("front",), "all": VIEWS}  # which views the references hold
+SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
+ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
+YAWS = torch.arange(-180.0, 180, 15)  # among which a frame's yaw is looked up
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the prior's loss
+ELSEWHERE = 30  # degrees: a frame asked to face that far from every reference can show a copied pose
+YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 
 
-def truth_of(clip, who, k, identities, frames, size):
-    """Person k of a case replaced by each of the 52 -> videos [52, 3, F, S, S], head masks [52, F, S, S]."""
-    n = data.BENCHMARK_IDENTITIES
-    people = [data.pick(identities, torch.arange(n) if j == k else torch.full((n,), i))
-              for j, i in enumerate(who)]
-    videos, masks = data.render_clips([clip] * n, people, frames, size)
-    return videos, masks[:, k]
+# -------------------------------------------------------------------------------------------------- measuring
+def wrap(degrees):
+    """Degrees into -180..180."""
+    return (degrees + 180) % 360 - 180
+
+
+@functools.lru_cache(maxsize=160)
+def renderings(number, k, frames, size):
+    """Person k of case `number` and all that a sampled clip is compared with: a dict of uint8 videos
+    [n, 3, F, S, S] by what differs among them, and the true head's mask [F, S, S]."""
+    clip, who = data.benchmark_cases()[number]
+    everybody = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
+    own = data.pick(everybody, who[k])
+
+    def render(clips, person, pose=None):
+        """person: identities, one a clip, in k's place; pose: what of the pose is not the clip's, [n, F]."""
+        people = [person if j == k else data.pick(everybody, [i] * len(clips)) for j, i in enumerate(who)]
+        videos, masks = data.render_clips(clips, people, frames, size, {k: pose or {}})
+        return data.to_bytes(videos), masks[:, k]
+
+    def others(field, names):
+        """The clip with another name in a field, which has one name a person, or one for all."""
+        before = getattr(clip, field)
+        many = isinstance(before, tuple)
+        clips = [replace(clip, **{field: (*before[:k], n, *before[k + 1:]) if many else n}) for n in names]
+        return render(clips, data.pick(own, [0] * len(clips)))[0]
+
+    def painted(grey):
+        """The person with one attribute in black or in white, for each attribute."""
+        n = len(ATTRIBUTES)
+        person = data.pick(own, [0] * n)
+        for i, name in enumerate(ATTRIBUTES):
+            person[name] = torch.where(torch.arange(n)[:, None] == i, torch.tensor(grey), person[name])
+        return render([clip] * n, person)[0]
+    pictures = {name: v.unflatten(0, (-1, len(VIEWS)))[who[k]][:, None].expand(-1, frames) for name, v in
+                data.reference_pose(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED).items()
+                if name in ("yaw", "pitch", "roll", "mouth")}
+    everyone, masks = render([clip] * len(everybody["width"]), everybody)
+    return {"people": everyone, "mask": masks[who[k]],
+            "yaw": render([clip] * len(YAWS), data.pick(own, [0] * len(YAWS)),
+                          {"yaw": YAWS[:, None].expand(-1, frames)})[0],
+            "references": render([clip] * len(VIEWS), data.pick(own, [0] * len(VIEWS)), pictures)[0],
+            "motion": others("motions", data.MOTIONS), "mouth": others("mouths", data.MOUTHS),
+            "wall": others("background", data.BACKGROUNDS), "black": painted(0.0), "white": painted(1.0)}
+
+
+def distances(video, candidates):
+    """Squared error of a video [3, F, S, S] to each uint8 candidate, by frame: [n, F]. Where all candidates
+    are alike it adds the same to each, so the nearest is decided by the pixels where they differ."""
+    return (data.from_bytes(candidates) - video).square().sum(dim=(1, 3, 4))
 
 
 def psnr(a, b, mask):
-    """Of a and b [3, ..., S, S] in -1..1 where mask [..., S, S] is 1, peak 2; in dB,
-    None where the mask is empty."""
+    """Of a and b [3, ..., S, S] in -1..1 where mask [..., S, S] is 1, peak 2; in dB, None where it is empty,
+    at most 60: ground truth is kept in bytes."""
     weight = mask.sum() * 3
     error = ((a - b).square() * mask).sum() / weight
-    return float(10 * torch.log10(4 / error)) if weight > 0 else None
+    return min(60.0, float(10 * torch.log10(4 / error))) if weight > 0 else None
 
 
-def measure(videos, clip, who, identities):
-    """Generated videos [3, F, S, S] of one case -> for each, one dict of metrics per person."""
-    _, F, S, _ = videos[0].shape
-    results = [[] for _ in videos]
+def named(video, candidates, names, right):
+    """Is the nearest of the renderings the right one; None where the clip does not show the difference."""
+    if bool((candidates == candidates[:1]).all()):
+        return None
+    return list(names)[int(distances(video, candidates).sum(1).argmin())] == right
+
+
+def colour_error(video, truth, black, white):
+    """Distance (0..1 RGB) of an attribute's mean colour where it is visible, None under two pixels of it."""
+    weight = (white.float() - black.float()).mean(dim=0) / 255
+    if weight.sum() < 2:
+        return None
+    mean = ((video - truth) / 2 * weight).sum(dim=(1, 2, 3)) / weight.sum()
+    return float(mean.norm())
+
+
+def measure(video, number, views):
+    """A sampled video [3, F, S, S] of a case, which was given these views ->
+    per person a dict of what METRICS reads."""
+    clip, who = data.benchmark_cases()[number]
+    _, F, S, _ = video.shape
+    given = [VIEWS.index(view) for view in views]
+    people = []
     for k, i in enumerate(who):
-        truths, masks = truth_of(clip, who, k, identities, F, S)
-        anybody = masks.amax(dim=0)
+        r = renderings(number, k, F, S)
+        truth, mask = data.from_bytes(r["people"][i]), r["mask"]
         yaw = data.clip_pose([clip], k, F)["yaw"][0]
-        side = ((yaw + 180) % 360 - 180).abs() >= 45
-        for video, result in zip(videos, results):
-            distance = ((truths - video) * anybody).square().sum(dim=(1, 2, 3, 4))  # to each of the 52
-            result.append({"person": i, "psnr": psnr(video, truths[i], masks[i]),
-                           "psnr_side": psnr(video[:, side], truths[i][:, side], masks[i][side]),
-                           "rank": int((distance < distance[i]).sum()) + 1,
-                           "swapped": bool(distance[who[1 - k]] < distance[i]) if len(who) == 2 else None})
-    return results
+        to_view = data.view_distance(yaw[None])[0]  # [V, F]
+        to_person = distances(video, r["people"])  # [52, F]
+        whole = to_person.sum(dim=1)
+        copied = [None] * F
+        if views:  # frames that should show none of the references' poses, and which do
+            elsewhere = to_view[given].amin(dim=0) >= ELSEWHERE
+            nearer = distances(video, r["references"])[given].amin(dim=0) < to_person[i]
+            copied = [bool(yes) if counts else None for yes, counts in zip(nearer, elsewhere)]
+        person = {
+            "person": i, "rank": int((whole < whole[i]).sum()) + 1, "psnr": psnr(video, truth, mask),
+            "yaw": wrap(yaw).tolist(), "yaw_found": YAWS[distances(video, r["yaw"]).argmin(dim=0)].tolist(),
+            "frame_psnr": [psnr(video[:, f], truth[:, f], mask[f]) for f in range(F)],
+            "frame_right": (to_person.argmin(dim=0) == i).tolist(),
+            "seen": [v in given for v in to_view.argmin(dim=0).tolist()], "copied": copied,
+            "motion": named(video, r["motion"], data.MOTIONS, clip.motions[k]),
+            "mouth": named(video, r["mouth"], data.MOUTHS, clip.mouths[k]),
+            "wall": named(video, r["wall"], data.BACKGROUNDS, clip.background),
+            "colour": {name: colour_error(video, truth, r["black"][a], r["white"][a])
+                       for a, name in enumerate(ATTRIBUTES)}}
+        if len(who) == 2:
+            other = who[1 - k]
+            person["swapped"] = bool(whole[other] < whole[i])
+            person["margin"] = person["psnr"] - psnr(video, data.from_bytes(r["people"][other]), mask)
+        people.append(person)
+    return people
+
+
+def jitter(p):
+    """Mean second difference of the error of the yaw over time, in degrees: 0 for any steady turn."""
+    error = [wrap(found - asked) for found, asked in zip(p["yaw_found"], p["yaw"])]
+    return [abs(wrap(c - b) - wrap(b - a)) for a, b, c in zip(error, error[1:], error[2:])]
+
+
+def on_frames(value, where):
+    return lambda p: [v for v, yes in zip(p[value], where(p)) if yes]
+
+
+def side(p):
+    return [abs(yaw) >= 45 for yaw in p["yaw"]]
+
+
+METRICS = {  # name: (what it is, its values in one person's result, shown as per cent)
+    "psnr": ("PSNR on the head against the truth, dB", lambda p: [p["psnr"]], False),
+    "side": ("PSNR of frames that face 45 degrees or more away", on_frames("frame_psnr", side), False),
+    "seen": ("PSNR of frames whose nearest view was given",
+             on_frames("frame_psnr", lambda p: p["seen"]), False),
+    "unseen": ("PSNR of frames whose nearest view was not given",
+               on_frames("frame_psnr", lambda p: [not s for s in p["seen"]]), False),
+    "top-1": ("right person nearest of 52 in the same clip, chance 1.9 %", lambda p: [p["rank"] == 1], True),
+    "swaps": ("nearer to the clip's other person than to the right one", lambda p: [p.get("swapped")], True),
+    "margin": ("PSNR to the right person minus that to the other, dB", lambda p: [p.get("margin")], False),
+    "colour": ("colour error of skin, hair, eyes and patches where visible, 0..1",
+               lambda p: p["colour"].values(), False),
+    "copied": (f"frames nearer to a reference's pose, of those asked {ELSEWHERE} degrees or more from all",
+               lambda p: p["copied"], True),
+    "yaw": ("error of the yaw found in each frame, degrees",
+            lambda p: [abs(wrap(found - asked)) for found, asked in zip(p["yaw_found"], p["yaw"])], False),
+    "jitter": ("roughness of the yaw over time, degrees a frame a frame", jitter, False),
+    "motion": ("right motion nearest of 6, chance 17 %", lambda p: [p["motion"]], True),
+    "mouth": ("right mouth nearest of 3, chance 33 %", lambda p: [p["mouth"]], True),
+    "wall": ("right background nearest of 6, chance 17 %", lambda p: [p["wall"]], True),
+    "loss": ("of the velocity with every slot a proxy", lambda p: p.get("loss", ()), False),
+}
+
+
+def mean(values):
+    """Of those that are not None; None of none."""
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def select(rows, people=(1, 2), settings=SETTINGS):
+    return [r for r in rows if len(r["people"]) in people and r["setting"] in settings]
+
+
+def by_case(rows, metric):
+    """{case: the metric's mean over its rows, people and frames}, without cases that do not show it."""
+    values = {}
+    for row in rows:
+        values.setdefault(row["case"], []).extend(v for p in row["people"] for v in METRICS[metric][1](p))
+    means = {case: mean(of_case) for case, of_case in values.items()}
+    return {case: v for case, v in means.items() if v is not None}
+
+
+def interval(values, draws=2000):
+    """Mean of a list and its 95 % bootstrap interval -> (mean, low, high), or None for an empty list."""
+    if not values:
+        return None
+    values = torch.tensor(values, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
+    return float(values.mean()), *torch.quantile(means, torch.tensor([0.025, 0.975]).double()).tolist()
+
+
+def estimate(rows, metric, *which):
+    """A metric of the rows that `select` finds, over cases."""
+    return interval(list(by_case(select(rows, *which), metric).values()))
+
+
+def shown(found, per_cent=False, signed=False):
+    """(mean, low, high) as text."""
+    if found is None:
+        return "-"
+    a, low, high = (100 * v if per_cent else v for v in found)
+    digits = 0 if per_cent else 2
+    return f"{a:{'+' if signed else ''}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def table(rows):
-    """Metrics averaged per number of people and setting, as lines to print."""
-    def mean(values):
-        values = [v for v in values if v is not None]
-        return sum(values) / len(values) if values else float("nan")
-    lines = [f"{'people':8}{'references':12}{'cases':>6}{'PSNR':>9}{'side':>9}{'top-1':>9}{'swaps':>9}"]
-    for people in (1, 2):
-        for setting in SETTINGS:
-            found = [r for r in rows if len(r["people"]) == people and r["setting"] == setting]
-            if found:
-                persons = [p for r in found for p in r["people"]]
-                swaps = f"{mean(p['swapped'] for p in persons):9.1%}" if people == 2 else f"{'-':>9}"
-                lines.append(f"{people:<8}{setting:12}{len(found):6}{mean(p['psnr'] for p in persons):8.2f} "
-                             f"{mean(p['psnr_side'] for p in persons):8.2f} "
-                             f"{mean(p['rank'] == 1 for p in persons):9.1%}{swaps}")
-    return lines
+    """Every metric for each number of people and views given: a header and lines of cells."""
+    groups = [((n,), [setting]) for n in (1, 2) for setting in SETTINGS if select(rows, (n,), [setting])]
+    lines = [[name + " %" * per_cent, *(shown(estimate(rows, name, *which), per_cent) for which in groups)]
+             for name, (_, _, per_cent) in METRICS.items() if name != "loss"]
+    return [["", *(f"{n}, {setting}" for (n,), (setting,) in groups)], *lines]
 
 
-def evaluate(model, encoders, meta, cases, settings, args, write=lambda row: None):
-    """Sample and measure the cases under each setting -> rows, each given to `write` as it finishes."""
-    frames, size = meta["world"]["frames"], meta["world"]["size"]
-    identities = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
-    pictures = data.benchmark_references(size)
-    recipe = RECIPES["toy"] | dict(steps=args.steps, shift=args.shift, guide_text=(args.guide_text,),
-                                   guide_refs=args.guide_refs)
-    todo = [(number, case) for number, case in enumerate(data.benchmark_cases()) if number in cases]
+def align(lines):
+    """Rows of cells as text in columns."""
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(line, wide))) for line in lines)
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+def finished(path, run):
+    """Rows of cases.jsonl that an earlier call wrote for the same run; a half-written line is no row."""
     rows = []
-    bar = tqdm(total=len(todo), desc="evaluating", unit=" cases", disable=None)
-    for people in (1, 2):
-        group = [(number, clip, who) for number, (clip, who) in todo if len(who) == people]
-        for first in range(0, len(group), args.batch):
-            numbers, clips, whos = zip(*group[first:first + args.batch])
-            captions = [data.caption(clip) for clip in clips]
-            made = []  # per setting a batch of videos
-            for setting in settings:
-                refs = [{v: pictures[[who[k] for who in whos], VIEWS.index(v)] for v in SETTINGS[setting]}
-                        for k in range(people)]
-                made.append(generate(model, encoders, captions, refs, frames, (size, size), numbers, recipe))
-            for number, clip, who, *videos in zip(numbers, clips, whos, *made):
-                for setting, result in zip(settings, measure(videos, clip, who, identities)):
-                    rows.append({"case": number, "setting": setting, "caption": data.caption(clip),
-                                 "people": result})
-                    write(rows[-1])
-                bar.update()
-    bar.close()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["run"] == run:
+            rows.append(row)
     return rows
+
+
+def strip(video):
+    """[3, F, S, S] as one PNG, frame beside frame, in base64."""
+    pixels = data.to_bytes(video).permute(2, 1, 3, 0).flatten(1, 2).numpy()
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "png")
+    return base64.b64encode(png.getvalue()).decode()
+
+
+@torch.no_grad()
+def prior_loss(model, encoders, clips, videos, seeds):
+    """Mean squared error of the velocity at SIGMAS with every slot a proxy: per clip one list."""
+    x0 = encoders.encode(videos)
+    text = encoders.text([data.caption(clip) for clip in clips])
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed))
+                         for seed in seeds])
+    nobody = [{} for _ in clips[0].motions]
+    losses = []
+    for sigma in SIGMAS:
+        t = torch.full((len(x0),), 1000 * sigma)
+        v = model((1 - sigma) * x0 + sigma * noise, t, text, nobody, [None for _ in nobody])
+        losses.append((v - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
+    return torch.stack(losses, dim=1).tolist()
+
+
+def evaluate(ckpt, cases, settings, recipe, path, batch=20):
+    """Sample and measure the cases of a checkpoint under each setting; every row is appended to `path` as it
+    is finished, and rows that are there already are not made again -> all rows of this run."""
+    model, encoders, meta = load(ckpt)
+    if meta["kind"] != "toy":
+        raise UserError(f"{ckpt} is no checkpoint of the toy world, which this benchmark is made of")
+    frames, size = meta["world"]["frames"], meta["world"]["size"]
+    run = hashlib.sha256(json.dumps([meta["sha256"], recipe], sort_keys=True).encode()).hexdigest()[:12]
+    rows = finished(path, run)
+    done = {(row["case"], row["setting"]) for row in rows}
+    bench, pictures = data.benchmark_cases(), data.benchmark_references(size)
+    todo = [[n for n in cases if len(bench[n][1]) == people and (n, setting) not in done]
+            for people in (1, 2) for setting in (*settings, "prior")]
+    bar = tqdm(total=sum(map(len, todo)), desc="evaluating", unit=" videos", disable=None)
+    with open(path, "a") as file:
+        for setting, numbers in zip((*settings, "prior") * 2, todo):
+            for at in range(0, len(numbers), batch):
+                part = numbers[at:at + batch]
+                clips, who = zip(*(bench[n] for n in part))
+                if setting == "prior":
+                    truths = torch.stack([data.from_bytes(renderings(n, 0, frames, size)["people"][w[0]])
+                                          for n, w in zip(part, who)])
+                    made = [{"people": [{"loss": loss}] * len(who[0])}
+                            for loss in prior_loss(model, encoders, clips, truths, part)]
+                else:
+                    refs = [{v: pictures[[w[k] for w in who], VIEWS.index(v)] for v in SETTINGS[setting]}
+                            for k in range(len(who[0]))]
+                    videos = generate(model, encoders, [data.caption(c) for c in clips], refs, frames,
+                                      (size, size), part, recipe if SETTINGS[setting] else
+                                      recipe | {"guide_refs": 1.0})  # nothing to guide towards
+                    made = ({"people": measure(video, n, SETTINGS[setting]), "strip": strip(video)}
+                            for n, video in zip(part, videos))
+                for n, result in zip(part, made):
+                    rows.append({"run": run, "case": n, "setting": setting, **result})
+                    file.write(json.dumps(rows[-1]) + "\n")
+                    file.flush()
+                    bar.update()
+    bar.close()
+    rows = [row for row in rows if row["case"] in cases and row["setting"] in (*settings, "prior")]
+    return rows, (frames, size)
+
+
+# ----------------------------------------------------------------------------------------------------- report
+COLOURS = {"none": "#999999", "front": "#d95f02", "front+left": "#7570b3", "all": "#1b9e77",
+           "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
+
+
+def plot(title, ticks, series, per_cent=False):
+    """Means with 95 % intervals as an inline SVG. series: {name: one estimate, or None, a tick}."""
+    series = {name: [e and [v * (100 if per_cent else 1) for v in e] for e in line]
+              for name, line in series.items()}
+    known = [v for line in series.values() for e in line if e for v in e]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    step = 10 ** math.floor(math.log10((high - low or 1) / 2))  # between ticks: 1, 2 or 5 of a power of ten
+    step *= next(m for m in (1, 2, 5, 10) if (high - low or 1) / (m * step) <= 5)
+    low, high = math.floor(low / step) * step, math.ceil(high / step + 1e-9) * step
+    W, H, left, top, bottom = 430, 250, 46, 26, 40
+
+    def y(v):
+        return top + (high - v) / (high - low) * (H - top - bottom)
+
+    def x(i, shift=0.0):
+        return left + (i + 0.5 + shift) * (W - left - 10) / len(ticks)
+    parts = [f'<text x="{left}" y="14" font-weight="bold">{html.escape(title)}</text>']
+    for i in range(round((high - low) / step) + 1):
+        v = low + i * step
+        parts.append(f'<line x1="{left}" x2="{W - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#eee"/>'
+                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>')
+    parts += [f'<text x="{x(i):.1f}" y="{H - bottom + 16}" text-anchor="middle">{html.escape(tick)}</text>'
+              for i, tick in enumerate(ticks)]
+    for s, (name, line) in enumerate(series.items()):
+        shift, colour = (s - (len(series) - 1) / 2) * 0.09, COLOURS.get(name, "#444")
+        points = [(x(i, shift), *map(y, e)) for i, e in enumerate(line) if e]
+        parts.append('<polyline fill="none" stroke="{}" points="{}"/>'.format(
+            colour, " ".join(f"{a:.1f},{b:.1f}" for a, b, _, _ in points)))
+        parts += [f'<line x1="{a:.1f}" x2="{a:.1f}" y1="{c:.1f}" y2="{d:.1f}" stroke="{colour}"/>'
+                  f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>' for a, b, c, d in points]
+        parts.append(f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; {name}</text>')
+    return f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}">{"".join(parts)}</svg>'
+
+
+def by_yaw(rows, value):
+    """A per-frame value of one setting's rows in each of YAW_BINS: estimates over cases."""
+    def of(row, low, high):
+        return mean([v for p in row["people"] for v, yaw in zip(p[value], p["yaw"])
+                     if low <= abs(yaw) < high])
+    return [interval([v for row in rows if (v := of(row, *ends)) is not None]) for ends in YAW_BINS]
+
+
+def prior(rows):
+    """The loss at each of SIGMAS over cases, with every slot a proxy."""
+    losses = [row["people"][0]["loss"] for row in rows if row["setting"] == "prior"]
+    return [interval([float(loss[i]) for loss in losses]) for i in range(len(SIGMAS))]
+
+
+def picture(png, caption):
+    return (f'<figure><img src="data:image/png;base64,{png}"><figcaption>{html.escape(caption)}</figcaption>'
+            '</figure>')
+
+
+def case_html(number, rows, frames, size):
+    """One case: what was given, what was asked, and for each setting what came."""
+    clip, who = data.benchmark_cases()[number]
+    references = data.benchmark_references(size)
+    truth = data.from_bytes(renderings(number, 0, frames, size)["people"][who[0]])
+    parts = [f"<h3>Case {number}: {html.escape(data.caption(clip))}</h3><div>"]
+    parts += [picture(strip(references[i].transpose(0, 1)), f"references of person {i}: {', '.join(VIEWS)}")
+              for i in who]
+    parts.append(picture(strip(truth), "ground truth"))
+    for row in sorted(rows, key=lambda r: list(SETTINGS).index(r["setting"])):
+        said = "; ".join(f"{p['psnr']:.1f} dB, rank {p['rank']}{', swapped' * bool(p.get('swapped'))}"
+                         for p in row["people"])
+        parts.append(picture(row["strip"], f"given {row['setting']}: {said}"))
+    return "".join(parts) + "</div>"
+
+
+def report(path, title, rows, base, frames, size):
+    """Write report.html: table, plots, every case with the worst first. base: rows of the run's stage 1."""
+    shown_settings = [s for s in SETTINGS if select(rows, settings=[s])]
+    bins = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
+    plots = []
+    for people, words in ((1, "one person"), (2, "two people")):
+        of = {s: select(rows, (people,), [s]) for s in shown_settings}
+        plots += [plot(f"PSNR by yaw, {words}, dB", bins,
+                       {s: by_yaw(r, "frame_psnr") for s, r in of.items()}),
+                  plot(f"right person nearest by yaw, {words}, % of frames", bins,
+                       {s: by_yaw(r, "frame_right") for s, r in of.items()}, True)]
+    swaps = [estimate(rows, "swaps", (2,), [s]) for s in shown_settings]
+    plots += [plot("swaps by views given, two people, %", shown_settings, {"this checkpoint": swaps}, True),
+              plot("loss by noise level, every slot a proxy", [str(s) for s in SIGMAS],
+                   {"this checkpoint": prior(rows), **({"its stage 1": prior(base)} if base else {})})]
+    header, *lines = table(rows)
+    cells = "".join("<tr><td title='{}'>{}</td>{}</tr>".format(
+        html.escape(METRICS[name.removesuffix(" %")][0]), name, "".join(f"<td>{c}</td>" for c in line))
+        for name, *line in lines)
+    legend = "".join(f"<li><b>{name}</b>: {html.escape(words)}</li>"
+                     for name, (words, _, _) in METRICS.items())
+    cases = {}
+    for row in select(rows):
+        cases.setdefault(row["case"], []).append(row)
+    worst = sorted(cases, key=lambda n: mean([p["psnr"] for p in cases[n][-1]["people"]]))
+    path.write_text(f"""<!doctype html><meta charset="utf-8"><title>HarmoView: toy benchmark</title><style>
+body {{ font: 14px sans-serif; margin: 2em; max-width: 1320px }} svg {{ font: 11px sans-serif; margin: 6px }}
+table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 3px 9px; text-align: right }}
+tr:nth-child(even) {{ background: #f5f5f5 }} td:first-child {{ text-align: left }} li {{ margin: 2px }}
+img {{ height: 72px; image-rendering: pixelated; display: block }}
+h3 {{ font-size: 13px; margin: 22px 0 4px }}
+figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
+figcaption {{ font-size: 11px; color: #555 }}</style>
+<h1>HarmoView on the toy benchmark</h1><p>{html.escape(title)}. Means over cases with 95 % bootstrap
+intervals. Columns: people in the clip, views given.</p>
+<table><tr>{''.join(f'<th>{h}</th>' for h in header)}</tr>{cells}</table><ul>{legend}</ul>
+<div>{''.join(plots)}</div><h2>All cases, the worst first</h2>
+{''.join(case_html(n, cases[n], frames, size) for n in worst)}""", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------- ablations
+ABLATIONS = {  # row: flags of train.py
+    "full": "",
+    "again": "--seed 100",  # the same with another seed: what a seed alone moves
+    "no-mfi": "--no-mfi",
+    "no-proxies": "--proxy-tokens 0",
+    "append": "--rope-layout append",
+    "append-no-proxies": "--rope-layout append --proxy-tokens 0",
+    "direct": "--no-curriculum",
+    "front-only": "--front-only",
+    "phantom": "--rope-layout append --proxy-tokens 0 --no-mfi",
+    # Mv2ID, on references that are frames of the clip itself
+    "mv2id-base": "--pairs in --rope-layout append --proxy-tokens 0 --no-mfi",
+    "mv2id-rd": "--pairs in --rope-layout rd --proxy-tokens 0 --no-mfi",
+    "mv2id-mask": "--pairs in --rope-layout append --proxy-tokens 0 --no-mfi --mask 0.6",
+    "mv2id-both": "--pairs in --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6",
+}
+GIVEN = ("front", "front+left", "all")
+CLAIMS = [  # what the abstracts say; (row, settings) that should be better than (row, settings); metric, sign
+    ("MFI raises identity", ("full", GIVEN), ("no-mfi", GIVEN), "psnr", 1),
+    ("proxies unify one to four views", ("full", GIVEN), ("no-proxies", GIVEN), "psnr", 1),
+    ("proxies help where the generated view has no reference",
+     ("full", GIVEN[:2]), ("no-proxies", GIVEN[:2]), "unseen", 1),
+    ("Jump-RoPE lowers crosstalk", ("full", GIVEN), ("append", GIVEN), "swaps", -1),
+    ("the curriculum beats direct training", ("full", GIVEN), ("direct", GIVEN), "psnr", 1),
+    ("the curriculum keeps the text-to-video prior", ("full", ["prior"]), ("direct", ["prior"]), "loss", -1),
+    ("several views beat one at large yaw", ("full", ["all"]), ("front-only", ["front"]), "side", 1),
+    ("region masking lowers copy-paste", ("mv2id-both", GIVEN), ("mv2id-rd", GIVEN), "copied", -1),
+    ("region masking costs a little similarity", ("mv2id-rd", GIVEN), ("mv2id-both", GIVEN), "psnr", 1),
+    ("RD-RoPE makes motion more natural", ("mv2id-rd", GIVEN), ("mv2id-base", GIVEN), "jitter", -1),
+]
+
+
+def claim(results, better, other, metric, sign):
+    """The paired difference of a claim's two sides over cases: (mean, low, high), or None where one has not
+    been run."""
+    a, b = (by_case(select(results.get(row, ()), settings=settings), metric)
+            for row, settings in (better, other))
+    return interval([sign * (a[case] - b[case]) for case in sorted(a.keys() & b.keys())])
+
+
+def verdict(results, better, other, metric, sign):
+    """"holds" or "does not hold" where the interval leaves zero out and the difference is larger than the one
+    that another seed makes; else "not decided". With the difference, and the seed's."""
+    found = claim(results, better, other, metric, sign)
+    seed = claim(results, better, ("again", better[1]), metric, 1)
+    if found is None:
+        return "not run", found, seed
+    moved = abs(seed[0]) if seed else 0.0
+    if abs(found[0]) <= moved or found[1] <= 0 <= found[2]:
+        return "not decided", found, seed
+    return "holds" if found[0] > 0 else "does not hold", found, seed
+
+
+def ablate(names, args, recipe, cases):
+    """Train and measure rows of ABLATIONS, each from where an earlier call left it; print table and
+    verdicts."""
+    root, results = Path(args.out), {}
+    for name in names:
+        for seed in range(args.seeds):
+            out = root / "ablate" / f"{name}-{seed}"
+            command = [sys.executable, str(Path(__file__).with_name("train.py")), "--config", args.config,
+                       "--no-samples", "--out", str(out), "--seed", str(seed), "--resume",
+                       *shlex.split(ABLATIONS[name]), *shlex.split(args.train)]
+            if name == "again":
+                command[command.index("--seed", command.index("--seed") + 1) + 1] = str(100 + seed)
+            print(" ".join(command[1:]), flush=True)
+            start = time.perf_counter()
+            if subprocess.run(command).returncode:
+                raise UserError(f"row {name}: training failed; mend it and repeat, finished rows are kept")
+            rows, _ = evaluate(out, cases, args.settings, recipe, root / "cases.jsonl", args.batch)
+            results.setdefault(name, []).extend(rows)
+            print(f"row {name}, seed {seed}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
+    columns = [(people, s, metric) for people in (1, 2) for s in args.settings if s in ("front", "all")
+               for metric in ("psnr", "top-1", "swaps")[:people + 1]]
+    print(align([["row", *(f"{people} {s} {metric}" for people, s, metric in columns)],
+                 *([name, *(shown(estimate(rows, metric, (people,), [s]), METRICS[metric][2])
+                            for people, s, metric in columns)]
+                   for name, rows in results.items())]))
+    lines = []
+    for words, *sides in CLAIMS:
+        said, found, seed = verdict(results, *sides)
+        per_cent = METRICS[sides[2]][2]
+        lines.append([words, said, sides[2], shown(found, per_cent, True), shown(seed, per_cent, True)])
+    print(align([["claim", "verdict", "metric", "in its favour", "another seed"], *lines]))
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="out/toy",
-                   help="checkpoint folder, or a run's folder: its newest one (default out/toy)")
-    p.add_argument("--out", default="out/eval.jsonl", help="file for the JSON lines")
+    p.add_argument("--ckpt", help="checkpoint folder, or a run's folder: its newest one (as sample.py)")
+    p.add_argument("--out", default="out/eval", help="folder for cases.jsonl and report.html")
     p.add_argument("--limit", type=int, default=100,
                    help="only this many cases, spread over the 100, for a quick look")
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
@@ -125,21 +548,34 @@ def main(argv=None):
     p.add_argument("--shift", type=float, default=RECIPES["toy"]["shift"], help="timestep shift")
     p.add_argument("--guide-text", type=float, default=1.0)
     p.add_argument("--guide-refs", type=float, default=RECIPES["toy"]["guide_refs"])
+    p.add_argument("--ablate", nargs="*", metavar="ROW", help=f"rows to train and measure, of "
+                   f"{', '.join(ABLATIONS)}; none named: all")
+    p.add_argument("--seeds", type=int, default=1, help="seeds of each row")
+    p.add_argument("--config", default="toy", choices=data.WORLDS, help="what --ablate trains")
+    p.add_argument("--train", default="", metavar="FLAGS", help="further flags of train.py for every row")
     args = p.parse_args(argv)
     if not 1 <= args.limit <= 100:
         raise UserError(f"--limit {args.limit}: expected 1 to 100 cases")
     out = Path(args.out)
-    data.probe_writable(out.parent)
-    model, encoders, meta = load(args.ckpt)
-    if meta["kind"] != "toy":
-        raise UserError(f"{args.ckpt} is no checkpoint of the toy world, which this benchmark is made of")
-    cases = {i * 100 // args.limit for i in range(args.limit)}
-    start = time.perf_counter()
-    with open(out, "w") as f:
-        rows = evaluate(model, encoders, meta, cases, args.settings, args,
-                        lambda row: print(json.dumps(row), file=f, flush=True))
-    print("\n".join(table(rows)))
-    print(f"{out} in {time.perf_counter() - start:.0f} s")
+    data.probe_writable(out)
+    cases = sorted({i * 100 // args.limit for i in range(args.limit)})
+    recipe = RECIPES["toy"] | dict(steps=args.steps, shift=args.shift, guide_text=(args.guide_text,),
+                                   guide_refs=args.guide_refs)
+    if args.ablate is not None:
+        if unknown := set(args.ablate) - set(ABLATIONS):
+            raise UserError(f"--ablate {' '.join(sorted(unknown))}: expected {', '.join(ABLATIONS)}")
+        return ablate(args.ablate or list(ABLATIONS), args, recipe, cases)
+    start, ckpt = time.perf_counter(), args.ckpt or "out/toy"
+    rows, world = evaluate(ckpt, cases, args.settings, recipe, out / "cases.jsonl", args.batch)
+    base, first = [], find_checkpoint(Path(ckpt) / "stage1")
+    if first:
+        base, _ = evaluate(first, cases, ["none"], recipe, out / "cases.jsonl", args.batch)
+    print(align(table(rows)))
+    print(align([["loss at noise level", *map(str, SIGMAS)], *(
+        [name, *map(shown, prior(r))] for name, r in (("", rows), ("stage 1", base)) if r)]))
+    report(out / "report.html", f"{ckpt}: {recipe['steps']} steps, reference guidance {recipe['guide_refs']}",
+           rows, base, *world)
+    print(f"{out / 'cases.jsonl'} and {out / 'report.html'} in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
+"""Every metric on videos whose score is known: the truth, noise, somebody else, exchanged people, a pose."""
+
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,35 +9,103 @@ from conftest import ROOT, run
 
 import data
 import eval as evaluation
-from rope import UserError
+from rope import VIEWS, UserError
+
+EVERYBODY = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
+ONE, TWO = (0, 13, 31), (61, 75, 90)  # cases with one person and with two
 
 
-def truth(number):
-    clip, who = data.benchmark_cases()[number]
-    people = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
-    video, mask = data.render_clips([clip], [data.pick(people, i) for i in who], 6, 32)
-    return clip, who, people, video[0], mask[0]
+def render(number, who=None, poses=None, **changes):
+    """A case's video, perhaps with other people, poses, or another clip."""
+    clip, own = data.benchmark_cases()[number]
+    people = [data.pick(EVERYBODY, i) for i in who or own]
+    return data.render_clips([replace(clip, **changes)], people, 6, 32, poses)[0][0]
 
 
-@pytest.mark.parametrize("number", [0, 75])
-def test_the_truth_itself_scores_full_marks(number):
-    clip, who, people, video, _ = truth(number)
-    for row in evaluation.measure([video], clip, who, people)[0]:
-        assert row["psnr"] == float("inf") and row["rank"] == 1 and not row["swapped"]
+def score(metric, videos, views=VIEWS):
+    """Mean of a metric over {case: video}."""
+    rows = [
+        {"case": n, "setting": "all", "people": evaluation.measure(v, n, views)} for n, v in videos.items()
+    ]
+    return evaluation.mean(evaluation.by_case(rows, metric).values())
 
 
-def test_somebody_else_is_noticed():
-    clip, who, people, _, _ = truth(0)
-    other = (who[0] + 1) % 52
-    video, _ = data.render_clips([clip], [data.pick(people, other)], 6, 32)
-    (row,) = evaluation.measure([video[0]], clip, who, people)[0]
-    assert row["rank"] > 1 and row["psnr"] < 25
+def test_the_truth_itself_scores_full_marks():
+    videos = {n: render(n) for n in ONE + TWO}
+    for name, full in {"top-1": 1, "swaps": 0, "copied": 0, "motion": 1, "mouth": 1, "wall": 1}.items():
+        assert score(name, videos) == full, name
+    for name in ("psnr", "side", "seen"):
+        assert score(name, videos) > 55
+    # yaws are looked up among multiples of 15 degrees, so up to 7.5 off
+    assert score("yaw", videos) < 7.5 and score("jitter", videos) < 15
+    assert score("colour", videos) < 0.01 and score("margin", videos) > 30
+    assert score("unseen", videos) is None and score("unseen", videos, ("front",)) > 55
+
+
+def test_noise_scores_chance():
+    g = torch.Generator().manual_seed(0)
+    videos = {n: torch.rand(3, 6, 32, 32, generator=g) * 2 - 1 for n in (*ONE, 5, 26, 44, *TWO, 69)}
+    assert score("psnr", videos) < 12 and score("top-1", videos) < 0.3
+    assert score("yaw", videos) > 40 and score("jitter", videos) > 40
+    assert 0 < score("swaps", videos) < 1 and abs(score("margin", videos)) < 1
+    assert score("motion", videos) < 0.6 and score("wall", videos) < 0.6 and score("mouth", videos) < 0.8
+    assert score("colour", videos) > 0.1
+
+
+def test_somebody_else_drops_identity_alone():
+    videos = {n: render(n, [(data.benchmark_cases()[n][1][0] + 7) % 52]) for n in ONE}
+    assert score("top-1", videos) == 0 and score("psnr", videos) < 25 and score("colour", videos) > 0.1
+    assert score("wall", videos) == 1
 
 
 def test_exchanged_people_are_counted_as_swaps():
-    clip, who, people, _, _ = truth(75)
-    video, _ = data.render_clips([clip], [data.pick(people, i) for i in who[::-1]], 6, 32)
-    assert [row["swapped"] for row in evaluation.measure([video[0]], clip, who, people)[0]] == [True, True]
+    videos = {n: render(n, data.benchmark_cases()[n][1][::-1]) for n in TWO}
+    assert score("swaps", videos) == 1 and score("margin", videos) < -5 and score("top-1", videos) == 0
+
+
+def test_an_attribute_in_another_colour_raises_its_error_alone():
+    clip, who = data.benchmark_cases()[13]
+    person = data.pick(EVERYBODY, who[0])
+    person["hair"] = 1 - person["hair"]
+    video = data.render_clips([clip], [person], 6, 32)[0][0]
+    (found,) = evaluation.measure(video, 13, VIEWS)
+    assert found["colour"]["hair"] > 0.2 and found["colour"]["skin"] < 0.05
+
+
+def test_a_reference_pasted_into_every_frame_is_a_copy():
+    """The frontal reference's own pose where the caption asks for a turn."""
+    pose = data.reference_pose(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
+    videos = {}
+    for n in ONE:
+        (i,) = data.benchmark_cases()[n][1]
+        still = {
+            name: pose[name][i * len(VIEWS)].expand(1, 6) for name in ("yaw", "pitch", "roll", "mouth")
+        }
+        videos[n] = render(n, poses={0: still})
+    assert score("copied", videos, ("front",)) == 1
+    assert score("yaw", videos) > 20 and score("motion", videos) < 1
+
+
+def test_the_yaw_that_was_rendered_is_found_and_a_shaking_head_is_rough():
+    steady = torch.tensor([[-75.0, -45, -15, 15, 45, 75]])
+    shaking = steady + torch.tensor([[30.0, -30, 30, -30, 30, -30]])
+    for yaw, rough in ((steady, False), (shaking, True)):
+        (found,) = evaluation.measure(render(0, poses={0: {"yaw": yaw}}), 0, VIEWS)
+        assert found["yaw_found"] == yaw[0].tolist()
+        assert (evaluation.mean(evaluation.jitter({**found, "yaw": steady[0].tolist()})) > 60) == rough
+
+
+def test_another_motion_mouth_or_wall_is_noticed():
+    clip, _ = data.benchmark_cases()[0]
+    wall = next(b for b in data.BACKGROUNDS if b != clip.background)
+    (found,) = evaluation.measure(render(0, background=wall), 0, VIEWS)
+    assert found["wall"] is False and found["motion"] is True
+    (found,) = evaluation.measure(render(0, motions=("nods",)), 0, VIEWS)
+    assert found["motion"] is False and found["wall"] is True
+    for n in ONE:
+        mouth = next(m for m in data.MOUTHS if m != data.benchmark_cases()[n][0].mouths[0])
+        (found,) = evaluation.measure(render(n, mouths=(mouth,)), n, VIEWS)
+        assert found["mouth"] is False
 
 
 def test_psnr_is_ten_log_ten_of_peak_two():
@@ -46,42 +117,90 @@ def test_psnr_is_ten_log_ten_of_peak_two():
     assert evaluation.psnr(a, b, mask * 0) is None
 
 
-def test_only_the_head_counts():
-    clip, who, people, video, mask = truth(0)
-    elsewhere = video + 0.5 * (mask.amax(0) == 0)
-    (row,) = evaluation.measure([elsewhere], clip, who, people)[0]
-    assert row["psnr"] > 100
+def test_intervals_cover_the_mean_as_often_as_they_say():
+    g = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        mean, low, high = evaluation.interval(torch.randn(60, generator=g).tolist(), draws=500)
+        assert low < mean < high
+        covered += low < 0 < high
+    assert 0.88 < covered / 200 < 0.99
+    assert evaluation.interval([]) is None and evaluation.interval([3.0] * 5) == (3, 3, 3)
 
 
-def test_the_command_prints_the_table_and_writes_every_case(tiny, tmp_path):
-    said = run(
-        ROOT / "eval.py",
-        "--ckpt",
-        tiny / "out" / "tiny",
-        "--limit",
-        5,
-        "--settings",
-        "none",
-        "all",
-        "--steps",
-        1,
-        "--out",
-        "rows.jsonl",
-        cwd=tmp_path,
-    )
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert {(r["case"], r["setting"]) for r in rows} == {
-        (i, s) for i in (0, 20, 40, 60, 80) for s in ("none", "all")
+def rows_of(values, metric="psnr"):
+    return [
+        {"case": n, "setting": "all", "people": [{metric: value}]} for n, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    "better, other, again, expected",
+    [
+        (2.0, 0.0, 0.1, "holds"),
+        (0.0, 2.0, 0.1, "does not hold"),
+        (0.05, 0.0, 0.1, "not decided"),  # less than a seed moves
+        (0.0, 0.0, 0.0, "not decided"),
+    ],
+)
+def test_verdicts(better, other, again, expected):
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 0.1 + 18
+    results = {
+        "full": rows_of((noise + better).tolist()),
+        "no-mfi": rows_of((noise.flip(0) + other).tolist()),
+        "again": rows_of((noise + better + again).tolist()),
     }
-    persons = [p for r in rows if r["setting"] == "all" and r["case"] < 60 for p in r["people"]]
+    said, found, seed = evaluation.verdict(results, ("full", ["all"]), ("no-mfi", ["all"]), "psnr", 1)
+    assert said == expected and found[0] == pytest.approx(better - other, abs=1e-4)
+    assert seed[0] == pytest.approx(-again, abs=1e-4)
+    assert evaluation.verdict({}, ("full", ["all"]), ("no-mfi", ["all"]), "psnr", 1)[0] == "not run"
+
+
+def test_claims_name_rows_and_metrics_that_exist():
+    for _, *sides, metric, sign in evaluation.CLAIMS:
+        assert {row for row, _ in sides} <= set(evaluation.ABLATIONS) and sign in (1, -1)
+        assert metric in evaluation.METRICS
+
+
+def test_the_command_writes_rows_and_report_and_a_restart_goes_on(tiny, tmp_path):
+    command = [ROOT / "eval.py", "--ckpt", tiny / "out" / "tiny", "--limit", 5, "--steps", 1]
+    command += ["--settings", "none", "all", "--out", "ev"]
+    said = run(*command, cwd=tmp_path)
+    path = tmp_path / "ev" / "cases.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 5 * 3 + 5 * 2  # none, all and prior; none and prior of stage 1
+    last = [r for r in rows if r["run"] == rows[0]["run"]]
+    assert {(r["case"], r["setting"]) for r in last} == {
+        (i, s) for i in (0, 20, 40, 60, 80) for s in ("none", "all", "prior")
+    }
+    persons = [p for r in last if r["setting"] == "all" and r["case"] < 60 for p in r["people"]]
     mean = sum(p["psnr"] for p in persons) / 3
-    line = next(line for line in said.splitlines() if line.split()[:2] == ["1", "all"])
-    assert float(line.split()[3]) == pytest.approx(mean, abs=0.01)
+    line = next(line for line in said.splitlines() if line.startswith("psnr"))
+    assert float(line.split()[4]) == pytest.approx(mean, abs=0.01)
+    page = (tmp_path / "ev" / "report.html").read_text()
+    assert page.count("<svg") == 6 and page.count("<h3>") == 5 and "http" not in page
+    # the last line half written, as after a kill -9: that row is made again, the same, and no other
+    path.write_text("\n".join(json.dumps(r) for r in rows[:-1]) + "\n" + json.dumps(rows[-1])[:40])
+    assert run(*command, cwd=tmp_path).splitlines()[2:-1] == said.splitlines()[2:-1]
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(rows) + 1
 
 
-def test_bad_limits(tmp_path):
+def test_ablations_train_measure_and_judge(tmp_path):
+    command = [ROOT / "eval.py", "--ablate", "full", "append", "--config", "tiny", "--steps", 1]
+    command += ["--out", "ev", "--limit", 3, "--settings", "front", "all", "--train=--steps 1"]
+    said = run(*command, cwd=tmp_path)
+    assert "Jump-RoPE lowers crosstalk" in said and said.count("not run") >= 5
+    again = run(*command, cwd=tmp_path)
+    assert again.splitlines()[-13:] == said.splitlines()[-13:]
+    assert (tmp_path / "ev" / "ablate" / "append-0" / "stage4").exists()
+
+
+def test_bad_input(tmp_path, capsys):
     with pytest.raises(UserError, match="--limit 0"):
         evaluation.main(["--limit", "0"])
+    with pytest.raises(UserError, match="--ablate nonsense: expected full"):
+        evaluation.main(["--ablate", "nonsense", "--out", str(tmp_path)])
     assert run(ROOT / "eval.py", "--ckpt", "nowhere", cwd=tmp_path, fails=True).startswith(
         "eval.py: no checkpoint"
     )
