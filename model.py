@@ -436,16 +436,16 @@ def peak_memory():
 def report_speed(step, model, shape, batch, passes, device):
     """Time step() and print a table. Model TFLOP/s: passes * HarmoView.flops of the tokens a second, where
     a forward is one pass and its backward two; recomputation is not counted."""
+    c, gpu = model.config, device.type == "cuda"
+    finish = torch.cuda.synchronize if gpu else lambda: None
+
     def seconds(fn, n):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish()
         start = time.perf_counter()
         for _ in range(n):
             fn()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish()
         return (time.perf_counter() - start) / n
-    c, gpu = model.config, device.type == "cuda"
     seconds(step, 2)  # warm-up
     took = seconds(step, 5)
     held = peak_memory()

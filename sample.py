@@ -542,16 +542,12 @@ def held_out(prompt, views, frames, size):
 
 
 def rows_of(args, model, meta, frames, size):
-    """What to make: [{people, prompt, seed}], people as for `generate`, None for plain Wan."""
-    if args.prompts:
-        jobs = read_jobs(args.prompts)
-    elif args.prompt is None and meta["kind"] == "toy":
-        jobs = []
-    elif args.prompt is None:
-        raise UserError("--prompt is missing: say what happens")
-    else:
+    """What to make: [{people, prompt, seed, files}], people as for `generate`, None for plain Wan."""
+    jobs, rows = read_jobs(args.prompts) if args.prompts else [], []
+    if args.prompt is not None:
         jobs = [{"prompt": args.prompt, "refs": args.refs or [], "seed": None}]
-    rows = []
+    elif not jobs and meta["kind"] != "toy":
+        raise UserError("--prompt is missing: say what happens")
     for job in jobs:
         if len(job["refs"]) > model.config.max_identities:
             raise UserError(f"{len(job['refs'])} people for {job['prompt'][:40]!r}: "
@@ -559,21 +555,22 @@ def rows_of(args, model, meta, frames, size):
         if job["refs"] and "stage" not in meta:
             raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: "
                             "give a checkpoint that train.py made, or leave --refs out")
-        row = {"prompt": job["prompt"], "seed": args.seed if job["seed"] is None else job["seed"],
-               "files": job["refs"]}
+        seed = args.seed if job["seed"] is None else job["seed"]
+        row = {"prompt": job["prompt"], "seed": seed, "files": job["refs"]}
         if meta["kind"] == "toy" and not job["refs"]:
             row |= held_out(job["prompt"], args.views, frames, size[0])[0]
         else:  # a HarmoView network without references sees one person's proxies
             row["people"] = read_people(job["refs"], size) or ([{}] if "stage" in meta else None)
         rows.append(row)
-    rows = rows or [row | {"seed": args.seed} for row in held_out(None, args.views, frames, size[0])]
+    if not jobs:
+        rows = [row | {"seed": args.seed, "files": []} for row in held_out(None, args.views, frames, size[0])]
     if not args.swap:
         return rows
     pairs = [row for row in rows if row["people"] and len(row["people"]) == 2]
     if not pairs or jobs and len(pairs) < len(rows):
         raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
     return [{"prompt": row["prompt"], "seed": row["seed"], "people": row["people"][::order],
-             "files": row.get("files", [])[::order], "note": "  (references exchanged)" * (order < 0)}
+             "files": row["files"][::order], "note": "  (references exchanged)" * (order < 0)}
             for row in pairs for order in (1, -1)]
 
 
@@ -613,12 +610,11 @@ def main(argv=None):
         raise UserError("--refs needs --prompt: say what the people do")
     if args.dry_run:
         return dry_run(args)
+    print(use_fused(False if args.no_fused else None))
     if args.bench:
-        print(use_fused(False if args.no_fused else None))
         return bench(args)
     out = Path(args.out.removesuffix(".mp4").removesuffix(".png"))
     data.probe_writable(out.parent)
-    print(use_fused(False if args.no_fused else None))
     model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile)
     recipe, frames, size = resolve(args, model.config, meta)
     rows = rows_of(args, model, meta, frames, size)
@@ -627,7 +623,7 @@ def main(argv=None):
     names = [out.with_name(f"{out.name}-{i}.mp4" if len(rows) > 1 else f"{out.name}.mp4")
              for i in range(1, len(rows) + 1)]
     sheet = out.with_name(f"{out.name}.png")
-    notes = [json.dumps({"prompt": row["prompt"], "seed": row["seed"], "refs": row.get("files", []),
+    notes = [json.dumps({"prompt": row["prompt"], "seed": row["seed"], "refs": row["files"],
                          "ckpt": args.ckpt, "frames": frames, "size": size, **recipe}, ensure_ascii=False)
              for row in rows]
     for name, row, note in zip(names, rows, notes):

@@ -244,17 +244,13 @@ def resolve(args, world):
         raise UserError(f"--mask {args.mask}: expected a fraction from 0 to below 1")
     if args.stage != "all" and args.stage not in map(str, STAGES):
         raise UserError(f"--stage {args.stage}: expected {', '.join(map(str, STAGES))} or all")
-    overrides = {"rope_layout": args.rope_layout, "rope_jump": args.rope_jump,
-                 "proxy_tokens": args.proxy_tokens}
-    if args.no_mfi:
-        overrides |= {"vit_dim": 0, "vit_levels": 0}
-    config = replace(CONFIGS[args.config], **{k: v for k, v in overrides.items() if v is not None})
+    changes = {name: getattr(args, name) for name in ("rope_layout", "rope_jump", "proxy_tokens")}
+    changes |= {"vit_dim": 0, "vit_levels": 0} if args.no_mfi else {}
+    config = replace(CONFIGS[args.config], **{k: v for k, v in changes.items() if v is not None})
     if config.in_dim == 16 and not args.wan and not args.bench:
         raise UserError(f"--config {args.config} trains on Wan's latents: "
                         "give --wan DIR, the folder of a Wan checkpoint")
-    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
-    args.first = stages[0]
-    return stages, config
+    return list(STAGES) if args.stage == "all" else [int(args.stage)], config
 
 
 def refuse_to_lose(number, args):
@@ -272,7 +268,7 @@ def source_of(number, args):
     Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
     again = f"--config {args.config} --out {args.out}"
     own, before = refuse_to_lose(number, args), find_checkpoint(args.out / f"stage{number - 1}")
-    if args.wan and number == args.first:
+    if args.wan and (number == 1 or args.stage != "all"):  # the first stage trained
         return own if args.resume else None, None
     if own and args.resume:
         return own, before
@@ -289,6 +285,8 @@ def prepare(number, args, config, world):
     """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before's EMA,
     or from nothing."""
     own, before = source_of(number, args)
+    start = 0
+    torch.manual_seed(args.seed)  # for what is new in the model
     if own or before:
         model, meta = load_checkpoint(own or before, "model" if own else "ema")
         start = meta["step"] if own else 0
@@ -299,14 +297,12 @@ def prepare(number, args, config, world):
                             "give the same flags, or another --out")
     elif args.wan:
         with torch.device("meta"):
-            model, start = HarmoView(config), 0
-        torch.manual_seed(args.seed)
+            model = HarmoView(config)
         absent = load_wan(model, args.wan)
         if world.rank == 0:
             print(f"{args.wan}: loaded; new are {', '.join(absent) or 'no parameters'}")
     else:
-        torch.manual_seed(args.seed)
-        model, start = HarmoView(config), 0
+        model = HarmoView(config)
     model.to(world.device)
     optimizers = make_optimizers(model, args)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
