@@ -217,6 +217,7 @@ class MFI(nn.Module):
         self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
 
     def init_weights(self):
+        """HarmoView.init_own calls it: when the network is made, and when Wan's weights lack these."""
         self.norm.reset_parameters()
         for p in (self.proj.weight, self.proj.bias, self.identity, self.level):
             nn.init.zeros_(p)
