@@ -1,5 +1,5 @@
-"""What HarmoView trains on. So far: the toy world, procedural heads with exact ground truth for any identity
-in any clip.
+"""What HarmoView trains on: the toy world, procedural heads with exact ground truth for any identity in any
+clip; its cache, encoded by the toy's networks or by Wan's; datasets; the benchmark; video files.
 
 A Clip says in names what happens; render_clips turns clips and identities into videos, caption(clip) into
 words. Re-rendering a clip with somebody else is the same call with another identity, which is how eval.py
@@ -8,6 +8,7 @@ measures identity without a face network.
   python data.py toy --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
 """
 import argparse
+import contextlib
 import hashlib
 import math
 import random
@@ -25,8 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encoders import (UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, load_weights, read_weights,
-                      stream_blocks)
+from encoders import UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, load_network, stream_blocks
 from rope import VIEWS, UserError
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
@@ -404,7 +404,7 @@ class ToyEncoders:
     def __init__(self, folder, size):
         self.files = [f for f in (Path(folder) / "spiece.model", Path(folder) / "vit.safetensors")
                       if f.exists()]
-        self.codec, self.size = ToyCodec(), size
+        self.codec = ToyCodec()
         self.tokenizer = Tokenizer(Path(folder) / "spiece.model")
         with torch.random.fork_rng([]):
             torch.manual_seed(FROZEN_SEED)
@@ -461,7 +461,8 @@ class WanEncoders:
     offload  umT5's blocks stay on the CPU and visit the device one by one
     tile     side in pixels of the squares that the VAE works on; None: the whole picture
     """
-    FILES = {"text encoder": "models_t5_*", "VAE": "Wan2.1_VAE.*", "ViT": "dinov2_vit*14_pretrain.*"}
+    FILES = {"text encoder": (UMT5, "models_t5_*"), "VAE": (WanVAE, "Wan2.1_VAE.*"),
+             "ViT": (DINOv2, "dinov2_vit*14_pretrain.*")}
 
     def __init__(self, folder, device, dtype=torch.float32, offload=False, tile=None):
         self.folder, self.device, self.dtype = Path(folder), device, dtype
@@ -473,9 +474,10 @@ class WanEncoders:
         self.tokenizer = Tokenizer(path)
 
     def file(self, kind):
-        found = sorted(self.folder.glob(self.FILES[kind]))
+        pattern = self.FILES[kind][1]
+        found = sorted(self.folder.glob(pattern))
         if not found:
-            raise UserError(f"{self.folder} holds no {kind} ({self.FILES[kind]}); "
+            raise UserError(f"{self.folder} holds no {kind} ({pattern}); "
                             "see README.md, With real Wan weights")
         return found[0]
 
@@ -488,16 +490,13 @@ class WanEncoders:
         """The network of that kind, loaded and on the device; any other is dropped first."""
         if self.held[0] != kind:
             self.drop()
-            file = self.file(kind)
-            shapes = read_weights(file).shapes
-            with torch.device("meta"):
-                net = {"text encoder": umt5_of, "VAE": vae_of, "ViT": dinov2_of}[kind](file, shapes)
             streamed = self.offload and kind == "text encoder"
-            load_weights(net, file, torch.float32 if kind == "VAE" else self.dtype,
-                         "cpu" if streamed else self.device)
+            net = load_network(self.FILES[kind][0], self.file(kind),
+                               torch.float32 if kind == "VAE" else self.dtype,
+                               "cpu" if streamed else self.device)
             if streamed:
                 stream_blocks(net, self.device)
-            self.held = kind, net.requires_grad_(False).eval()
+            self.held = kind, net
         return self.held[1]
 
     @torch.no_grad()
@@ -526,40 +525,6 @@ class WanEncoders:
 
     def decode(self, latent):
         return self.network("VAE").decode(latent, tile=self.tile)
-
-
-def layers_of(shapes, prefix="blocks."):
-    return 1 + max(int(name[len(prefix):].split(".")[0]) for name in shapes if name.startswith(prefix))
-
-
-def of_shapes(build):
-    """A builder (shapes) -> network as (file, shapes) -> network, where a missing name is one clear line."""
-    def checked(file, shapes):
-        try:
-            return build(shapes)
-        except (KeyError, ValueError, IndexError) as error:
-            raise UserError(f"{file} is not what its name says: "
-                            f"{error} among its {len(shapes)} tensors") from None
-    return checked
-
-
-@of_shapes
-def umt5_of(shapes):
-    vocab, dim = shapes["token_embedding.weight"]
-    return UMT5(vocab, dim, shapes["blocks.0.ffn.fc1.weight"][0],
-                shapes["blocks.0.pos_embedding.embedding.weight"][1], layers_of(shapes))
-
-
-@of_shapes
-def vae_of(shapes):
-    return WanVAE(shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0])
-
-
-@of_shapes
-def dinov2_of(shapes):
-    dim, _, _, patch = shapes["patch_embed.proj.weight"]
-    layers, side = layers_of(shapes), math.isqrt(shapes["pos_embed"][1] - 1)
-    return DINOv2(dim, layers, dim // 64, patch, side * patch, levels=(layers // 2 - 1, layers - 1))
 
 
 def toy_clips(n, people, seed, motions=tuple(MOTIONS)):
@@ -600,6 +565,16 @@ def train_vit(vit, size, people=2048, steps=600):
     vit.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def whole(folder):
+    """A temporary folder to fill, which takes the name `folder` once it is filled, and else goes."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        build = Path(temporary) / "cache"
+        build.mkdir()
+        yield build
+        build.replace(folder)
+
+
 def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
     Its name holds a fingerprint of this file, since other code draws other clips.
@@ -613,9 +588,7 @@ def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        build = Path(temporary) / "cache"
-        build.mkdir()
+    with whole(folder) as build:
         train_tokenizer(build / "spiece.model")
         encoders = ToyEncoders(build, size)
         if vit == "trained":
@@ -625,7 +598,7 @@ def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
         motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
         bar = tqdm(total=sum(clips), desc="rendering the toy world", unit=" clips", disable=None)
         captions = []
-        for people, n in enumerate(clips, 1):
+        for people, name, n in zip((1, 2), ("one", "two"), clips):
             identities = draw_identities(n * people, TRAIN_SEED + people)
             todo = toy_clips(n, people, TRAIN_SEED, motions)
             video, refs = [], []
@@ -643,10 +616,9 @@ def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
             captions += words
             safetensors.torch.save_file({"video": torch.cat(video), "refs": torch.cat(refs),
                                          "text": encoders.text([*words, ""]).half()},
-                                        build / f"{('one', 'two')[people - 1]}.safetensors")
+                                        build / f"{name}.safetensors")
         (build / "captions.txt").write_text("\n".join(captions) + "\n")
         bar.close()
-        build.replace(folder)
     return folder
 
 
@@ -663,9 +635,7 @@ def encode_cache(folder, encoders, mask=0.0):
         return done
     g = torch.Generator().manual_seed(FROZEN_SEED)
     captions = (Path(folder) / "captions.txt").read_text().splitlines()
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        build = Path(temporary) / "cache"
-        build.mkdir()
+    with whole(done) as build:
         for name in ("one", "two"):
             clips = safetensors.torch.load_file(Path(folder) / f"{name}.safetensors")
             n, people, V = clips["refs"].shape[:3]
@@ -684,7 +654,6 @@ def encode_cache(folder, encoders, mask=0.0):
                  "vit": vit.unflatten(0, (n, people)).bfloat16().contiguous(), "text": text.half()},
                 build / f"{name}.safetensors")
         encoders.drop()
-        build.replace(done)
     return done
 
 
@@ -735,73 +704,67 @@ def mask_regions(image, fraction, block, generator):
     return torch.where(hidden, torch.zeros(()), image)
 
 
-def draw_samples(clips, generators, text_dropout):
-    """One clip and its caption, or the empty one, per generator -> index [B], text [B, S, E]."""
-    n = len(clips["text"]) - 1
-    index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
-    no_text = torch.tensor([torch.rand((), generator=g) < text_dropout for g in generators])
-    return index, clips["text"][torch.where(no_text, n, index)].float()
-
-
-class ToyData:
-    """Batches from a cache folder of build_cache; every sample is drawn from a generator of its own,
-    so that batches are the same for any number of ranks and micro-batches.
+class LatentData:
+    """Batches from a folder of encode_cache; every sample is drawn from a generator of its own, so that
+    batches are the same for any number of ranks and micro-batches.
 
     views         the views that the cache has pictures of; others in a layout become proxies
-    mask          fraction of each reference that region masking hides
     text_dropout  share of the samples that lose their caption
     """
+    files = ()  # what sampling needs of the folder
 
-    def __init__(self, folder, size, views=VIEWS, mask=0.0, text_dropout=0.1):
-        self.encoders = ToyEncoders(folder, size)
-        self.files = self.encoders.files
+    def __init__(self, folder, views=VIEWS, text_dropout=0.1):
         self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors")
                       for people in ("one", "two")]
-        self.views, self.mask, self.text_dropout = views, mask, text_dropout
+        self.views, self.text_dropout = views, text_dropout
 
     def batch(self, layout, generators, device):
         """layout from draw_layout, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
         text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
         clips = self.clips[len(layout) - 1]
-        index, text = draw_samples(clips, generators, self.text_dropout)
-        x0 = self.encoders.encode(from_bytes(clips["video"][index]))
+        n = len(clips["text"]) - 1
+        index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
+        no_text = torch.tensor([torch.rand((), generator=g) < self.text_dropout for g in generators])
+        text = clips["text"][torch.where(no_text, n, index)].float()
         refs, vit = [], []
         for k, views in enumerate(layout):
-            images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)])
-                      for v in views if v in self.views}
-            if self.mask:
-                block = 2 * self.encoders.codec.stride  # one token
-                images = {v: torch.stack([mask_regions(i, self.mask, block, g)
-                                          for i, g in zip(image, generators)]) for v, image in images.items()}
-            refs.append({v: self.encoders.encode(image[:, :, None])[:, :, 0] for v, image in images.items()})
-            vit.append(self.encoders.features(images["front"]) if "front" in images else None)
-        return to_device((x0, text, refs, vit), device)
+            given = [v for v in views if v in self.views]
+            latents, features = self.person(clips, index, k, given, generators)
+            refs.append({v: latent.to(device) for v, latent in latents.items()})
+            vit.append(features.to(device) if "front" in given else None)
+        return self.latents(clips, index).to(device), text.to(device), refs, vit
+
+    def latents(self, clips, index):
+        return clips["latents"][index].float()
+
+    def person(self, clips, index, k, views, generators):
+        """Person k's references {view: latent}, and the features of the frontal one."""
+        refs = {v: clips["refs"][index, k, VIEWS.index(v)].float() for v in views}
+        return refs, clips["vit"][index, k].float()
 
 
-class LatentData:
-    """The same from a folder of encode_cache, whose references are masked already."""
+class ToyData(LatentData):
+    """The same from a cache folder of build_cache, encoded here.
 
-    def __init__(self, folder, views=VIEWS, text_dropout=0.1):
-        self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors")
-                      for people in ("one", "two")]
-        self.files, self.views, self.text_dropout = [], views, text_dropout
+    mask  fraction of each reference that region masking hides, other blocks in every batch
+    """
 
-    def batch(self, layout, generators, device):
-        clips = self.clips[len(layout) - 1]
-        index, text = draw_samples(clips, generators, self.text_dropout)
-        refs = [{v: clips["refs"][index, k, VIEWS.index(v)].float() for v in views if v in self.views}
-                for k, views in enumerate(layout)]
-        vit = [clips["vit"][index, k].float() if "front" in views else None for k, views in enumerate(layout)]
-        return to_device((clips["latents"][index].float(), text, refs, vit), device)
+    def __init__(self, folder, size, views=VIEWS, mask=0.0, text_dropout=0.1):
+        super().__init__(folder, views, text_dropout)
+        self.encoders, self.mask = ToyEncoders(folder, size), mask
+        self.files = self.encoders.files
 
+    def latents(self, clips, index):
+        return self.encoders.encode(from_bytes(clips["video"][index]))
 
-def to_device(nested, device):
-    """Tensors in tuples, lists and dicts, None left alone."""
-    if isinstance(nested, dict):
-        return {name: to_device(value, device) for name, value in nested.items()}
-    if isinstance(nested, list | tuple):
-        return type(nested)(to_device(value, device) for value in nested)
-    return nested if nested is None else nested.to(device)
+    def person(self, clips, index, k, views, generators):
+        images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)]) for v in views}
+        if self.mask:
+            block = 2 * self.encoders.codec.stride  # one token
+            images = {v: torch.stack([mask_regions(i, self.mask, block, g)
+                                      for i, g in zip(image, generators)]) for v, image in images.items()}
+        refs = {v: self.encoders.encode(image[:, :, None])[:, :, 0] for v, image in images.items()}
+        return refs, self.encoders.features(images["front"]) if "front" in images else None
 
 
 # ---------------------------------------------------------------------------------------- pictures and videos

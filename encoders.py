@@ -14,6 +14,9 @@ import html
 import itertools
 import math
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import sentencepiece
@@ -38,32 +41,11 @@ def one_line(path):
                         f"({type(error).__name__}: {cause})") from None
 
 
-class WeightFile:
-    """The named tensors of one .safetensors or torch.save file, memory-mapped: get reads what it names."""
-
-    def __init__(self, path):
-        self.path = path
-        if str(path).endswith(".safetensors"):
-            file = safetensors.safe_open(path, "pt")
-            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            self.read = file.get_tensor
-        else:  # torch maps zip files only; those of torch < 1.6 are read whole
-            tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-                raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors alone")
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            self.read = tensors.__getitem__
-
-    def keys(self):
-        return self.shapes.keys()
-
-    def shape(self, name):
-        return self.shapes[name]
-
-    def get(self, name):
-        """The tensor as stored, on the CPU. It may be the file's own pages: copy it, do not write to it."""
-        with one_line(self.path):
-            return self.read(name)
+class WeightFile(NamedTuple):
+    """The named tensors of one .safetensors or torch.save file, memory-mapped."""
+    path: Path
+    shapes: dict  # name -> tuple
+    get: Callable  # name -> tensor as stored, on the CPU; perhaps the file's own pages, so do not write to it
 
 
 def read_weights(path):
@@ -80,7 +62,15 @@ def read_weights(path):
             raise UserError(f"{path} is a git-LFS pointer, not the weights; run `git lfs pull` beside it")
         if head.startswith((b"<!doctype", b"<html")):
             raise UserError(f"{path} is a web page, not weights; download it again")
-        return WeightFile(path)
+        if str(path).endswith(".safetensors"):
+            file = safetensors.safe_open(path, "pt")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return WeightFile(path, shapes, file.get_tensor)
+        # torch maps zip files only; those of torch < 1.6 are read whole
+        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+            raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors alone")
+        return WeightFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
 
 
 def refuse_mismatch(path, what, came, expected):
@@ -111,15 +101,32 @@ def put_tensor(module, name, tensor, dtype=None, device=None):
 
 
 def load_weights(module, path, dtype=None, device=None):
-    """Fill module from the file and return it; every name and shape must agree, else UserError. Tensor by
-    tensor, as put_tensor, so no second copy of the network ever exists."""
-    file = read_weights(path)
+    """Fill module from a file, a path or WeightFile, and return it; every name and shape must agree, else
+    UserError. Tensor by tensor, as put_tensor, so no second copy of the network ever exists."""
+    file = path if isinstance(path, WeightFile) else read_weights(path)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    refuse_mismatch(path, type(module).__name__, file.shapes, expected)
-    for name in expected:
-        with one_line(path):
+    refuse_mismatch(file.path, type(module).__name__, file.shapes, expected)
+    with one_line(file.path):
+        for name in expected:
             put_tensor(module, name, file.get(name), dtype, device)
     return module
+
+
+def load_network(kind, path, dtype, device):
+    """A frozen UMT5, WanVAE or DINOv2 as wide and deep as the file holds it."""
+    file = read_weights(path)
+    try:
+        with torch.device("meta"):
+            net = kind.from_shapes(file.shapes)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not what its name says: "
+                        f"{error} among its {len(file.shapes)} tensors") from None
+    return load_weights(net, file, dtype, device).requires_grad_(False).eval()
+
+
+def layers_of(shapes):
+    """How many blocks a network has whose tensors bear these names."""
+    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
 
 
 def stream_blocks(module, device):
@@ -242,6 +249,11 @@ class UMT5(nn.Module):
         self.blocks = nn.ModuleList(T5Block(dim, ffn_dim, num_heads) for _ in range(num_layers))
         self.norm = T5Norm(dim)
 
+    @classmethod
+    def from_shapes(cls, shapes):
+        return cls(*shapes["token_embedding.weight"], shapes["blocks.0.ffn.fc1.weight"][0],
+                   shapes["blocks.0.pos_embedding.embedding.weight"][1], layers_of(shapes))
+
     def forward(self, ids, mask):
         """ids, mask [B, S] -> [B, S, dim]; rows where mask is 0 hold nothing of use."""
         x = self.token_embedding(ids)
@@ -324,6 +336,13 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch)
         self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    @classmethod
+    def from_shapes(cls, shapes):
+        """Heads are 64 wide in all released sizes; levels are the middle and the last block."""
+        dim, _, _, patch = shapes["patch_embed.proj.weight"]
+        layers, side = layers_of(shapes), math.isqrt(shapes["pos_embed"][1] - 1)
+        return cls(dim, layers, dim // 64, patch, side * patch, levels=(layers // 2 - 1, layers - 1))
 
     def positions(self, h, w):
         """The position embedding [1, 1 + h*w, D], bicubically resized to h x w patches;
@@ -511,6 +530,10 @@ class WanVAE(nn.Module):
         self.z_dim = z_dim
         self.encoder, self.conv1 = VAECoder(dim, z_dim, up=False), CausalConv3d(2 * z_dim, 2 * z_dim, 1)
         self.decoder, self.conv2 = VAECoder(dim, z_dim, up=True), CausalConv3d(z_dim, z_dim, 1)
+
+    @classmethod
+    def from_shapes(cls, shapes):
+        return cls(shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0])
 
     def statistics(self, device):
         """mean, std, each [z_dim, 1, 1, 1]; no buffers, which would stay on the meta device."""

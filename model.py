@@ -17,6 +17,7 @@ Dimension key
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from encoders import one_line, put_tensor, read_weights, refuse_mismatch
+from encoders import layers_of, one_line, put_tensor, read_weights, refuse_mismatch
 from kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope, rope_tables
 from rope import VIEWS, UserError, reference_positions, video_positions
 
@@ -214,9 +215,9 @@ class MFI(nn.Module):
         self.proj = nn.Linear(c.vit_dim, c.text_dim)
         self.identity = nn.Parameter(torch.zeros(c.max_identities, c.text_dim))
         self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
-        self.init_weights()
 
     def init_weights(self):
+        """HarmoView.init_own calls it: when the network is made, and when Wan's weights lack these."""
         self.norm.reset_parameters()
         for p in (self.proj.weight, self.proj.bias, self.identity, self.level):
             nn.init.zeros_(p)
@@ -422,21 +423,33 @@ def random_inputs(config, shape, batch, device):
     return normal(*shape), torch.full((batch,), 500.0, device=device), normal(64, config.text_dim), refs, vit
 
 
-def report_speed(step, model, shape, batch, passes, device, warm_up=2, steps=5):
+def peak_memory():
+    """GiB that this process held at most: of the GPU's memory, or of the CPU's; nan on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def report_speed(step, model, shape, batch, passes, device):
     """Time step() and print a table. Model TFLOP/s: passes * HarmoView.flops of the tokens a second, where
     a forward is one pass and its backward two; recomputation is not counted."""
+    c, gpu = model.config, device.type == "cuda"
+    finish = torch.cuda.synchronize if gpu else lambda: None
+
     def seconds(fn, n):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish()
         start = time.perf_counter()
         for _ in range(n):
             fn()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish()
         return (time.perf_counter() - start) / n
-    c, gpu = model.config, device.type == "cuda"
-    seconds(step, warm_up)
-    took = seconds(step, steps)
+    seconds(step, 2)  # warm-up
+    took = seconds(step, 5)
+    held = peak_memory()
     C, T, H, W = shape
     tokens = (T + len(VIEWS)) * (H // PATCH) * (W // PATCH)
     rate = passes * batch * model.flops(tokens) / took / 1e12
@@ -450,7 +463,7 @@ def report_speed(step, model, shape, batch, passes, device, warm_up=2, steps=5):
     print(f"{batch} x {tokens:,} tokens, attention by {backend}: {took:.3g} seconds a step, "
           f"{batch * tokens / took:,.0f} tokens/s")
     print(f"{rate:.3g} model TFLOP/s, {rate / matmul:.0%} of this machine's {dtype} matmul ({matmul:.3g})"
-          + (f", {rate / 989:.0%} of an H200's 989" if gpu else ""))
+          + (f", {rate / 989:.0%} of an H200's 989" if gpu else "") + f"\npeak memory {held:.1f} GiB")
 
 
 # ---------------------------------------------------------------------------------------- Wan's checkpoints
@@ -499,8 +512,8 @@ def wan_tensors(path):
     files."""
     tensors = {}
     for file in map(read_weights, wan_files(path)):
-        diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.keys())
-        for name in file.keys():
+        diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.shapes)
+        for name in file.shapes:
             ours = original_name(name) if diffusers else name
             if ours in tensors:
                 raise UserError(f"{file.path}: {name!r} came before, in {tensors[ours][0].path}")
@@ -510,13 +523,12 @@ def wan_tensors(path):
 
 def wan_config(path):
     """The DiTConfig of a Wan checkpoint, read from its tensors' shapes; heads are 128 wide in all of them."""
-    shapes = {name: file.shape(theirs) for name, (file, theirs) in wan_tensors(path).items()}
+    shapes = {name: file.shapes[theirs] for name, (file, theirs) in wan_tensors(path).items()}
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         return DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_heads=dim // 128,
-                         num_layers=1 + max(int(name.split(".")[1])
-                                            for name in shapes if name[:7] == "blocks."),
-                         in_dim=in_dim, out_dim=shapes["head.head.bias"][0] // PATCH**2,
+                         num_layers=layers_of(shapes), in_dim=in_dim,
+                         out_dim=shapes["head.head.bias"][0] // PATCH**2,
                          freq_dim=shapes["time_embedding.0.weight"][1],
                          text_dim=shapes["text_embedding.0.weight"][1], **WAN)
     except (KeyError, IndexError, ValueError) as error:
@@ -535,16 +547,15 @@ def load_wan(model, path):
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     absent = [name for name in shapes if name.startswith(OWN) and name not in tensors]
     refuse_mismatch(path, f"a network of width {model.config.dim} and {model.config.num_layers} layers",
-                    {name: file.shape(theirs) for name, (file, theirs) in tensors.items()},
+                    {name: file.shapes[theirs] for name, (file, theirs) in tensors.items()},
                     {name: shape for name, shape in shapes.items() if name not in absent})
+    if absent and model.get_parameter(absent[0]).is_meta:
+        for name in absent:
+            put_tensor(model, name, torch.empty(shapes[name]))
+        model.init_own()
     for name, (file, theirs) in tensors.items():
         with one_line(file.path):
             put_tensor(model, name, file.get(theirs))
-    left = [name for name, p in model.named_parameters() if p.is_meta]
-    for name in left:
-        put_tensor(model, name, torch.zeros(shapes[name]))
-    if left:
-        model.init_own()
     return absent
 
 

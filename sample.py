@@ -9,6 +9,7 @@ name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the referen
 on the right.
 """
 import argparse
+import functools
 import json
 import math
 import re
@@ -25,7 +26,7 @@ import data
 from encoders import UMT5, DINOv2, WanVAE, stream_blocks
 from kernels import use_fused
 from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint, load_checkpoint, load_wan,
-                   random_inputs, report_speed, uses_bf16, wan_config)
+                   peak_memory, random_inputs, report_speed, uses_bf16, wan_config)
 from rope import VIEWS, UserError
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -316,16 +317,22 @@ def contact_sheet(rows, tile=112):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def is_wan(folder):
-    return ((folder / "high_noise_model").is_dir() or (folder / "transformer").is_dir()
-            or any(folder.glob("*diffusion*.safetensors*")))
+def networks_at(ckpt):
+    """The networks of --ckpt, two for Wan2.2, none where there is no checkpoint: [(folder, the checkpoint of
+    train.py in it, or None where it is Wan's)]."""
+    folder = Path(ckpt)
+    pair = (folder / "high_noise_model").is_dir()
+    parts = [folder / "high_noise_model", folder / "low_noise_model"] if pair else [folder]
+    networks = [(part, find_checkpoint(part)) for part in parts]
+    wan = pair or (folder / "transformer").is_dir() or any(folder.glob("*diffusion*.safetensors*"))
+    return networks if wan or networks[0][1] else []
 
 
-def config_at(folder):
-    """The DiTConfig of one network: of our checkpoint there, or of Wan's."""
-    if ours := find_checkpoint(folder):
-        return DiTConfig(**json.loads((ours / "checkpoint.json").read_text())["config"])
-    return wan_config(folder)
+def config_of(part, trained):
+    """The DiTConfig of one of networks_at."""
+    if trained:
+        return DiTConfig(**json.loads((trained / "checkpoint.json").read_text())["config"])
+    return wan_config(part)
 
 
 def load(ckpt, wan=None, offload=False, tile=None):
@@ -336,14 +343,11 @@ def load(ckpt, wan=None, offload=False, tile=None):
           either
     wan   where umT5 and the VAE are; default: ckpt, or the folder that training started from
     """
-    folder = Path(ckpt)
-    pair = (folder / "high_noise_model").is_dir()
-    folders = [folder / "high_noise_model", folder / "low_noise_model"] if pair else [folder]
-    found = [find_checkpoint(f) for f in folders]  # ours, or None
-    ours = next((f for f in found if f), None)
-    if not is_wan(folder) and not ours:
+    networks = networks_at(ckpt)
+    if not networks:
         raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten "
                         "minutes on a laptop, or give the folder of a Wan checkpoint")
+    pair, ours = len(networks) == 2, next((trained for _, trained in networks if trained), None)
     meta = {"kind": "wan2.2" if pair else "wan2.1"}
     if ours:
         meta |= json.loads((ours / "checkpoint.json").read_text())
@@ -354,56 +358,40 @@ def load(ckpt, wan=None, offload=False, tile=None):
         encoders, dtype = data.ToyEncoders(ours, meta["world"]["size"]), torch.float32
     else:
         dtype = torch.bfloat16 if uses_bf16(device) else torch.float32
-        encoders = data.WanEncoders(wan or meta.get("wan") or folder, device, dtype, offload, tile)
+        encoders = data.WanEncoders(wan or meta.get("wan") or ckpt, device, dtype, offload, tile)
 
-    def loader(path, ours):
-        def load_network():
-            if meta["kind"] != "toy":
-                encoders.drop()
-            if ours:
-                network = load_checkpoint(ours)[0].to(dtype)
-            else:
-                with torch.device("meta"):
-                    network = HarmoView(wan_config(path)).to(dtype)
-                load_wan(network, path)
-            network = network.eval().requires_grad_(False)
-            if offload:
-                stream_blocks(network, device)
-                return network
+    def load_network(part, trained):
+        if meta["kind"] != "toy":
+            encoders.drop()
+        if trained:
+            network = load_checkpoint(trained)[0].to(dtype)
+        else:
+            with torch.device("meta"):
+                network = HarmoView(wan_config(part)).to(dtype)
+            load_wan(network, part)
+        network = network.eval().requires_grad_(False)
+        if not offload:
             return network.to(device)
-        return load_network
-    config = config_at(folders[0])
-    loaders = [loader(path, ours) for path, ours in zip(folders, found)]
-    return Experts(loaders, config, device, 0.875 if pair else 0.0), encoders, meta
-
-
-def peak_memory():
-    """Most bytes that this process has held: of the GPU's memory, or of the CPU's; nan on Windows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        stream_blocks(network, device)
+        return network
+    loaders = [functools.partial(load_network, *network) for network in networks]
+    return Experts(loaders, config_of(*networks[0]), device, 0.875 if pair else 0.0), encoders, meta
 
 
 def dry_run(args):
     """Print modules, parameters, memory by phase and FLOPs a step, from shapes alone."""
-    folder = Path(args.ckpt)
-    pair = (folder / "high_noise_model").is_dir()
+    networks = networks_at(args.ckpt)
+    pair = len(networks) == 2
     if args.ckpt in CONFIGS:
         config, trained = CONFIGS[args.ckpt], bool(args.refs)
-    elif is_wan(folder) or find_checkpoint(folder):
-        part = folder / "high_noise_model" if pair else folder
-        config, trained = config_at(part), find_checkpoint(part) is not None
+    elif networks:
+        config, trained = config_of(*networks[0]), networks[0][1] is not None
     else:
         raise UserError(f"nothing at {args.ckpt}: --dry-run needs a checkpoint folder or one of "
                         f"{', '.join(CONFIGS)}")
     if config.in_dim != 16:
         raise UserError(f"{args.ckpt}: --dry-run is for Wan's sizes; the toy runs in seconds")
-    kind = "wan2.2" if pair else "wan2.1"
-    recipe, frames, (H, W) = resolve(args, config, {"kind": kind})
+    recipe, frames, (H, W) = resolve(args, config, {"kind": "wan2.2" if pair else "wan2.1"})
     with torch.device("meta"):
         networks = {"transformer": HarmoView(config), "umT5": UMT5(), "VAE": WanVAE(), "ViT": DINOv2()}
     count = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
@@ -458,53 +446,45 @@ def bench(args):
     inputs = random_inputs(model.config, shape, 1, device)
     with autocast(device):
         report_speed(lambda: model(*inputs), model, shape, 1, 1, device)
-    print(f"peak memory {peak_memory() / 2**30:.1f} GiB")
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_argument_group("what to show")
-    what.add_argument("--refs", nargs="+", action="append", metavar="PICTURE",
-                      help="one person's views; give it once per person")
-    what.add_argument("--prompt", help="the caption (toy, without --refs: of people it never saw)")
-    what.add_argument("--prompts", metavar="FILE",
-                      help='JSONL, one video a line: {"prompt": "...", "refs": [[...], ...], "seed": 0}')
-    what.add_argument("--views", nargs="+", choices=VIEWS, default=VIEWS,
-                      help="toy, without --refs: the views that are given")
-    what.add_argument("--swap", action="store_true",
-                      help="again below with the two people's references exchanged, same noise")
-    what.add_argument("--ckpt", default="out/toy",
-                      help="folder of a checkpoint or of a run (its newest one), or of a Wan checkpoint "
-                      "(default out/toy)")
-    what.add_argument("--wan", metavar="DIR",
-                      help="where umT5, the VAE and the ViT are (default: the Wan folder that --ckpt is or "
-                      "started from)")
-    what.add_argument("--out", default="out/sample",
-                      help="where to write, without suffix (default out/sample)")
-    how = p.add_argument_group("how (defaults by kind of checkpoint: RECIPES)")
-    how.add_argument("--frames", type=int, help="frames, for Wan 4n+1 (default: as trained; Wan 81)")
-    how.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: as trained; Wan 480x832)")
-    how.add_argument("--fps", type=int, help="frames per second of the MP4")
-    how.add_argument("--steps", type=int, help="solver steps")
-    how.add_argument("--shift", type=float, help="timestep shift")
-    how.add_argument("--solver", choices=SOLVERS)
-    how.add_argument("--guide-text", type=float, nargs="+",
-                     help="guidance towards the caption; 1 is none; two numbers: at high noise, at low noise")
-    how.add_argument("--guide-refs", type=float, help="guidance towards the references; 1 is none")
-    how.add_argument("--negative", help="what the video should not be")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--bench", action="store_true",
-                     help="time the transformer on random latents, one person with all views, and stop; "
-                     "--ckpt may be the name of a config")
-    card = p.add_argument_group("small cards")
-    card.add_argument("--offload", action="store_true",
-                      help="weights stay in CPU memory, block by block on the GPU")
-    card.add_argument("--tile", type=int,
-                      help="pixels a side that the VAE works on at a time, for example 256")
-    card.add_argument("--no-fused", action="store_true",
-                      help="PyTorch's operations in the place of the Triton kernels")
-    card.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
+    what = p.add_argument_group("what to show").add_argument
+    what("--refs", nargs="+", action="append", metavar="PICTURE",
+         help="one person's views; give it once per person")
+    what("--prompt", help="the caption (toy, without --refs: of people it never saw)")
+    what("--prompts", metavar="FILE",
+         help='JSONL, one video a line: {"prompt": "...", "refs": [[...], ...], "seed": 0}')
+    what("--views", nargs="+", choices=VIEWS, default=VIEWS,
+         help="toy, without --refs: the views that are given")
+    what("--swap", action="store_true",
+         help="again below with the two people's references exchanged, same noise")
+    what("--ckpt", default="out/toy", help="folder of a checkpoint or of a run (its newest one), or of a Wan "
+         "checkpoint (default out/toy)")
+    what("--wan", metavar="DIR", help="where umT5, the VAE and the ViT are (default: the Wan folder that "
+         "--ckpt is or started from)")
+    what("--out", default="out/sample", help="where to write, without suffix (default out/sample)")
+    how = p.add_argument_group("how (defaults by kind of checkpoint: RECIPES)").add_argument
+    how("--frames", type=int, help="frames, for Wan 4n+1 (default: as trained; Wan 81)")
+    how("--size", help="HEIGHTxWIDTH in pixels (default: as trained; Wan 480x832)")
+    how("--fps", type=int, help="frames per second of the MP4")
+    how("--steps", type=int, help="solver steps")
+    how("--shift", type=float, help="timestep shift")
+    how("--solver", choices=SOLVERS)
+    how("--guide-text", type=float, nargs="+",
+        help="guidance towards the caption; 1 is none; two numbers: at high noise, at low noise")
+    how("--guide-refs", type=float, help="guidance towards the references; 1 is none")
+    how("--negative", help="what the video should not be")
+    how("--seed", type=int, default=0)
+    how("--bench", action="store_true", help="time the transformer on random latents, one person with all "
+        "views, and stop; --ckpt may be the name of a config")
+    card = p.add_argument_group("small cards").add_argument
+    card("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
+    card("--tile", type=int, help="pixels a side that the VAE works on at a time, for example 256")
+    card("--no-fused", action="store_true", help="PyTorch's operations in the place of the Triton kernels")
+    card("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
     return p.parse_args(argv)
 
 
@@ -514,12 +494,6 @@ def parse_size(text):
     if not sides:
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH, for example 480x832, or one side")
     return int(sides[1]), int(sides[2] or sides[1])
-
-
-def check_wan_size(frames, size):
-    if frames < 1 or frames % 4 != 1 or min(size) < 16 or size[0] % 16 or size[1] % 16:
-        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: expected 4n+1 frames (81) and sides that "
-                        "are multiples of 16 (480x832)")
 
 
 def resolve(args, config, meta):
@@ -537,17 +511,15 @@ def resolve(args, config, meta):
     if args.refs and len(args.refs) > config.max_identities:
         raise UserError(f"{len(args.refs)} people (--refs given {len(args.refs)} times): "
                         f"this checkpoint holds at most {config.max_identities}")
-    if meta["kind"] != "toy":
-        world = 81, (480, 832)
-    else:
-        world = meta["world"]["frames"], (meta["world"]["size"],) * 2
-    frames = world[0] if args.frames is None else args.frames
-    size = args.size or world[1]
-    if meta["kind"] != "toy":
-        check_wan_size(frames, size)
-    elif (frames, size) != world:
+    toy = meta["kind"] == "toy"
+    usual, (H, W) = (meta["world"]["frames"], (meta["world"]["size"],) * 2) if toy else (81, (480, 832))
+    frames, size = usual if args.frames is None else args.frames, args.size or (H, W)
+    if toy and (frames, size) != (usual, (H, W)):
         raise UserError(f"{frames} frames of {size[0]}x{size[1]}: "
-                        f"this checkpoint makes {world[0]} frames of {world[1][0]}x{world[1][1]}")
+                        f"this checkpoint makes {usual} frames of {H}x{W}")
+    if not toy and (frames < 1 or frames % 4 != 1 or min(size) < 16 or size[0] % 16 or size[1] % 16):
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: expected 4n+1 frames (81) and sides that "
+                        "are multiples of 16 (480x832)")
     return recipe, frames, size
 
 
@@ -570,16 +542,12 @@ def held_out(prompt, views, frames, size):
 
 
 def rows_of(args, model, meta, frames, size):
-    """What to make: [{people, prompt, seed}], people as for `generate`, None for plain Wan."""
-    if args.prompts:
-        jobs = read_jobs(args.prompts)
-    elif args.prompt is None and meta["kind"] == "toy":
-        jobs = []
-    elif args.prompt is None:
-        raise UserError("--prompt is missing: say what happens")
-    else:
+    """What to make: [{people, prompt, seed, files}], people as for `generate`, None for plain Wan."""
+    jobs, rows = read_jobs(args.prompts) if args.prompts else [], []
+    if args.prompt is not None:
         jobs = [{"prompt": args.prompt, "refs": args.refs or [], "seed": None}]
-    rows = []
+    elif not jobs and meta["kind"] != "toy":
+        raise UserError("--prompt is missing: say what happens")
     for job in jobs:
         if len(job["refs"]) > model.config.max_identities:
             raise UserError(f"{len(job['refs'])} people for {job['prompt'][:40]!r}: "
@@ -587,21 +555,22 @@ def rows_of(args, model, meta, frames, size):
         if job["refs"] and "stage" not in meta:
             raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: "
                             "give a checkpoint that train.py made, or leave --refs out")
-        row = {"prompt": job["prompt"], "seed": args.seed if job["seed"] is None else job["seed"],
-               "files": job["refs"]}
+        seed = args.seed if job["seed"] is None else job["seed"]
+        row = {"prompt": job["prompt"], "seed": seed, "files": job["refs"]}
         if meta["kind"] == "toy" and not job["refs"]:
             row |= held_out(job["prompt"], args.views, frames, size[0])[0]
         else:  # a HarmoView network without references sees one person's proxies
             row["people"] = read_people(job["refs"], size) or ([{}] if "stage" in meta else None)
         rows.append(row)
-    rows = rows or [row | {"seed": args.seed} for row in held_out(None, args.views, frames, size[0])]
+    if not jobs:
+        rows = [row | {"seed": args.seed, "files": []} for row in held_out(None, args.views, frames, size[0])]
     if not args.swap:
         return rows
     pairs = [row for row in rows if row["people"] and len(row["people"]) == 2]
     if not pairs or jobs and len(pairs) < len(rows):
         raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
     return [{"prompt": row["prompt"], "seed": row["seed"], "people": row["people"][::order],
-             "files": row.get("files", [])[::order], "note": "  (references exchanged)" * (order < 0)}
+             "files": row["files"][::order], "note": "  (references exchanged)" * (order < 0)}
             for row in pairs for order in (1, -1)]
 
 
@@ -641,12 +610,11 @@ def main(argv=None):
         raise UserError("--refs needs --prompt: say what the people do")
     if args.dry_run:
         return dry_run(args)
+    print(use_fused(False if args.no_fused else None))
     if args.bench:
-        print(use_fused(False if args.no_fused else None))
         return bench(args)
     out = Path(args.out.removesuffix(".mp4").removesuffix(".png"))
     data.probe_writable(out.parent)
-    print(use_fused(False if args.no_fused else None))
     model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile)
     recipe, frames, size = resolve(args, model.config, meta)
     rows = rows_of(args, model, meta, frames, size)
@@ -655,7 +623,7 @@ def main(argv=None):
     names = [out.with_name(f"{out.name}-{i}.mp4" if len(rows) > 1 else f"{out.name}.mp4")
              for i in range(1, len(rows) + 1)]
     sheet = out.with_name(f"{out.name}.png")
-    notes = [json.dumps({"prompt": row["prompt"], "seed": row["seed"], "refs": row.get("files", []),
+    notes = [json.dumps({"prompt": row["prompt"], "seed": row["seed"], "refs": row["files"],
                          "ckpt": args.ckpt, "frames": frames, "size": size, **recipe}, ensure_ascii=False)
              for row in rows]
     for name, row, note in zip(names, rows, notes):
@@ -667,7 +635,7 @@ def main(argv=None):
         info.add_itxt(f"video {i}", note)
     contact_sheet(rows).save(sheet, pnginfo=info)
     print(f"{', '.join(map(str, names))} and {sheet} in {time.perf_counter() - start:.1f} s, "
-          f"peak memory {peak_memory() / 2**30:.1f} GiB")
+          f"peak memory {peak_memory():.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the same samples.
 """
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -69,69 +68,62 @@ RECIPES = {  # per config: steps of each stage, global batch, peak learning rate
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run = p.add_argument_group("run")
-    run.add_argument("--stage", default="all", help="1, 2, 3, 4 or all (default)")
-    run.add_argument("--config", default="toy", choices=CONFIGS,
-                     help="a preset of model.CONFIGS and its recipe")
-    run.add_argument("--out", default=None, help="folder of the run (default out/CONFIG)")
-    run.add_argument("--data", default="cache", help="folder for rendered or encoded training data")
-    run.add_argument("--wan", metavar="DIR", help="a Wan checkpoint's folder: the first stage trained starts "
-                     "from its transformer, and the configs 1.3b and 14b use its encoders")
-    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
-    run.add_argument("--overwrite", action="store_true",
-                     help="start the stages afresh where checkpoints exist")
-    run.add_argument("--seed", type=int, default=0)
-    opt = p.add_argument_group("optimization")
-    opt.add_argument("--steps", type=int, nargs="+", help="steps of each stage: one number for all, or four")
-    opt.add_argument("--batch", type=int, help="global batch size: all ranks, all micro-steps")
-    opt.add_argument("--micro-batch", type=int,
-                     help="samples per forward on a rank (default: the rank's whole share; half on a CPU)")
-    opt.add_argument("--muon-lr", type=float, help="peak learning rate of Muon")
-    opt.add_argument("--adamw-lr", type=float, help="peak learning rate of AdamW")
-    opt.add_argument("--optimizer", choices=("muon", "adamw"),
-                     help="muon: on the blocks' matrices, AdamW on the rest (default; adamw with --wan)")
-    opt.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up per stage")
-    opt.add_argument("--weight-decay", type=float, default=0.01)
-    opt.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    opt.add_argument("--ema", type=float, default=0.995,
-                     help="decay of the averaged weights, reached gradually")
-    opt.add_argument("--shift", type=float,
-                     help="timestep shift: more than 1 trains more on noisy steps")
-    opt.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                     help="matmuls under autocast; auto: bf16 if fast here")
-    opt.add_argument("--recompute", action="store_true",
-                     help="of a block hold attention's output alone, the rest is made again going backward")
-    opt.add_argument("--no-fused", action="store_true",
-                     help="PyTorch's operations in the place of the Triton kernels")
-    opt.add_argument("--compile", action="store_true",
-                     help="torch.compile every block (needs a C++ compiler or a GPU)")
-    method = p.add_argument_group("method")
-    method.add_argument("--no-mfi", action="store_true", help="without Multi-level Feature Injection")
-    method.add_argument("--rope-layout", choices=LAYOUTS, help="positions of references (default jump)")
-    method.add_argument("--rope-jump", type=int, help="Jump-RoPE's gap between identities, in frames")
-    method.add_argument("--proxy-tokens", type=int,
-                        help="learnable tokens for a missing view; 0 leaves it out")
-    method.add_argument("--pairs", choices=("cross", "in"), default="cross",
-                        help="references from elsewhere or from the clip itself")
-    method.add_argument("--vit", choices=("random", "trained"), default="random",
-                        help="the toy's ViT: random, or trained for a minute to tell people apart")
-    method.add_argument("--no-curriculum", action="store_true",
-                        help="stage 4's clips and references from the first step on; steps as in the stages")
-    method.add_argument("--front-only", action="store_true", help="no view but the front is ever given")
-    method.add_argument("--mask", type=float, default=0.0,
-                        help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
-    speed = p.add_argument_group("speed")
-    speed.add_argument("--bench", action="store_true",
-                       help="time steps on random latents, one person with all views, and stop")
-    speed.add_argument("--bench-frames", type=int, help="frames of its clips (default: the config's)")
-    speed.add_argument("--bench-size", type=int, nargs=2, metavar=("H", "W"),
-                       help="pixels of its clips (default: the config's)")
-    log = p.add_argument_group("logging")
-    log.add_argument("--save-every", type=int, default=500,
-                     help="steps between checkpoints; the stage's last step is always saved")
-    log.add_argument("--keep", type=int, default=2, help="checkpoints kept per stage")
-    log.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
-    log.add_argument("--no-samples", action="store_true", help="no sample sheet at the end of a stage")
+    run = p.add_argument_group("run").add_argument
+    run("--stage", default="all", help="1, 2, 3, 4 or all (default)")
+    run("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
+    run("--out", default=None, help="folder of the run (default out/CONFIG)")
+    run("--data", default="cache", help="folder for rendered or encoded training data")
+    run("--wan", metavar="DIR", help="a Wan checkpoint's folder: the first stage trained starts from its "
+        "transformer, and the configs 1.3b and 14b use its encoders")
+    run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
+    run("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
+    run("--seed", type=int, default=0)
+    opt = p.add_argument_group("optimization").add_argument
+    opt("--steps", type=int, nargs="+", help="steps of each stage: one number for all, or four")
+    opt("--batch", type=int, help="global batch size: all ranks, all micro-steps")
+    opt("--micro-batch", type=int,
+        help="samples per forward on a rank (default: its whole share, half of it on a CPU)")
+    opt("--muon-lr", type=float, help="peak learning rate of Muon")
+    opt("--adamw-lr", type=float, help="peak learning rate of AdamW")
+    opt("--optimizer", choices=("muon", "adamw"),
+        help="muon: on the blocks' matrices, AdamW on the rest (default; adamw with --wan)")
+    opt("--warmup", type=int, default=30, help="steps of linear warm-up per stage")
+    opt("--weight-decay", type=float, default=0.01)
+    opt("--clip", type=float, default=1.0, help="largest gradient norm")
+    opt("--ema", type=float, default=0.995, help="decay of the averaged weights, reached gradually")
+    opt("--shift", type=float, help="timestep shift: more than 1 trains more on noisy steps")
+    opt("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="matmuls under autocast; auto: bf16 if fast here")
+    opt("--recompute", action="store_true",
+        help="of a block hold attention's output alone, the rest is made again going backward")
+    opt("--no-fused", action="store_true", help="PyTorch's operations in the place of the Triton kernels")
+    opt("--compile", action="store_true", help="torch.compile every block (needs a C++ compiler or a GPU)")
+    method = p.add_argument_group("method").add_argument
+    method("--no-mfi", action="store_true", help="without Multi-level Feature Injection")
+    method("--rope-layout", choices=LAYOUTS, help="positions of references (default jump)")
+    method("--rope-jump", type=int, help="Jump-RoPE's gap between identities, in frames")
+    method("--proxy-tokens", type=int, help="learnable tokens for a missing view; 0 leaves it out")
+    method("--pairs", choices=("cross", "in"), default="cross",
+           help="references from elsewhere or from the clip itself")
+    method("--vit", choices=("random", "trained"), default="random",
+           help="the toy's ViT: random, or trained for a minute to tell people apart")
+    method("--no-curriculum", action="store_true",
+           help="stage 4's clips and references from the first step on; steps as in the stages")
+    method("--front-only", action="store_true", help="no view but the front is ever given")
+    method("--mask", type=float, default=0.0,
+           help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
+    speed = p.add_argument_group("speed").add_argument
+    speed("--bench", action="store_true",
+          help="time steps on random latents, one person with all views, and stop")
+    speed("--bench-frames", type=int, help="frames of its clips (default: the config's)")
+    speed("--bench-size", type=int, nargs=2, metavar=("H", "W"),
+          help="pixels of its clips (default: the config's)")
+    log = p.add_argument_group("logging").add_argument
+    log("--save-every", type=int, default=500,
+        help="steps between checkpoints; the stage's last step is always saved")
+    log("--keep", type=int, default=2, help="checkpoints kept per stage")
+    log("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    log("--no-samples", action="store_true", help="no sample sheet at the end of a stage")
     return p.parse_args(argv)
 
 
@@ -185,12 +177,13 @@ def make_optimizers(model, args):
     matrices = matrices if args.optimizer == "muon" else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in trained if id(p) not in chosen]
-    decay = args.weight_decay
-    adamw = torch.optim.AdamW(rest, args.adamw_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
-    optimizers = [adamw, Muon(matrices, args.muon_lr, decay)] if matrices else [adamw]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak_lr"] = group["lr"]
-    return optimizers
+    rest = {"params": rest, "peak_lr": args.adamw_lr}
+    adamw = torch.optim.AdamW([rest], args.adamw_lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                              fused=True)
+    if not matrices:
+        return [adamw]
+    matrices = {"params": matrices, "peak_lr": args.muon_lr}
+    return [adamw, Muon([matrices], args.muon_lr, args.weight_decay)]
 
 
 def pack_optimizers(optimizers):
@@ -258,17 +251,13 @@ def resolve(args, world):
         raise UserError(f"--mask {args.mask}: expected a fraction from 0 to below 1")
     if args.stage != "all" and args.stage not in map(str, STAGES):
         raise UserError(f"--stage {args.stage}: expected {', '.join(map(str, STAGES))} or all")
-    overrides = {"rope_layout": args.rope_layout, "rope_jump": args.rope_jump,
-                 "proxy_tokens": args.proxy_tokens}
-    if args.no_mfi:
-        overrides |= {"vit_dim": 0, "vit_levels": 0}
-    config = replace(CONFIGS[args.config], **{k: v for k, v in overrides.items() if v is not None})
+    changes = {name: getattr(args, name) for name in ("rope_layout", "rope_jump", "proxy_tokens")}
+    changes |= {"vit_dim": 0, "vit_levels": 0} if args.no_mfi else {}
+    config = replace(CONFIGS[args.config], **{k: v for k, v in changes.items() if v is not None})
     if config.in_dim == 16 and not args.wan and not args.bench:
         raise UserError(f"--config {args.config} trains on Wan's latents: "
                         "give --wan DIR, the folder of a Wan checkpoint")
-    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
-    args.first = stages[0]
-    return stages, config
+    return list(STAGES) if args.stage == "all" else [int(args.stage)], config
 
 
 def refuse_to_lose(number, args):
@@ -286,7 +275,7 @@ def source_of(number, args):
     Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
     again = f"--config {args.config} --out {args.out}"
     own, before = refuse_to_lose(number, args), find_checkpoint(args.out / f"stage{number - 1}")
-    if args.wan and number == args.first:
+    if args.wan and (number == 1 or args.stage != "all"):  # the first stage trained
         return own if args.resume else None, None
     if own and args.resume:
         return own, before
@@ -303,6 +292,8 @@ def prepare(number, args, config, world):
     """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before's EMA,
     or from nothing."""
     own, before = source_of(number, args)
+    start = 0
+    torch.manual_seed(args.seed)  # for what is new in the model
     if own or before:
         model, meta = load_checkpoint(own or before, "model" if own else "ema")
         start = meta["step"] if own else 0
@@ -313,14 +304,12 @@ def prepare(number, args, config, world):
                             "give the same flags, or another --out")
     elif args.wan:
         with torch.device("meta"):
-            model, start = HarmoView(config), 0
-        torch.manual_seed(args.seed)
+            model = HarmoView(config)
         absent = load_wan(model, args.wan)
         if world.rank == 0:
             print(f"{args.wan}: loaded; new are {', '.join(absent) or 'no parameters'}")
     else:
-        torch.manual_seed(args.seed)
-        model, start = HarmoView(config), 0
+        model = HarmoView(config)
     model.to(world.device)
     optimizers = make_optimizers(model, args)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -352,12 +341,21 @@ def side_by_side(world):
     return world.size == 1 and world.device.type == "cpu" and torch.get_num_threads() > 1
 
 
-def train_stage(number, args, config, dataset, world, stop):
-    """One stage from its first to its last step, unless stop() ends it early, after saving."""
+def speed_up(model, args):
+    """What --recompute and --compile ask of the blocks; their parameters keep their names."""
+    model.recompute = args.recompute
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+
+
+def train_stage(number, prepared, args, dataset, world, stop):
+    """One stage from its first to its last step, unless stop() ends it early, after saving.
+    prepared: what prepare(number, ...) gave."""
     stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
     if args.no_curriculum:
         stage = replace(STAGES[len(STAGES)], lr=stage.lr)
-    model, ema, optimizers, start = prepare(number, args, config, world)
+    model, ema, optimizers, start = prepared
     if start >= steps:
         return
     if args.overwrite and world.rank == 0:  # a longer run's checkpoints would pass for the newest
@@ -366,19 +364,16 @@ def train_stage(number, args, config, dataset, world, stop):
     metrics = open_metrics(folder, start) if world.rank == 0 else None
 
     def save(step):
-        meta = {"config": asdict(config), "preset": args.config,
+        meta = {"config": asdict(model.config), "preset": args.config,
                 "world": {k: data.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number,
                 "name": stage.name, "step": step, "finished": step == steps, "command": " ".join(sys.argv)}
-        if config.in_dim == 16:
+        if model.config.in_dim == 16:
             meta["wan"] = str(wan_root(args))
         tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
         save_checkpoint(folder / f"step-{step:06d}", tensors, meta, dataset.files, keep=args.keep)
 
-    model.recompute = args.recompute
-    wrapped = model  # compile and DDP wrap last, so that no saved key carries their prefixes
-    if args.compile:
-        for block in model.blocks:
-            block.compile()
+    speed_up(model, args)
+    wrapped = model  # DDP wraps last, so that no saved key carries its prefix
     if world.size > 1:  # a step's layout leaves some proxies or MFI unused, the same on all ranks
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"stage {number} {stage.name}",
@@ -394,8 +389,9 @@ def train_stage(number, args, config, dataset, world, stop):
         # learning rate
         progress = step / steps
         factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * factor
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
         # micro-steps
         layout = data.draw_layout(stage, progress, random.Random(seed_of(args.seed, number, step)))
         starts = range(world.rank * share, (world.rank + 1) * share, args.micro_batch)
@@ -491,11 +487,8 @@ def bench(args, config, world):
                               args.bench_size or (clip["size"], clip["size"]))
     with world.device:
         model = HarmoView(config)
-    model.recompute = args.recompute
+    speed_up(model, args)
     optimizers = make_optimizers(model, args)
-    if args.compile:
-        for block in model.blocks:
-            block.compile()
     x, t, text, refs, vit = random_inputs(config, shape, args.micro_batch, world.device)
     noise = torch.randn_like(x)
 
@@ -507,8 +500,6 @@ def bench(args, config, world):
             optimizer.step()
             optimizer.zero_grad()
     report_speed(step, model, shape, args.micro_batch, 3, world.device)
-    if world.device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def wan_root(args):
@@ -525,21 +516,23 @@ def main(argv=None):
     if args.bench:
         print(kernels_in_use)
         return bench(args, config, world)
-    prepare(stages[0], args, config, world)  # what it refuses, it refuses before minutes of rendering
+    # what can be refused is refused here, before minutes of rendering
+    prepared = prepare(stages[0], args, config, world)
     for number in stages[1:]:
         refuse_to_lose(number, args)
     data.probe_writable(args.out)
     data.probe_writable(args.data)
-    cache = functools.partial(data.build_cache, args.data, **data.WORLDS[args.config], pairs=args.pairs,
-                              vit=args.vit)
     views = VIEWS[:1] if args.front_only else VIEWS if args.pairs == "cross" else data.IN_PAIR_VIEWS
+    encoders = None
+    if config.in_dim == 16:
+        dtype = torch.bfloat16 if uses_bf16(world.device) else torch.float32
+        encoders = data.WanEncoders(wan_root(args), world.device, dtype)
 
     def load_data():
-        if config.in_dim == 16:
-            dtype = torch.bfloat16 if uses_bf16(world.device) else torch.float32
-            encoders = data.WanEncoders(wan_root(args), world.device, dtype)
-            return data.LatentData(data.encode_cache(cache(), encoders, args.mask), views)
-        return data.ToyData(cache(), data.WORLDS[args.config]["size"], views, args.mask)
+        folder = data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs, vit=args.vit)
+        if encoders:
+            return data.LatentData(data.encode_cache(folder, encoders, args.mask), views)
+        return data.ToyData(folder, data.WORLDS[args.config]["size"], views, args.mask)
     if world.rank == 0:
         print(f"{args.config}: {config}\n"
               f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
@@ -551,7 +544,8 @@ def main(argv=None):
     dataset = load_data()
     stop = stop_on_sigterm(world)
     for number in stages:
-        train_stage(number, args, config, dataset, world, stop)
+        train_stage(number, prepared or prepare(number, args, config, world), args, dataset, world, stop)
+        prepared = None
         if stop():
             break
         # what a user would run; a process of its own, since sample.py is above this file

@@ -1,6 +1,10 @@
 """What the tests share: the repository's root on the path, and one run of all stages on the tiny preset."""
 
+import contextlib
+import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,8 @@ import pytest
 
 # before anything imports triton: then the fused kernels run on a CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# before anything imports torch: then a script computes the same bits in this process and in its own
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -16,9 +22,7 @@ sys.path.insert(0, str(ROOT))
 def run(*command, cwd, fails=False):
     """Run a script of the repository in `cwd`; where it must fail, return its one line of error."""
     command = [sys.executable, *(str(c) for c in command)]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if not fails:
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -28,11 +32,25 @@ def run(*command, cwd, fails=False):
     return lines[0]
 
 
+def call(script, *arguments, cwd):
+    """`python SCRIPT` in `cwd`, but in this process, as importing torch takes seconds -> what it printed."""
+    arguments = [str(a) for a in arguments]
+    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    try:
+        sys.argv = [str(ROOT / script), *arguments]
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()) as said:
+            importlib.import_module(Path(script).stem).main(arguments)
+    finally:
+        sys.argv = before
+        signal.signal(signal.SIGTERM, handler)
+    return said.getvalue()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with cache/ and out/tiny/ as `python train.py --config tiny` leaves them, all four stages."""
     folder = tmp_path_factory.mktemp("tiny")
-    run(ROOT / "train.py", "--config", "tiny", "--no-samples", cwd=folder)
+    call("train.py", "--config", "tiny", "--no-samples", cwd=folder)
     return folder
 
 

@@ -481,7 +481,7 @@ def test_reader_and_old_files(tmp_path):
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for path in (tmp_path / "old.pth", write(tmp_path / "new.safetensors", state)):
         file = read_weights(path)
-        assert set(file.keys()) == set(state) and file.shape("norm.weight") == (16,)
+        assert set(file.shapes) == set(state) and file.shapes["norm.weight"] == (16,)
         assert torch.equal(file.get("token_embedding.weight"), state["token_embedding.weight"])
 
 

@@ -74,6 +74,7 @@ def test_without_references_it_is_the_network_without_the_new_parameters():
 def test_a_zero_initialised_mfi_moves_nothing(layout):
     net = network(rope_layout=layout)
     net.mfi = MFI(net.config)
+    net.mfi.init_weights()
     x, t, text, refs, vit = inputs([VIEWS, ("front",)])
     assert torch.equal(net(x, t, text, refs, vit), net(x, t, text, refs))
     net.mfi.proj.weight.data += 0.1

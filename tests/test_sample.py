@@ -8,7 +8,7 @@ import av
 import diffusers
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 from PIL import Image
 
 import data
@@ -193,13 +193,13 @@ def test_references_in_video_out(tiny, pictures, tmp_path):
         "--refs",
         f"back={pictures / '1_front.png'}",
     ]
-    command = [ROOT / "sample.py", *refs, "--prompt", PROMPT, "--steps", 2, "--ckpt", tiny / "out" / "tiny"]
-    said = run(*command, "--out", "a", cwd=tmp_path)
+    command = [*refs, "--prompt", PROMPT, "--steps", 2, "--ckpt", tiny / "out" / "tiny"]
+    said = call("sample.py", *command, "--out", "a", cwd=tmp_path)
     assert "stage 4 harmony" in said and "a.mp4" in said and "a.png" in said
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == data.WORLDS["tiny"]["frames"]
-    run(*command, "--out", "b", cwd=tmp_path)
-    run(*command, "--out", "c", "--seed", 1, cwd=tmp_path)
+    call("sample.py", *command, "--out", "b", cwd=tmp_path)
+    call("sample.py", *command, "--out", "c", "--seed", 1, cwd=tmp_path)
     a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
     assert a == b and a != c  # a seed repeats its video, another one does not
 
@@ -245,8 +245,8 @@ SMALL = ["--frames", "5", "--size", "32x48", "--steps", "3"]
 
 
 def test_text_to_video_from_a_wan_folder(wan, tmp_path):
-    command = [ROOT / "sample.py", "--ckpt", wan / "2.1", *SMALL, "--prompt", "a cat &amp; a  dog"]
-    said = run(*command, "--out", "a", cwd=tmp_path)
+    command = ["--ckpt", wan / "2.1", *SMALL, "--prompt", "a cat &amp; a  dog"]
+    said = call("sample.py", *command, "--out", "a", cwd=tmp_path)
     assert "seconds a step" in said and "peak memory" in said
     with av.open(str(tmp_path / "a.mp4")) as container:
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
@@ -262,7 +262,7 @@ def test_text_to_video_from_a_wan_folder(wan, tmp_path):
         first = sheet.tobytes()
     changes = {"b": ["--offload"], "c": ["--seed", "1"], "d": ["--shift", "12"], "e": ["--tile", "32"]}
     for name, extra in changes.items():
-        run(*command, *extra, "--out", name, cwd=tmp_path)
+        call("sample.py", *command, *extra, "--out", name, cwd=tmp_path)
     b, *others = (Image.open(tmp_path / f"{name}.png").tobytes() for name in changes)
     assert b == first and first not in others
 
@@ -299,7 +299,7 @@ def test_the_whole_pipeline_is_its_parts(wan):
 
 
 def test_two_experts_each_make_their_part(wan, tmp_path):
-    run(ROOT / "sample.py", "--ckpt", wan / "2.2", *SMALL, "--prompt", "x", cwd=tmp_path)
+    call("sample.py", "--ckpt", wan / "2.2", *SMALL, "--prompt", "x", cwd=tmp_path)
     model, _, meta = sample.load(wan / "2.2")
     assert meta["kind"] == "wan2.2" and model.boundary == 0.875
     x, text = torch.randn(1, 16, 2, 4, 4), torch.zeros(1, 3, 32)
@@ -317,8 +317,8 @@ def test_prompts_from_a_file(wan, tmp_path):
         "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n",
         encoding="utf-8",
     )
-    run(
-        ROOT / "sample.py",
+    call(
+        "sample.py",
         "--ckpt",
         wan / "2.1",
         *SMALL,
@@ -335,15 +335,15 @@ def test_prompts_from_a_file(wan, tmp_path):
 
 
 def test_dry_run_needs_no_weights(wan, tmp_path):
-    said = run(ROOT / "sample.py", "--ckpt", "1.3b", "--dry-run", cwd=tmp_path)
+    said = call("sample.py", "--ckpt", "1.3b", "--dry-run", cwd=tmp_path)
     own = re.search(r"transformer +([\d,]+) parameters, ([\d,]+) of them HarmoView's own; x 1", said)
     total, own = (int(number.replace(",", "")) for number in own.groups())
     assert total - own == 1_418_996_800
     assert "5,680,910,336" in said and "126,892,531" in said and "32,760 tokens" in said
     refs = ["--refs", "a_front.png", "a_left.png", "--refs", "b_front.png"]
-    said = run(ROOT / "sample.py", "--ckpt", "14b", "--dry-run", *refs, "--prompt", "x", cwd=tmp_path)
+    said = call("sample.py", "--ckpt", "14b", "--dry-run", *refs, "--prompt", "x", cwd=tmp_path)
     assert f"with references {32_760 + 3 * 1560 + 5 * 16:,}" in said and "2 forwards a step" in said
-    said = run(ROOT / "sample.py", "--ckpt", wan / "2.2", "--dry-run", "--size", "64x64", cwd=tmp_path)
+    said = call("sample.py", "--ckpt", wan / "2.2", "--dry-run", "--size", "64x64", cwd=tmp_path)
     assert "x 2 expert(s)" in said and not list(tmp_path.iterdir())
 
 
