@@ -171,16 +171,17 @@ def render_heads(identity, pose, size, supersample=2):
     identity  dict as from draw_identities, n of them
     pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), x, y, scale (of the picture's
               half side, y up), light and light_colour, shirt [n, 3]
-    returns   rgb [n, 3, size, size], alpha [n, 1, size, size], head [n, 1, size, size] (skin and hair,
+    size      (H, W)
+    returns   rgb [n, 3, H, W], alpha [n, 1, H, W], head [n, 1, H, W] (skin and hair,
               without the body)
     """
-    n, s = len(pose["yaw"]), size * supersample
-    axis = (torch.arange(s) + 0.5) / s * 2 - 1
+    n, (h, w) = len(pose["yaw"]), (side * supersample for side in size)
+    y, x = ((torch.arange(side) + 0.5) * 2 / h - side / h for side in (h, w))
 
     def column(a):
-        return a[:, None]  # [n] -> [n, 1], to go with rays [n, s*s]
-    X = (axis.repeat(s)[None] - column(pose["x"])) / column(pose["scale"])
-    Y = (-axis.repeat_interleave(s)[None] - column(pose["y"])) / column(pose["scale"])
+        return a[:, None]  # [n] -> [n, 1], to go with rays [n, h*w]
+    X = (x.repeat(h)[None] - column(pose["x"])) / column(pose["scale"])
+    Y = (-y.repeat_interleave(w)[None] - column(pose["y"])) / column(pose["scale"])
     R = rotation(pose["yaw"], pose["pitch"], pose["roll"])
     # The ray (X, Y, z) seen from the head: o + z*d, with the head's centre at 0 and its half height 1.
     o = [column(R[:, 0, i]) * X + column(R[:, 1, i]) * Y for i in range(3)]
@@ -244,13 +245,13 @@ def render_heads(identity, pose, size, supersample=2):
         at, size_of = column(i["patch_height"][:, p]), column(i["patch_size"][:, p])
         patch = (skull | shell) & spot(from_centre, el, 0, at, 1.2 * size_of, size_of)
         layers.append((patch, i[f"patch_{name}"]))
-    top = torch.zeros(n, s * s, dtype=torch.int64)
+    top = torch.zeros(n, h * w, dtype=torch.int64)
     for j, (where, _) in enumerate(layers):
         top[where] = j
     palette = torch.stack([colour for _, colour in layers], dim=1)  # [n, layers, 3]
     colour = palette.gather(1, top[..., None].expand(-1, -1, 3))
 
-    shade = torch.zeros(n, s * s)
+    shade = torch.zeros(n, h * w)
     for name in order:
         of_head = name in parts
         centre, radii = parts[name] if of_head else body[name]
@@ -263,23 +264,23 @@ def render_heads(identity, pose, size, supersample=2):
     colour = colour * (0.55 + 0.5 * shade[..., None]) * pose["light_colour"][:, None]
     colour = colour.clamp(0, 1) * hit[..., None]
     channels = torch.cat((colour, hit[..., None], (hit & ~on["shoulders"] & ~on["neck"])[..., None]), dim=-1)
-    channels = F.avg_pool2d(channels.transpose(1, 2).reshape(n, 5, s, s), supersample)
+    channels = F.avg_pool2d(channels.transpose(1, 2).reshape(n, 5, h, w), supersample)
     return channels[:, :3], channels[:, 3:4], channels[:, 4:]
 
 
 def background(names, size):
-    """Named backgrounds, a list of n -> float [n, 3, size, size] in 0..1: two colours blended from bottom to
+    """Named backgrounds, a list of n -> float [n, 3, H, W] in 0..1: two colours blended from bottom to
     top, darker in the corners. Smooth on purpose: with brick and checkered walls a small network spends its
     time on them (head PSNR -1.9 dB)."""
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = -axis[:, None], axis[None]
+    y, x = ((torch.arange(side) + 0.5) / side * 2 - 1 for side in size)
+    y, x = -y[:, None], x[None]
     low, high = (torch.tensor([BACKGROUNDS[name][i] for name in names])[:, :, None, None] for i in (0, 1))
     return torch.lerp(low, high, (y + 1) / 2) * (1 - 0.08 * (x * x + y * y))
 
 
 def render_in_chunks(identity, pose, size):
     """render_heads for any number of heads, in calls whose rays fit the CPU's cache; about 2.5x faster."""
-    step = max(1, (1 << 18) // (2 * size) ** 2)
+    step = max(1, (1 << 18) // (4 * size[0] * size[1]))
     parts = [render_heads(*({name: v[i:i + step] for name, v in of.items()} for of in (identity, pose)), size)
              for i in range(0, len(pose["yaw"]), step)]
     return tuple(torch.cat(p) for p in zip(*parts))
@@ -300,12 +301,18 @@ def clip_pose(clips, k, frames):
     light = [LIGHTS[c.light] for c in clips]
     return {
         "yaw": yaw, "pitch": pitch, "roll": roll, "mouth": stack([MOUTHS[c.mouths[k]](u) for c in clips]),
-        "x": torch.full_like(yaw, 0.0 if people == 1 else k - 0.5), "y": torch.full_like(yaw, 0.06),
-        "scale": zoom * (1.0 if people == 1 else 0.66),
+        "x": torch.full_like(yaw, 2 * k + 1 - people), "y": torch.full_like(yaw, 0.06), "scale": zoom,
         "light": stack([torch.tensor([direction]) for direction, _ in light]),
         "light_colour": stack([torch.tensor([colour]) for _, colour in light]),
         "shirt": stack([torch.tensor([SHIRTS[c.shirts[k]]]) for c in clips]),
     }
+
+
+def frame_size(size, people):
+    """(H, W) of a toy clip: a square of `size` pixels for each person, side by side, so that a head is as
+    many tokens large with two people as with one (squeezed into one square, two people cost a network
+    that draws one well hundreds of steps to draw again)."""
+    return size, size * people
 
 
 def render_clips(clips, people, frames, size, poses=None):
@@ -314,9 +321,10 @@ def render_clips(clips, people, frames, size, poses=None):
     clips    n Clips with equally many people
     people   one identities dict per person, each of n identities
     poses    {k: entries of person k's pose dict, [n, frames], in the place of the clips' own}
-    returns  video [n, 3, frames, size, size] in -1..1 and head masks [n, people, frames, size, size] in 0..1
+    returns  video [n, 3, frames, H, W] in -1..1 and head masks [n, people, frames, H, W] in 0..1, where
+             (H, W) is frame_size(size, len(people))
     """
-    n = len(clips)
+    n, size = len(clips), frame_size(size, len(people))
     scene = background([c.background for c in clips], size)[:, :, None].expand(-1, -1, frames, -1, -1)
     masks = []
     for k, identities in enumerate(people):
@@ -363,7 +371,7 @@ def render_references(identities, seed, size, clips=None, k=0, frames=6):
         pose |= {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in of_clip.items()
                  if name not in ("x", "y", "scale")}  # framed as a reference
     who = pick(identities, torch.arange(n).repeat_interleave(V))
-    rgb, alpha, _ = render_in_chunks(who, pose, size)
+    rgb, alpha, _ = render_in_chunks(who, pose, (size, size))
     return (rgb + (1 - alpha)).unflatten(0, (n, V)) * 2 - 1
 
 

@@ -319,7 +319,7 @@ def evaluate(ckpt, cases, settings, recipe, path, batch=20):
                     refs = [{v: pictures[[w[k] for w in who], VIEWS.index(v)] for v in SETTINGS[setting]}
                             for k in range(len(who[0]))]
                     videos = generate(model, encoders, [data.caption(c) for c in clips], refs, frames,
-                                      (size, size), part, recipe if SETTINGS[setting] else
+                                      data.frame_size(size, len(refs)), part, recipe if SETTINGS[setting] else
                                       recipe | {"guide_refs": 1.0})  # nothing to guide towards
                     made = ({"people": measure(video, n, SETTINGS[setting]), "strip": strip(video)}
                             for n, video in zip(part, videos))

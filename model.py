@@ -68,7 +68,7 @@ class DiTConfig:
 
 
 TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
-           proxy_tokens=4, prediction="x0", coordinates=12)
+           proxy_tokens=4, prediction="x0", coordinates=18)
 # two levels of 65 rows (DINOv2-L at 112 pixels): two people fit beside a caption of 252 tokens
 WAN = dict(vit_dim=1024, vit_levels=2)
 CONFIGS = {
@@ -243,8 +243,10 @@ def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device)
 def place_planes(n, T, H, W, device):
     """n planes [n, T, H, W], sines and cosines of a token's place. Rotary tells distances; finding places
     from those costs a network from scratch more steps than the toy has (+1 dB after 250 steps)."""
-    axes = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in (T, H, W)), indexing="ij")
-    waves = [wave(k * torch.pi / 2 * axis) for k in range(1, n // 6 + 1)
+    # h and w in the same unit, so that a square of a wider picture looks like a square picture
+    axes = torch.linspace(-1, 1, T), *(2 * torch.arange(size) / max(1, H - 1) - 1 for size in (H, W))
+    axes = torch.meshgrid(*axes, indexing="ij")
+    waves = [wave(2**k * torch.pi / 4 * axis) for k in range(n // 6)
              for wave in (torch.sin, torch.cos) for axis in axes]
     return 1.5 * torch.stack(waves).to(device)
 

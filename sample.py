@@ -287,12 +287,13 @@ def contact_sheet(rows, tile=112):
     eight frames are on the right, evenly spaced, the prompt is below.
     """
     font, gap, line, most = ImageFont.load_default(13), 6, 17, 8
-    height, width = rows[0]["video"].shape[2:]
-    wide = round(tile * width / height)
-    blocks = max(len(row["people"]) for row in rows)
-    left = blocks * (wide + gap) + gap
-    columns = min(most, max(row["video"].shape[1] for row in rows))
-    total = left + columns * wide + gap
+
+    def wide(picture):  # [3, H, W] at that height
+        return round(tile * picture.shape[2] / picture.shape[1])
+    ref = max((wide(picture) for row in rows for views in row["people"] for picture in views.values()),
+              default=tile)
+    left = max(len(row["people"]) for row in rows) * (ref + gap) + gap
+    total = left + max(min(most, v.shape[1]) * wide(v[:, 0]) for v in (row["video"] for row in rows)) + gap
     prompts = [wrap(row["prompt"] + row.get("note", ""), font, total - 2 * gap) for row in rows]
     heights = [tile * (1 + ("truth" in row)) + line * (text.count("\n") + 1) + 2 * gap
                for row, text in zip(rows, prompts)]
@@ -301,14 +302,15 @@ def contact_sheet(rows, tile=112):
     for row, text, high in zip(rows, prompts, heights):
         for k, views in enumerate(row["people"]):
             for v, view in enumerate(VIEWS):
-                at = (gap + k * (wide + gap) + v % 2 * (wide // 2), y + v // 2 * (tile // 2))
+                at = (gap + k * (ref + gap) + v % 2 * (ref // 2), y + v // 2 * (tile // 2))
                 if view in views:
-                    sheet.paste(data.to_image(views[view], tile // 2, wide // 2), at)
-                draw.rectangle((*at, at[0] + wide // 2 - 1, at[1] + tile // 2 - 1), outline="#cccccc")
+                    sheet.paste(data.to_image(views[view], tile // 2, ref // 2), at)
+                draw.rectangle((*at, at[0] + ref // 2 - 1, at[1] + tile // 2 - 1), outline="#cccccc")
         for i, video in enumerate((row["video"], row["truth"]) if "truth" in row else (row["video"],)):
-            count = min(most, video.shape[1])
-            for c, f in enumerate(torch.linspace(0, video.shape[1] - 1, count).round().long()):
-                sheet.paste(data.to_image(video[:, f], tile - 1, wide - 1), (left + c * wide, y + i * tile))
+            step = wide(video[:, 0])
+            frames = torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).round().long()
+            for c, f in enumerate(frames):
+                sheet.paste(data.to_image(video[:, f], tile - 1, step - 1), (left + c * step, y + i * tile))
         if "truth" in row:
             draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
         draw.multiline_text((gap, y + tile * (1 + ("truth" in row))), text, fill="black", font=font)
@@ -457,8 +459,7 @@ def arguments(argv=None):
     what("--prompt", help="the caption (toy, without --refs: of people it never saw)")
     what("--prompts", metavar="FILE",
          help='JSONL, one video a line: {"prompt": "...", "refs": [[...], ...], "seed": 0}')
-    what("--views", nargs="+", choices=VIEWS, default=VIEWS,
-         help="toy, without --refs: the views that are given")
+    what("--views", nargs="+", choices=VIEWS, help="toy, without --refs: the views that are given")
     what("--swap", action="store_true",
          help="again below with the two people's references exchanged, same noise")
     what("--ckpt", default="out/toy", help="folder of a checkpoint or of a run (its newest one), or of a Wan "
@@ -523,26 +524,31 @@ def resolve(args, config, meta):
     return recipe, frames, size
 
 
+# what `python sample.py` shows: benchmark cases whose heads turn all the way, and the views given
+SHOWN = ((50, VIEWS), (50, ("front",)), (55, VIEWS), (98, VIEWS))
+
+
 def held_out(prompt, views, frames, size):
-    """Rows of people that training never saw: [{people, prompt, truth}], four benchmark cases,
-    or one with the prompt given."""
+    """Rows of people that training never saw: [{people, prompt, truth}], those of SHOWN, or one with the
+    prompt given. views: what is given, None: all, or what SHOWN says."""
     pictures = data.benchmark_references(size)
 
-    def given(who):
-        return [{v: pictures[i:i + 1, VIEWS.index(v)] for v in views} for i in who]
+    def given(who, usual=VIEWS):
+        return [{v: pictures[i:i + 1, VIEWS.index(v)] for v in views or usual} for i in who]
     if prompt is not None:
         return [{"people": given(range(2 if "two people" in prompt else 1)), "prompt": prompt}]
     rows = []
     identities = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
-    cases = data.benchmark_cases()
-    for clip, who in (cases[i] for i in (0, 1, 60, 61)):
+    for number, usual in SHOWN:
+        clip, who = data.benchmark_cases()[number]
         truth, _ = data.render_clips([clip], [data.pick(identities, i) for i in who], frames, size)
-        rows.append({"people": given(who), "prompt": data.caption(clip), "truth": truth[0]})
+        rows.append({"people": given(who, usual), "prompt": data.caption(clip), "truth": truth[0],
+                     "note": f"  (given: {', '.join(views or usual)})"})
     return rows
 
 
 def rows_of(args, model, meta, frames, size):
-    """What to make: [{people, prompt, seed, files}], people as for `generate`, None for plain Wan."""
+    """What to make: [{people, prompt, seed, files, size}], people as for `generate`, None for plain Wan."""
     jobs, rows = read_jobs(args.prompts) if args.prompts else [], []
     if args.prompt is not None:
         jobs = [{"prompt": args.prompt, "refs": args.refs or [], "seed": None}]
@@ -563,21 +569,25 @@ def rows_of(args, model, meta, frames, size):
             row["people"] = read_people(job["refs"], size) or ([{}] if "stage" in meta else None)
         rows.append(row)
     if not jobs:
-        rows = [row | {"seed": args.seed, "files": []} for row in held_out(None, args.views, frames, size[0])]
+        rows = [row | {"seed": args.seed, "files": []}
+                for row in held_out(None, args.views, frames, size[0])]
+    for row in rows:
+        row["size"] = data.frame_size(size[0], len(row["people"])) if meta["kind"] == "toy" else size
     if not args.swap:
         return rows
     pairs = [row for row in rows if row["people"] and len(row["people"]) == 2]
     if not pairs or jobs and len(pairs) < len(rows):
         raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
     return [{"prompt": row["prompt"], "seed": row["seed"], "people": row["people"][::order],
-             "files": row["files"][::order], "note": "  (references exchanged)" * (order < 0)}
+             "files": row["files"][::order], "size": row["size"],
+             "note": "  (references exchanged)" * (order < 0)}
             for row in pairs for order in (1, -1)]
 
 
 @torch.no_grad()
-def make(rows, model, encoders, recipe, frames, size):
-    """Add "video" to every row. All captions first, then all references, all denoising and all decoding, so
-    that one network after the other is in memory."""
+def make(rows, model, encoders, recipe, frames):
+    """Add "video" to every row; all have one size. All captions first, then all references, all denoising and
+    all decoding, so that one network after the other is in memory."""
     text = encoders.text([*(row["prompt"] for row in rows), recipe["negative"]]).to(model.device)
     seen = encode_people(encoders, [row["people"] for row in rows], model.device)
     velocities = [guided(model, text[i:i + 1], text[-1:], refs, vit, recipe["guide_text"],
@@ -588,7 +598,7 @@ def make(rows, model, encoders, recipe, frames, size):
     def velocity(x, t):  # all rows step together, so that each expert loads once
         bar.update(len(rows))
         return torch.cat([v(x[i:i + 1], t) for i, v in enumerate(velocities)])
-    shape = data.latent_shape(model.config.in_dim, frames, size)
+    shape = data.latent_shape(model.config.in_dim, frames, rows[0]["size"])
     latents = denoise(velocity, shape, [row["seed"] for row in rows], recipe, model.device).cpu()
     bar.close()
     seconds = time.perf_counter() - start - model.loading
@@ -619,12 +629,14 @@ def main(argv=None):
     recipe, frames, size = resolve(args, model.config, meta)
     rows = rows_of(args, model, meta, frames, size)
     start = time.perf_counter()
-    make(rows, model, encoders, recipe, frames, size)
+    for size in dict.fromkeys(row["size"] for row in rows):
+        make([row for row in rows if row["size"] == size], model, encoders, recipe, frames)
     names = [out.with_name(f"{out.name}-{i}.mp4" if len(rows) > 1 else f"{out.name}.mp4")
              for i in range(1, len(rows) + 1)]
     sheet = out.with_name(f"{out.name}.png")
     notes = [json.dumps({"prompt": row["prompt"], "seed": row["seed"], "refs": row["files"],
-                         "ckpt": args.ckpt, "frames": frames, "size": size, **recipe}, ensure_ascii=False)
+                         "ckpt": args.ckpt, "frames": frames, "size": row["size"], **recipe},
+                        ensure_ascii=False)
              for row in rows]
     for name, row, note in zip(names, rows, notes):
         data.write_video(name, row["video"], recipe["fps"], note)

@@ -29,7 +29,7 @@ def magenta(identity, yaw, size=64):
         "light_colour": torch.ones(1, 3),
         "shirt": torch.full((1, 3), 0.5),
     }
-    rgb, _, _ = data.render_heads(identity, pose, size)
+    rgb, _, _ = data.render_heads(identity, pose, (size, size))
     return int((rgb[0, 0] - rgb[0, 1] > 0.1).sum())
 
 
@@ -64,7 +64,7 @@ def test_yaw_turns_to_the_named_side():
     }
     one["eyes"] = RED[None]
     three = data.pick(one, torch.zeros(3, dtype=torch.int64))
-    rgb, _, head = data.render_heads(three, pose, 64)
+    rgb, _, head = data.render_heads(three, pose, (64, 64))
     column = torch.arange(64.0)
     middle = (head * column).sum((1, 2, 3)) / head.sum((1, 2, 3))
     assert middle[0] < 31.5 < middle[1]
@@ -72,7 +72,7 @@ def test_yaw_turns_to_the_named_side():
     level = data.render_heads(
         data.pick(one, 0),
         {k: v[:1] for k, v in (pose | {"yaw": torch.zeros(3), "pitch": torch.zeros(3)}).items()},
-        64,
+        (64, 64),
     )[0]
     assert (
         eyes.nonzero()[:, 0].float().mean() < (level[0, 0] - level[0, 1] > 0.1).nonzero()[:, 0].float().mean()
@@ -132,9 +132,9 @@ def test_rendering_is_exact_ground_truth_for_anybody():
     (a,), mask = data.render_clips([clip], [data.pick(people, 0), data.pick(people, 1)], 6, 32)
     (again,), _ = data.render_clips([clip], [data.pick(people, 0), data.pick(people, 1)], 6, 32)
     (b,), other = data.render_clips([clip], [data.pick(people, 2), data.pick(people, 1)], 6, 32)
-    assert torch.equal(a, again) and a.shape == (3, 6, 32, 32) and mask.shape == (1, 2, 6, 32, 32)
-    right = torch.zeros(32, dtype=torch.bool)
-    right[20:] = True
+    assert torch.equal(a, again) and a.shape == (3, 6, 32, 64) and mask.shape == (1, 2, 6, 32, 64)
+    right = torch.zeros(64, dtype=torch.bool)
+    right[34:] = True
     assert torch.equal(a[..., right], b[..., right]) and not torch.equal(a[..., ~right], b[..., ~right])
     assert torch.equal(mask[0, 1][..., right], other[0, 1][..., right])
 

@@ -288,9 +288,10 @@ def wan_by_hand(folder, prompt, negative, seed, steps):
 def test_the_whole_pipeline_is_its_parts(wan):
     model, encoders, meta = sample.load(wan / "2.1")
     rows = [
-        {"prompt": p, "people": None, "seed": i} for i, p in enumerate(("a close-up", "a dark room of two"))
+        {"prompt": p, "people": None, "seed": i, "size": (32, 48)}
+        for i, p in enumerate(("a close-up", "a dark room of two"))
     ]
-    sample.make(rows, model, encoders, sample.RECIPES[meta["kind"]] | {"steps": 3}, 5, (32, 48))
+    sample.make(rows, model, encoders, sample.RECIPES[meta["kind"]] | {"steps": 3}, 5)
     for row in rows:
         truth = wan_by_hand(wan / "2.1", row["prompt"], data.NEGATIVE_PROMPT, row["seed"], 3)
         assert row["video"].shape == (3, 5, 32, 48)
