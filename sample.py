@@ -33,7 +33,7 @@ SOLVERS = ("unipc", "dpm++", "euler")
 # Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise. The toy's were chosen
 # on its benchmark (LOG.md), Wan's are its authors'.
 RECIPES = {
-    "toy": dict(steps=8, shift=8.0, solver="euler", guide_text=(1.0,), guide_refs=1.5, fps=4, negative=""),
+    "toy": dict(steps=4, shift=100.0, solver="euler", guide_text=(1.0,), guide_refs=1.0, fps=4, negative=""),
     "wan2.1": dict(steps=50, shift=5.0, solver="unipc", guide_text=(5.0,), guide_refs=5.0, fps=16,
                    negative=data.NEGATIVE_PROMPT),
     "wan2.2": dict(steps=40, shift=12.0, solver="unipc", guide_text=(4.0, 3.0), guide_refs=4.0, fps=16,
