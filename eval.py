@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 from model import find_checkpoint
 from rope import VIEWS, UserError
-from sample import RECIPES, generate, load
+from sample import RECIPES, default_checkpoint, generate, load
 
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
 ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
@@ -195,6 +195,9 @@ METRICS = {  # name: (what it is, its values in one person's result, shown as pe
 }
 
 
+HEADLINE = ("psnr", "side", "top-1", "swaps")  # printed with their intervals; the report has all
+
+
 def mean(values):
     """Of those that are not None; None of none."""
     values = [v for v in values if v is not None]
@@ -238,12 +241,12 @@ def shown(found, per_cent=False, signed=False):
     return f"{a:{'+' if signed else ''}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def table(rows):
-    """Every metric for each number of people and views given: a header and lines of cells."""
+def table(rows, metrics, show=shown):
+    """A header, and for each number of people and views given a line of cells."""
     groups = [((n,), [setting]) for n in (1, 2) for setting in SETTINGS if select(rows, (n,), [setting])]
-    lines = [[name + " %" * per_cent, *(shown(estimate(rows, name, *which), per_cent) for which in groups)]
-             for name, (_, _, per_cent) in METRICS.items() if name != "loss"]
-    return [["", *(f"{n}, {setting}" for (n,), (setting,) in groups)], *lines]
+    return [["people, views given", *(name + " %" * METRICS[name][2] for name in metrics)],
+            *([f"{n}, {setting}", *(show(estimate(rows, name, (n,), [setting]), METRICS[name][2])
+                                    for name in metrics)] for (n,), (setting,) in groups)]
 
 
 def align(lines):
@@ -424,7 +427,7 @@ def report(path, title, rows, base, frames, size):
     plots += [plot("swaps by views given, two people, %", shown_settings, {"this checkpoint": swaps}, True),
               plot("loss by noise level, every slot a proxy", [str(s) for s in SIGMAS],
                    {"this checkpoint": prior(rows), **({"its stage 1": prior(base)} if base else {})})]
-    header, *lines = table(rows)
+    header, *lines = zip(*table(rows, [name for name in METRICS if name != "loss"]))
     cells = "".join("<tr><td title='{}'>{}</td>{}</tr>".format(
         html.escape(METRICS[name.removesuffix(" %")][0]), name, "".join(f"<td>{c}</td>" for c in line))
         for name, *line in lines)
@@ -443,7 +446,7 @@ h3 {{ font-size: 13px; margin: 22px 0 4px }}
 figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
 figcaption {{ font-size: 11px; color: #555 }}</style>
 <h1>HarmoView on the toy benchmark</h1><p>{html.escape(title)}. Means over cases with 95 % bootstrap
-intervals. Columns: people in the clip, views given.</p>
+intervals. </p>
 <table><tr>{''.join(f'<th>{h}</th>' for h in header)}</tr>{cells}</table><ul>{legend}</ul>
 <div>{''.join(plots)}</div><h2>All cases, the worst first</h2>
 {''.join(case_html(n, cases[n], frames, size) for n in worst)}""", encoding="utf-8")
@@ -565,12 +568,14 @@ def main(argv=None):
         if unknown := set(args.ablate) - set(ABLATIONS):
             raise UserError(f"--ablate {' '.join(sorted(unknown))}: expected {', '.join(ABLATIONS)}")
         return ablate(args.ablate or list(ABLATIONS), args, recipe, cases)
-    start, ckpt = time.perf_counter(), args.ckpt or "out/toy"
+    start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
     rows, world = evaluate(ckpt, cases, args.settings, recipe, out / "cases.jsonl", args.batch)
     base, first = [], find_checkpoint(Path(ckpt) / "stage1")
     if first:
         base, _ = evaluate(first, cases, ["none"], recipe, out / "cases.jsonl", args.batch)
-    print(align(table(rows)))
+    print(align(table(rows, HEADLINE)))
+    print(align(table(rows, [name for name in METRICS if name not in (*HEADLINE, "loss")],
+                      lambda found, per_cent: shown(found, per_cent).split(" [")[0])))
     print(align([["loss at noise level", *map(str, SIGMAS)], *(
         [name, *map(shown, prior(r))] for name, r in (("", rows), ("stage 1", base)) if r)]))
     report(out / "report.html", f"{ckpt}: {recipe['steps']} steps, reference guidance {recipe['guide_refs']}",

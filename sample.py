@@ -26,7 +26,7 @@ import data
 from encoders import UMT5, DINOv2, WanVAE, stream_blocks
 from kernels import use_fused
 from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint, load_checkpoint, load_wan,
-                   peak_memory, random_inputs, report_speed, uses_bf16, wan_config)
+                   peak_memory, random_inputs, report_speed, save_checkpoint, uses_bf16, wan_config)
 from rope import VIEWS, UserError
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -337,6 +337,26 @@ def config_of(part, trained):
     return wan_config(part)
 
 
+def default_checkpoint():
+    """The toy run of this folder, or else the toy that comes with the code."""
+    shipped = Path(__file__).with_name("assets") / "toy"
+    return "out/toy" if find_checkpoint("out/toy") or not shipped.exists() else str(shipped)
+
+
+def export(ckpt, folder):
+    """The averaged weights of a checkpoint of train.py in bf16, and what sampling needs beside them."""
+    source, folder = find_checkpoint(ckpt), Path(folder)
+    if not source:
+        raise UserError(f"--export: no checkpoint of train.py at {ckpt}")
+    if folder.exists() and not (folder / "checkpoint.json").exists():
+        raise UserError(f"--export {folder} exists and is no checkpoint: choose another folder")
+    data.probe_writable(folder.parent)
+    network, meta = load_checkpoint(source)
+    files = [f for f in (source / "spiece.model", source / "vit.safetensors") if f.exists()]
+    save_checkpoint(folder, {"ema": {k: v.bfloat16() for k, v in network.state_dict().items()}}, meta, files)
+    print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.1f} MiB from {source}")
+
+
 def load(ckpt, wan=None, offload=False, tile=None):
     """--ckpt -> model (an Experts), its encoders, its meta; says which checkpoint it took. meta holds kind, a
     key of RECIPES, and for the toy the world it was trained on.
@@ -462,8 +482,8 @@ def arguments(argv=None):
     what("--views", nargs="+", choices=VIEWS, help="toy, without --refs: the views that are given")
     what("--swap", action="store_true",
          help="again below with the two people's references exchanged, same noise")
-    what("--ckpt", default="out/toy", help="folder of a checkpoint or of a run (its newest one), or of a Wan "
-         "checkpoint (default out/toy)")
+    what("--ckpt", help="folder of a checkpoint or of a run (its newest one), or of a Wan checkpoint "
+         "(default out/toy, or where that is empty the toy that comes with the code)")
     what("--wan", metavar="DIR", help="where umT5, the VAE and the ViT are (default: the Wan folder that "
          "--ckpt is or started from)")
     what("--out", default="out/sample", help="where to write, without suffix (default out/sample)")
@@ -481,12 +501,16 @@ def arguments(argv=None):
     how("--seed", type=int, default=0)
     how("--bench", action="store_true", help="time the transformer on random latents, one person with all "
         "views, and stop; --ckpt may be the name of a config")
+    how("--export", metavar="DIR",
+        help="write the checkpoint there in bf16, with what sampling needs, and stop")
     card = p.add_argument_group("small cards").add_argument
     card("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
     card("--tile", type=int, help="pixels a side that the VAE works on at a time, for example 256")
     card("--no-fused", action="store_true", help="PyTorch's operations in the place of the Triton kernels")
     card("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.ckpt = args.ckpt or default_checkpoint()
+    return args
 
 
 def parse_size(text):
@@ -620,6 +644,8 @@ def main(argv=None):
         raise UserError("--refs needs --prompt: say what the people do")
     if args.dry_run:
         return dry_run(args)
+    if args.export:
+        return export(args.ckpt, args.export)
     print(use_fused(False if args.no_fused else None))
     if args.bench:
         return bench(args)

@@ -454,7 +454,7 @@ def train_stage(number, prepared, args, dataset, world, stop):
     if world.rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"stage {number} {stage.name}: steps {start + 1} to {steps} in {minutes:.1f} min, "
-              f"loss {float(total) / world.size:.4f}")
+              f"loss {float(total) / world.size:.4f}", flush=True)
 
 
 def open_metrics(folder, start):

@@ -371,6 +371,26 @@ def test_an_incomplete_wan_folder(file, wan, tmp_path):
         sample.load(tmp_path / "wan")
 
 
+def test_an_export_is_the_same_network_in_bf16(tiny, tmp_path, monkeypatch):
+    run_folder, out = tiny / "out" / "tiny", tmp_path / "small"
+    call("sample.py", "--ckpt", run_folder, "--export", out, cwd=tmp_path)
+    whole, small = (sample.load(folder)[0].load[0]() for folder in (run_folder, out))
+    for (name, a), b in zip(whole.named_parameters(), small.parameters()):
+        assert torch.equal(a.bfloat16().float(), b), name
+    assert not (out / "optimizer.safetensors").exists()
+    call("sample.py", "--ckpt", out, "--steps", 1, "--prompt", PROMPT, "--out", "a", cwd=tmp_path)
+    assert (tmp_path / "a.mp4").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine exists and is no checkpoint"):
+        sample.main(["--ckpt", str(run_folder), "--export", str(tmp_path / "mine")])
+    # what a command without --ckpt takes: a run in out/ before the toy that comes with the code
+    monkeypatch.chdir(tmp_path)
+    assert sample.default_checkpoint() == str(ROOT / "assets" / "toy")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "toy").symlink_to(run_folder)
+    assert sample.default_checkpoint() == "out/toy"
+
+
 def test_the_contact_sheet_shows_everything():
     people = [{"front": torch.full((3, 32, 32), -1.0)}, {}]
     video = torch.zeros(3, 2, 32, 32)
