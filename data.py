@@ -169,19 +169,18 @@ def render_heads(identity, pose, size, supersample=2):
     float 0..1.
 
     identity  dict as from draw_identities, n of them
-    pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), x, y, scale (of the picture's
-              half side, y up), light and light_colour, shirt [n, 3]
-    size      (H, W)
-    returns   rgb [n, 3, H, W], alpha [n, 1, H, W], head [n, 1, H, W] (skin and hair,
+    pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), y, scale (of the picture's half
+              side, y up), light and light_colour, shirt [n, 3]
+    returns   rgb [n, 3, size, size], alpha [n, 1, size, size], head [n, 1, size, size] (skin and hair,
               without the body)
     """
-    n, (h, w) = len(pose["yaw"]), (side * supersample for side in size)
-    y, x = ((torch.arange(side) + 0.5) * 2 / h - side / h for side in (h, w))
+    n, s = len(pose["yaw"]), size * supersample
+    axis = (torch.arange(s) + 0.5) / s * 2 - 1
 
     def column(a):
-        return a[:, None]  # [n] -> [n, 1], to go with rays [n, h*w]
-    X = (x.repeat(h)[None] - column(pose["x"])) / column(pose["scale"])
-    Y = (-y.repeat_interleave(w)[None] - column(pose["y"])) / column(pose["scale"])
+        return a[:, None]  # [n] -> [n, 1], to go with rays [n, s*s]
+    X = axis.repeat(s)[None] / column(pose["scale"])
+    Y = (-axis.repeat_interleave(s)[None] - column(pose["y"])) / column(pose["scale"])
     R = rotation(pose["yaw"], pose["pitch"], pose["roll"])
     # The ray (X, Y, z) seen from the head: o + z*d, with the head's centre at 0 and its half height 1.
     o = [column(R[:, 0, i]) * X + column(R[:, 1, i]) * Y for i in range(3)]
@@ -245,13 +244,13 @@ def render_heads(identity, pose, size, supersample=2):
         at, size_of = column(i["patch_height"][:, p]), column(i["patch_size"][:, p])
         patch = (skull | shell) & spot(from_centre, el, 0, at, 1.2 * size_of, size_of)
         layers.append((patch, i[f"patch_{name}"]))
-    top = torch.zeros(n, h * w, dtype=torch.int64)
+    top = torch.zeros(n, s * s, dtype=torch.int64)
     for j, (where, _) in enumerate(layers):
         top[where] = j
     palette = torch.stack([colour for _, colour in layers], dim=1)  # [n, layers, 3]
     colour = palette.gather(1, top[..., None].expand(-1, -1, 3))
 
-    shade = torch.zeros(n, h * w)
+    shade = torch.zeros(n, s * s)
     for name in order:
         of_head = name in parts
         centre, radii = parts[name] if of_head else body[name]
@@ -264,7 +263,7 @@ def render_heads(identity, pose, size, supersample=2):
     colour = colour * (0.55 + 0.5 * shade[..., None]) * pose["light_colour"][:, None]
     colour = colour.clamp(0, 1) * hit[..., None]
     channels = torch.cat((colour, hit[..., None], (hit & ~on["shoulders"] & ~on["neck"])[..., None]), dim=-1)
-    channels = F.avg_pool2d(channels.transpose(1, 2).reshape(n, 5, h, w), supersample)
+    channels = F.avg_pool2d(channels.transpose(1, 2).reshape(n, 5, s, s), supersample)
     return channels[:, :3], channels[:, 3:4], channels[:, 4:]
 
 
@@ -280,7 +279,7 @@ def background(names, size):
 
 def render_in_chunks(identity, pose, size):
     """render_heads for any number of heads, in calls whose rays fit the CPU's cache; about 2.5x faster."""
-    step = max(1, (1 << 18) // (4 * size[0] * size[1]))
+    step = max(1, (1 << 18) // (2 * size) ** 2)
     parts = [render_heads(*({name: v[i:i + step] for name, v in of.items()} for of in (identity, pose)), size)
              for i in range(0, len(pose["yaw"]), step)]
     return tuple(torch.cat(p) for p in zip(*parts))
@@ -290,7 +289,6 @@ def clip_pose(clips, k, frames):
     """How person k stands in every frame of n clips: the pose dict of render_heads, every entry [n, frames]
     or [n, frames, 3]."""
     u = torch.linspace(0, 1, frames)
-    people = len(clips[0].motions)
 
     def stack(values):
         return torch.stack([torch.as_tensor(v).float().expand(frames, *torch.as_tensor(v).shape[1:])
@@ -301,7 +299,7 @@ def clip_pose(clips, k, frames):
     light = [LIGHTS[c.light] for c in clips]
     return {
         "yaw": yaw, "pitch": pitch, "roll": roll, "mouth": stack([MOUTHS[c.mouths[k]](u) for c in clips]),
-        "x": torch.full_like(yaw, 2 * k + 1 - people), "y": torch.full_like(yaw, 0.06), "scale": zoom,
+        "y": torch.full_like(yaw, 0.06), "scale": zoom,
         "light": stack([torch.tensor([direction]) for direction, _ in light]),
         "light_colour": stack([torch.tensor([colour]) for _, colour in light]),
         "shirt": stack([torch.tensor([SHIRTS[c.shirts[k]]]) for c in clips]),
@@ -324,18 +322,19 @@ def render_clips(clips, people, frames, size, poses=None):
     returns  video [n, 3, frames, H, W] in -1..1 and head masks [n, people, frames, H, W] in 0..1, where
              (H, W) is frame_size(size, len(people))
     """
-    n, size = len(clips), frame_size(size, len(people))
-    scene = background([c.background for c in clips], size)[:, :, None].expand(-1, -1, frames, -1, -1)
-    masks = []
+    n, (H, W) = len(clips), frame_size(size, len(people))
+    video = background([c.background for c in clips], (H, W))[:, :, None].repeat(1, 1, frames, 1, 1)
+    masks = torch.zeros(n, len(people), frames, H, W)
     for k, identities in enumerate(people):
         pose = clip_pose(clips, k, frames) | (poses or {}).get(k, {})
         pose = {name: v.flatten(0, 1) for name, v in pose.items()}
         who = pick(identities, torch.arange(n).repeat_interleave(frames))
         rgb, alpha, head = (a.unflatten(0, (n, frames)).transpose(1, 2)  # [n, ., F, S, S]
                             for a in render_in_chunks(who, pose, size))
-        scene = rgb + (1 - alpha) * scene
-        masks = [m * (1 - alpha[:, 0]) for m in masks] + [head[:, 0]]  # a later person covers an earlier one
-    return scene * 2 - 1, torch.stack(masks, dim=1)
+        square = slice(k * size, (k + 1) * size)
+        video[..., square] = rgb + (1 - alpha) * video[..., square]
+        masks[:, k, ..., square] = head[:, 0]
+    return video * 2 - 1, masks
 
 
 def reference_pose(n, seed):
@@ -352,7 +351,7 @@ def reference_pose(n, seed):
             "pitch": jitter(6), "roll": jitter(4), "mouth": torch.rand(n * V, generator=g).round(),
             "light": lights[light], "light_colour": colours[light],
             "shirt": shirts[torch.randint(len(SHIRTS), (n * V,), generator=g)],
-            "x": torch.zeros(n * V), "y": torch.full((n * V,), 0.06), "scale": 0.66 + jitter(0.03)}
+            "y": torch.full((n * V,), 0.06), "scale": 0.66 + jitter(0.03)}
 
 
 def render_references(identities, seed, size, clips=None, k=0, frames=6):
@@ -369,9 +368,9 @@ def render_references(identities, seed, size, clips=None, k=0, frames=6):
         of_clip = clip_pose(clips, k, frames)
         nearest = view_distance(of_clip["yaw"]).argmin(dim=2)  # [n, V]
         pose |= {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in of_clip.items()
-                 if name not in ("x", "y", "scale")}  # framed as a reference
+                 if name not in ("y", "scale")}  # framed as a reference
     who = pick(identities, torch.arange(n).repeat_interleave(V))
-    rgb, alpha, _ = render_in_chunks(who, pose, (size, size))
+    rgb, alpha, _ = render_in_chunks(who, pose, size)
     return (rgb + (1 - alpha)).unflatten(0, (n, V)) * 2 - 1
 
 

@@ -23,13 +23,13 @@ def magenta(identity, yaw, size=64):
     """Number of pixels with the patch colour at a yaw."""
     pose = {
         "yaw": torch.tensor([float(yaw)]),
-        **{k: torch.zeros(1) for k in ("pitch", "roll", "mouth", "x", "y")},
+        **{k: torch.zeros(1) for k in ("pitch", "roll", "mouth", "y")},
         "scale": torch.tensor([0.6]),
         "light": torch.tensor([[0.0, 0.4, 1.0]]),
         "light_colour": torch.ones(1, 3),
         "shirt": torch.full((1, 3), 0.5),
     }
-    rgb, _, _ = data.render_heads(identity, pose, (size, size))
+    rgb, _, _ = data.render_heads(identity, pose, size)
     return int((rgb[0, 0] - rgb[0, 1] > 0.1).sum())
 
 
@@ -53,7 +53,7 @@ def test_yaw_turns_to_the_named_side():
     """In the left view the nose points to the picture's left edge; pitch > 0 looks up."""
     one = person()
     one["nose"] = torch.tensor([0.4])
-    pose = {k: torch.zeros(3) for k in ("roll", "mouth", "x", "y")}
+    pose = {k: torch.zeros(3) for k in ("roll", "mouth", "y")}
     pose |= {
         "yaw": torch.tensor([-85.0, 85, 0]),
         "pitch": torch.tensor([0.0, 0, 30]),
@@ -64,7 +64,7 @@ def test_yaw_turns_to_the_named_side():
     }
     one["eyes"] = RED[None]
     three = data.pick(one, torch.zeros(3, dtype=torch.int64))
-    rgb, _, head = data.render_heads(three, pose, (64, 64))
+    rgb, _, head = data.render_heads(three, pose, 64)
     column = torch.arange(64.0)
     middle = (head * column).sum((1, 2, 3)) / head.sum((1, 2, 3))
     assert middle[0] < 31.5 < middle[1]
@@ -72,7 +72,7 @@ def test_yaw_turns_to_the_named_side():
     level = data.render_heads(
         data.pick(one, 0),
         {k: v[:1] for k, v in (pose | {"yaw": torch.zeros(3), "pitch": torch.zeros(3)}).items()},
-        (64, 64),
+        64,
     )[0]
     assert (
         eyes.nonzero()[:, 0].float().mean() < (level[0, 0] - level[0, 1] > 0.1).nonzero()[:, 0].float().mean()
