@@ -617,7 +617,7 @@ def make(rows, model, encoders, recipe, frames):
     velocities = [guided(model, text[i:i + 1], text[-1:], refs, vit, recipe["guide_text"],
                          recipe["guide_refs"], model.boundary) for i, (refs, vit) in enumerate(seen)]
     bar = tqdm(total=len(rows) * recipe["steps"], desc="sampling", unit=" steps", disable=None)
-    start = time.perf_counter()
+    start, loaded = time.perf_counter(), model.loading
 
     def velocity(x, t):  # all rows step together, so that each expert loads once
         bar.update(len(rows))
@@ -625,8 +625,9 @@ def make(rows, model, encoders, recipe, frames):
     shape = data.latent_shape(model.config.in_dim, frames, rows[0]["size"])
     latents = denoise(velocity, shape, [row["seed"] for row in rows], recipe, model.device).cpu()
     bar.close()
-    seconds = time.perf_counter() - start - model.loading
-    print(f"{seconds / bar.total:.3g} seconds a step, and {model.loading:.3g} to load the transformer")
+    loading = model.loading - loaded
+    print(f"{(time.perf_counter() - start - loading) / bar.total:.3g} seconds a step, "
+          f"and {loading:.3g} to load the transformer")
     model.drop()
     for row, latent in zip(rows, latents):
         row["video"] = encoders.decode(latent[None])[0].cpu()
