@@ -175,7 +175,7 @@ def _turn(x, cos, sin, BLOCK: constexpr):
 def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L, P, EPS: constexpr,
              D: constexpr, K: constexpr, T: constexpr, H: constexpr, BLOCK: constexpr, CHUNKS: constexpr,
              RESIDUAL: constexpr, GATED: constexpr, F: constexpr):
-    """Grid (B*L,): one row a program. stats: 1/rms [1, B*L] before a rotary, else 1/std and mean [2, B*L]."""
+    """Grid (B*L,): one row a program. stats: 1/rms [B*L, 1] before a rotary, else 1/std and mean [B*L, 2]."""
     row = tl.program_id(0).to(tl.int64)
     at, b = row * D, row // L * D
     xs, sums, squares = (), tl.zeros((BLOCK,), F), tl.zeros((BLOCK,), F)
@@ -194,11 +194,12 @@ def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L
         off = tl.where(c * BLOCK + tl.arange(0, BLOCK) < D, xs[c] - mean, 0.0)
         squares += off * off
     r = tl.rsqrt(tl.sum(squares) / D + EPS)
-    tl.store(stats + row, r)
+    stats += row * (1 if K else 2)
+    tl.store(stats, r)
     if K:
         co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
     else:
-        tl.store(stats + tl.num_programs(0) + row, mean)
+        tl.store(stats + 1, mean)
     for c in tl.static_range(CHUNKS):
         if K:
             z = _turn(xs[c] * r * _get(scale, c, D, BLOCK, F, True), co, si, BLOCK)
@@ -219,31 +220,30 @@ def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_gra
     The trip count is compiled in because the interpreter of triton 3.6 cannot loop over a runtime range with
     numpy >= 2.4."""
     b = 0 if K else tl.program_id(1).to(tl.int64)  # said outright, it saves two registers that would spill
-    dscale, dshift, dgate = ((tl.zeros((BLOCK,), F),) * CHUNKS,) * 3
+    dshift, dscale, dgate = ((tl.zeros((BLOCK,), F),) * CHUNKS,) * 3  # in another order triton 3.6 spills
     for step in tl.range(STEPS, num_stages=STAGES):
         row = tl.program_id(0) + step * tl.num_programs(0)
         live = (row < ROWS).to(F)  # a program without a row left repeats the last one and does not count it
         row = b * ROWS + tl.minimum(row, ROWS - 1).to(tl.int64)
         at = row * D
-        r = tl.load(stats + row)
-        mean = 0.0
+        r, mean = tl.load(stats + row * (1 if K else 2)), 0.0
         if K:
             co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
         else:
-            mean = tl.load(stats + tl.num_programs(1) * ROWS + row)
-        hats, gs, scales, shifts, gates = (), (), (), (), ()
+            mean = tl.load(stats + row * 2 + 1)
+        hats, gs, shifts, scales, gates = (), (), (), (), ()
         ones, dots = tl.zeros((BLOCK,), F), tl.zeros((BLOCK,), F)
         for c in tl.static_range(CHUNKS):
             g = _get(out_grad + at, c, D, BLOCK, F)
             if K:
                 g = _turn(g, co, -si, BLOCK)
             hats = hats + ((_get(x + at, c, D, BLOCK, F) - mean) * r,)
-            scales, shifts = scales + (dscale[c] + g * hats[c] * live,), shifts + (dshift[c] + g * live,)
+            shifts, scales = shifts + (dshift[c] + g * live,), scales + (dscale[c] + g * hats[c] * live,)
             by = _get(scale + b * D, c, D, BLOCK, F, True)
             gs = gs + (g * by if K else g + g * by,)
             ones += gs[c]
             dots += gs[c] * hats[c]
-        dscale, dshift = scales, shifts
+        dshift, dscale = shifts, scales
         one, dot = 0.0 if K else tl.sum(ones) / D, tl.sum(dots) / D
         for c in tl.static_range(CHUNKS):
             d = r * (gs[c] - one - hats[c] * dot)
@@ -324,7 +324,7 @@ def _norm(x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], shift: Optiona
 def _norm_fake(x, y, gate, shift, scale, positions, cos, sin, eps, out_dtype):
     out = x if cos is None else x.unflatten(-1, (-1, 2 * cos.shape[1]))  # [B, L, D] or [B, L, N, K]
     return (x.new_empty(0 if y is None else x.shape), x.new_empty(out.shape, dtype=out_dtype),
-            x.new_empty(2 if cos is None else 1, *x.shape[:2], dtype=_math(x.dtype)))
+            x.new_empty(*x.shape[:2], 2 if cos is None else 1, dtype=_math(x.dtype)))
 
 
 @torch.library.custom_op("harmoview::norm_backward", mutates_args=())
@@ -346,7 +346,7 @@ def _norm_grad(total_grad: Tensor, out_grad: Tensor, x: Tensor, y: Optional[Tens
 @_norm_grad.register_fake
 def _norm_grad_fake(total_grad, out_grad, x, y, gate, scale, positions, cos, sin, stats):
     return (x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape),
-            stats.new_empty(len(stats) + (gate is not None), *scale.shape))
+            stats.new_empty(stats.shape[2] + (gate is not None), *scale.shape))
 
 
 def _norm_setup(ctx, inputs, output):
