@@ -175,8 +175,12 @@ def _turn(x, cos, sin, BLOCK: constexpr):
 def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L, P, EPS: constexpr,
              D: constexpr, K: constexpr, T: constexpr, H: constexpr, BLOCK: constexpr, CHUNKS: constexpr,
              RESIDUAL: constexpr, GATED: constexpr, F: constexpr):
-    """Grid (B*L,): one row a program. stats: 1/rms [B*L, 1] before a rotary, else 1/std and mean [B*L, 2]."""
+    """Grid (B*L, 1), one row a program; before a rotary (B*L, 2): x, scale and out are q, its weight and its
+    output, and y, gate and total those of k. stats [B*L, 2]: 1/std and mean, or 1/rms of q and of k."""
     row = tl.program_id(0).to(tl.int64)
+    if K:
+        if tl.program_id(1) == 1:
+            x, scale, out = y, gate, total
     at, b = row * D, row // L * D
     xs, sums, squares = (), tl.zeros((BLOCK,), F), tl.zeros((BLOCK,), F)
     for c in tl.static_range(CHUNKS):
@@ -194,12 +198,11 @@ def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L
         off = tl.where(c * BLOCK + tl.arange(0, BLOCK) < D, xs[c] - mean, 0.0)
         squares += off * off
     r = tl.rsqrt(tl.sum(squares) / D + EPS)
-    stats += row * (1 if K else 2)
-    tl.store(stats, r)
+    tl.store(stats + row * 2 + tl.program_id(1), r)
     if K:
         co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
     else:
-        tl.store(stats + 1, mean)
+        tl.store(stats + row * 2 + 1, mean)
     for c in tl.static_range(CHUNKS):
         if K:
             z = _turn(xs[c] * r * _get(scale, c, D, BLOCK, F, True), co, si, BLOCK)
@@ -213,20 +216,27 @@ def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L
 def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_grad, dx, dy, partial, ROWS, L,
               P, D: constexpr, K: constexpr, T: constexpr, H: constexpr, BLOCK: constexpr, CHUNKS: constexpr,
               STEPS: constexpr, STAGES: constexpr, RESIDUAL: constexpr, GATED: constexpr, F: constexpr):
-    """Grid (programs, samples): STEPS of a sample's ROWS each (all B*L are one sample before a rotary), and
-    their sums for scale, shift and gate in partial [1 to 3, samples, programs, D].
+    """Grid (programs, B): STEPS of a sample's ROWS each, and their sums for scale, shift and gate in partial
+    [2 or 3, B, programs, D]. Before a rotary (programs, 2), of all rows of q or of k: x, scale, out_grad and
+    dx are q's, and y, gate, total_grad and dy k's; partial is [2, programs, D].
     With hat = (x - mean) * r and g = dout * (1 + scale), or, turned back, dout * weight:
     dx = r * (g - mean(g) - hat * mean(g * hat)), plus the sum's own gradient; without mean(g) for RMSNorm.
     The trip count is compiled in because the interpreter of triton 3.6 cannot loop over a runtime range with
     numpy >= 2.4."""
-    b = 0 if K else tl.program_id(1).to(tl.int64)  # said outright, it saves two registers that would spill
+    b = tl.program_id(1).to(tl.int64)
+    partial += (b * tl.num_programs(0) + tl.program_id(0)) * D
+    if K:
+        stats += b
+        if b == 1:
+            x, scale, out_grad, dx = y, gate, total_grad, dy
+        b = 0
     dshift, dscale, dgate = ((tl.zeros((BLOCK,), F),) * CHUNKS,) * 3  # in another order triton 3.6 spills
     for step in tl.range(STEPS, num_stages=STAGES):
         row = tl.program_id(0) + step * tl.num_programs(0)
         live = (row < ROWS).to(F)  # a program without a row left repeats the last one and does not count it
         row = b * ROWS + tl.minimum(row, ROWS - 1).to(tl.int64)
         at = row * D
-        r, mean = tl.load(stats + row * (1 if K else 2)), 0.0
+        r, mean = tl.load(stats + row * 2), 0.0
         if K:
             co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
         else:
@@ -257,7 +267,6 @@ def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_gra
                 _put(dy + at, c, d, D, BLOCK)
         if GATED:
             dgate = gates
-    partial += (b * tl.num_programs(0) + tl.program_id(0)) * D
     size = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
     for c in tl.static_range(CHUNKS):
         _put(partial, c, dscale[c], D, BLOCK)
@@ -282,8 +291,8 @@ def _plan(D, dtype, K=0, residual=False, gated=False, backward=False):
     live = 1.1 if not backward else 3.5 if K else 7.5 if gated else 5
     warps = SWEPT.get("num_warps") or min(8, max(1, block * (dtype.itemsize if K else 4) // 512))
     registers = -(-(28 + live * block * chunks / (32 * warps)) // 8) * 8
-    return dict(D=D, K=K, T=t, H=h, BLOCK=block, CHUNKS=chunks, RESIDUAL=residual, GATED=gated,
-                F=tl.float64 if dtype == torch.float64 else tl.float32,
+    return dict(D=D, K=K, T=t, H=h, BLOCK=block, CHUNKS=chunks, RESIDUAL=residual and not K,
+                GATED=gated and not K, F=tl.float64 if dtype == torch.float64 else tl.float32,
                 num_warps=warps, maxnreg=SWEPT.get("maxnreg") or int(min(248, max(64, registers))))
 
 
@@ -311,55 +320,57 @@ def _launch(kernel, grid, *args, **options):
 def _norm(x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], shift: Optional[Tensor], scale: Tensor,
           positions: Optional[Tensor], cos: Optional[Tensor], sin: Optional[Tensor], eps: float,
           out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x + gate * y (empty without y), its norm, and the norm's statistics for the backward. With positions it
-    is RMSNorm, the weight in scale [D], rotary; else LayerNorm, modulation by the rows in scale and shift."""
+    """x + gate * y (empty without y), its LayerNorm modulated by the rows in scale and shift, and the norm's
+    statistics for the backward. With positions RMSNorm and rotary of two tensors at once: q and its weight
+    are x and scale, k and its weight y and gate, and k comes back first."""
     (B, L, D), (P, half) = x.shape, (0, 0) if cos is None else cos.shape
     outputs = _norm_fake(x, y, gate, shift, scale, positions, cos, sin, eps, out_dtype)
-    _launch(_forward, (B * L,), x, y, gate, shift, scale, positions, cos, sin, *outputs, L, P, EPS=eps,
-            **_plan(D, x.dtype, 2 * half, y is not None, gate is not None))
+    _launch(_forward, (B * L, 1 if cos is None else 2), x, y, gate, shift, scale, positions, cos, sin,
+            *outputs, L, P, EPS=eps, **_plan(D, x.dtype, 2 * half, y is not None, gate is not None))
     return outputs
 
 
 @_norm.register_fake
 def _norm_fake(x, y, gate, shift, scale, positions, cos, sin, eps, out_dtype):
     out = x if cos is None else x.unflatten(-1, (-1, 2 * cos.shape[1]))  # [B, L, D] or [B, L, N, K]
-    return (x.new_empty(0 if y is None else x.shape), x.new_empty(out.shape, dtype=out_dtype),
-            x.new_empty(*x.shape[:2], 2 if cos is None else 1, dtype=_math(x.dtype)))
+    return (x.new_empty(0 if y is None else out.shape), x.new_empty(out.shape, dtype=out_dtype),
+            x.new_empty(*x.shape[:2], 2, dtype=_math(x.dtype)))
 
 
 @torch.library.custom_op("harmoview::norm_backward", mutates_args=())
 def _norm_grad(total_grad: Tensor, out_grad: Tensor, x: Tensor, y: Optional[Tensor], gate: Optional[Tensor],
                scale: Tensor, positions: Optional[Tensor], cos: Optional[Tensor], sin: Optional[Tensor],
                stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of y, and, stacked in float32, of scale, shift and gate."""
+    """Gradients of x, of y, and, stacked in float32, of scale, shift and gate as far as there are such."""
     (B, L, D), (P, half) = x.shape, (0, 0) if cos is None else cos.shape
     dx, dy, sums = _norm_grad_fake(total_grad, out_grad, x, y, gate, scale, positions, cos, sin, stats)
-    samples, rows = (B, L) if cos is None else (1, B * L)
+    samples, rows = (B, L) if cos is None else (2, B * L)
     plan = _plan(D, x.dtype, 2 * half, y is not None, gate is not None, backward=True)
     programs, plan = _spread(rows, plan, x.device, shares=max(samples, 1))
-    partial = sums.new_empty(len(sums), samples, programs, D)
+    partial = sums.new_empty(*sums.shape[:-1], programs, D)
     _launch(_backward, (programs, samples), x, y, gate, scale, positions, cos, sin, stats, total_grad,
             out_grad, dx, dy, partial, rows, L, P, **plan)
-    return dx, dy, partial.sum(2).view(sums.shape)
+    return dx, dy, partial.sum(-2)
 
 
 @_norm_grad.register_fake
 def _norm_grad_fake(total_grad, out_grad, x, y, gate, scale, positions, cos, sin, stats):
     return (x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape),
-            stats.new_empty(stats.shape[2] + (gate is not None), *scale.shape))
+            stats.new_empty((cos is None) + 1 + (gate is not None), *scale.shape))
 
 
 def _norm_setup(ctx, inputs, output):
     x, y, gate, shift, scale, *rotary, _, _ = inputs
-    ctx.save_for_backward(x if y is None else output[0], y, gate, scale, *rotary, output[2], shift)
+    x = x if y is None or rotary[0] is not None else output[0]
+    ctx.save_for_backward(x, y, gate, scale, *rotary, output[2], shift)
 
 
 def _norm_autograd(ctx, total_grad, out_grad, _):
     *saved, shift = ctx.saved_tensors
     _, y, gate, scale, *_ = saved
     dx, dy, sums = _norm_grad(total_grad, out_grad, *saved)
-    dscale, dshift, dgate = (None if to is None else grad.to(to.dtype)
-                             for to, grad in zip((scale, shift, gate), (*sums, None, None)))
+    sums = iter(sums)
+    dscale, dshift, dgate = (None if to is None else next(sums).to(to.dtype) for to in (scale, shift, gate))
     return dx, None if y is None else dy, dgate, dshift, dscale, *[None] * 5
 
 
@@ -401,8 +412,8 @@ def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
             cos=(cos, cos.shape, torch.float32), sin=(sin, cos.shape, torch.float32))
     check_positions(positions, tables)
     if _runs_fused(q):
-        return tuple(_norm(x, None, None, None, weight, positions, cos, sin, eps, x.dtype)[1]
-                     for x, weight in ((q, weight_q), (k, weight_k)))
+        k, q, _ = _norm(q, k, weight_k, None, weight_q, positions, cos, sin, eps, q.dtype)
+        return q, k
     return qk_norm_rope_reference(q, k, weight_q, weight_k, positions, tables, eps)
 
 

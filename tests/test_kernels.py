@@ -358,6 +358,28 @@ def test_without_triton_the_references_serve(tmp_path):
     assert "need Triton" in done.stderr.splitlines()[-1]
 
 
+@interpreted
+def test_one_launch_for_q_and_k(fused, monkeypatch):
+    """Forward and backward each: a program for every row of q and of k."""
+    launched = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            launched.append((self.name, grid))
+            return self.kernel[grid]
+
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(kernels, name, Counted(name))
+    args, at = qk(2, 3, 2, 32, grad=True), positions(3)
+    y = qk_norm_rope(*args, at, rope_tables(at, 32), EPS)
+    assert launched == [("_forward", (6, 2))]
+    torch.autograd.grad(y, args, y)
+    assert launched[1:] == [("_backward", (2, 2))]  # two programs on a CPU
+
+
 # ---------------------------------------------------------------------------------------------- torch.compile
 @interpreted
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -366,7 +388,7 @@ def test_opcheck(kernel, fused):
     _, args, _ = kernels.case(kernel, 2, 3, 1, 8, torch.float32, torch.device("cpu"))
     at = positions(3)
     args = {
-        "qk_norm_rope": (args[0], None, None, None, args[2], at, *rope_tables(at, 8)),
+        "qk_norm_rope": (*args[:2], *args[3:], None, args[2], at, *rope_tables(at, 8)),
         "norm_modulate": (args[0], None, None, *args[1:], None, None, None),
         "residual_norm_modulate": (*args[:2], None, *args[2:], None, None, None),
         "gate_residual_norm_modulate": (*args, None, None, None),
@@ -426,10 +448,10 @@ for D, kernel in itertools.product((1536, 5120), (kernels._forward, kernels._bac
                                      ("residual", 0, True, False), ("gated", 0, True, True)):
         plan = kernels._plan(D, torch.bfloat16 if K else torch.float32, K, residual, gated,
                              kernel is kernels._backward)
-        none = ["y", "total_grad", "dy"] * (not residual) + ["gate"] * (not gated) + (
-            ["shift"] if K else ["positions", "cos", "sin"])
+        none = ["shift"] if K else ["positions", "cos", "sin"] + ["gate"] * (not gated) + (
+            ["y", "total_grad", "dy"] * (not residual))
         found[f"{kernel.__name__} {D} {name}"] = compile(
-            kernel, plan, ["out", "out_grad", *(["x", "dx"] if K else ["y", "dy"])],
+            kernel, plan, ["out", "out_grad", "y", "dy"] + ["x", "dx", "total", "total_grad"] * bool(K),
             EPS=1e-6, STEPS=200, STAGES=1, **dict.fromkeys(none))
 print(json.dumps(found))
 '''
