@@ -1,6 +1,6 @@
 """Fused Triton kernels for what is memory-bound in a block, forward and backward, each beside its reference.
 
-  qk_norm_rope                  RMSNorm over the full width, then rotary by each token's (t, h, w)
+  qk_norm_rope                  RMSNorm over the full width, then rotary by each token's (t, h, w); q and k
   norm_modulate                 LayerNorm, then x * (1 + scale) + shift
   gate_residual_norm_modulate   x + gate * y, and norm_modulate of that sum
 
@@ -16,9 +16,10 @@ import argparse
 import json
 import os
 import sys
+from collections import namedtuple
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +61,9 @@ def _runs_fused(x):
 
 
 # ------------------------------------------------------------------------------------------ positions, tables
-class RopeTables(NamedTuple):
-    """cos and sin of every position by every pair of a head, float32 [P, K // 2]; a token's row is gathered
-    pair by pair: the first pairs at its t, the next at its h, the last at its w (rope.axis_pairs)."""
-    cos: Tensor
-    sin: Tensor
-
-
+# cos and sin of every position by every pair of a head, float32 [P, K // 2]; a token's row is gathered pair
+# by pair: the first pairs at its t, the next at its h, the last at its w (rope.axis_pairs)
+RopeTables = namedtuple("RopeTables", "cos sin")
 _tables, _checked = {}, WeakIdKeyDictionary()
 
 
@@ -78,12 +75,10 @@ def _highest(positions, size, what):
 
 
 def rope_tables(positions, head_dim, theta=1e4):
-    """Tables, computed in float64 as Wan does, that hold these positions (int [L, 3]). They are cached and
-    grow on demand, to the next power of two, at head_dim * 4 bytes a position. Waits for the GPU: call it
-    where a layout is built, not in every block.
+    """Tables, computed in float64 as Wan does, that hold these positions (int [L, 3]); cached and, on demand,
+    grown to the next power of two. Waits for the GPU: call it where a layout is built, not in every block.
     Raises UserError for positions of another shape or dtype, negative or beyond MAX_POSITION."""
-    if positions.ndim != 2 or positions.shape[1] != 3 or positions.dtype not in (torch.int32, torch.int64):
-        raise UserError(f"positions are {positions.dtype} {list(positions.shape)}; expected integers [L, 3]")
+    _expect(positions.device, positions=(positions, (*positions.shape[:1], 3), torch.int64, torch.int32))
     high = _highest(positions, MAX_POSITION, "expected")
     key = head_dim, theta, positions.device
     if key not in _tables or len(_tables[key].cos) <= high:
@@ -178,7 +173,7 @@ def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L
     """Grid (B*L, 1), one row a program; before a rotary (B*L, 2): x, scale and out are q, its weight and its
     output, and y, gate and total those of k. stats [B*L, 2]: 1/std and mean, or 1/rms of q and of k."""
     row = tl.program_id(0).to(tl.int64)
-    if K:
+    if K:  # known when compiling, so not joined with the next by `and`
         if tl.program_id(1) == 1:
             x, scale, out = y, gate, total
     at, b = row * D, row // L * D
@@ -229,7 +224,7 @@ def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_gra
         stats += b
         if b == 1:
             x, scale, out_grad, dx = y, gate, total_grad, dy
-        b = 0
+        b = 0  # its rows are those of all samples
     dshift, dscale, dgate = ((tl.zeros((BLOCK,), F),) * CHUNKS,) * 3  # in another order triton 3.6 spills
     for step in tl.range(STEPS, num_stages=STAGES):
         row = tl.program_id(0) + step * tl.num_programs(0)
@@ -276,7 +271,7 @@ def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_gra
             _put(partial + 2 * size, c, dgate[c], D, BLOCK)
 
 
-# ----------------------------------------------------------------------------------------------------- launch
+# ---------------------------------------------------------------------------------- launch as torch operators
 SWEPT = {}  # what `--sweep` tries instead of _plan's choice
 
 
@@ -296,26 +291,12 @@ def _plan(D, dtype, K=0, residual=False, gated=False, backward=False):
                 num_warps=warps, maxnreg=SWEPT.get("maxnreg") or int(min(248, max(64, registers))))
 
 
-def _spread(rows, plan, device, shares):
-    """How many programs a backward launch has, just filling the GPU, since their partial sums take [programs,
-    D], and its plan with the STEPS of each: rounded up, for they are compiled in, and L changes with the
-    references."""
-    programs = 2
-    if device.type == "cuda":
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        programs = max(1, sms * (65536 // (plan["maxnreg"] * 32 * plan["num_warps"])) // shares)
-    steps = -(-rows // programs)
-    steps += -steps % (8 if steps > 64 else 1)
-    return -(-rows // max(steps, 1)), dict(plan, STEPS=steps, STAGES=SWEPT.get("stages", 1))
-
-
 def _launch(kernel, grid, *args, **options):
     if all(grid):
         with torch.cuda.device_of(args[0]):
             kernel[grid](*(x.contiguous() if isinstance(x, Tensor) else x for x in args), **options)
 
 
-# -------------------------------------------------------------------------------------------- torch operators
 @torch.library.custom_op("harmoview::norm", mutates_args=())
 def _norm(x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], shift: Optional[Tensor], scale: Tensor,
           positions: Optional[Tensor], cos: Optional[Tensor], sin: Optional[Tensor], eps: float,
@@ -346,10 +327,16 @@ def _norm_grad(total_grad: Tensor, out_grad: Tensor, x: Tensor, y: Optional[Tens
     dx, dy, sums = _norm_grad_fake(total_grad, out_grad, x, y, gate, scale, positions, cos, sin, stats)
     samples, rows = (B, L) if cos is None else (2, B * L)
     plan = _plan(D, x.dtype, 2 * half, y is not None, gate is not None, backward=True)
-    programs, plan = _spread(rows, plan, x.device, shares=max(samples, 1))
+    programs = 2
+    if x.is_cuda:  # as many as just fill it, for each adds its sums to partial
+        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+        programs = max(1, sms * (65536 // (plan["maxnreg"] * 32 * plan["num_warps"])) // max(samples, 1))
+    steps = -(-rows // programs)
+    steps += -steps % (8 if steps > 64 else 1)  # they are compiled in, and L changes with the references
+    programs = -(-rows // max(steps, 1))
     partial = sums.new_empty(*sums.shape[:-1], programs, D)
     _launch(_backward, (programs, samples), x, y, gate, scale, positions, cos, sin, stats, total_grad,
-            out_grad, dx, dy, partial, rows, L, P, **plan)
+            out_grad, dx, dy, partial, rows, L, P, STEPS=steps, STAGES=SWEPT.get("stages", 1), **plan)
     return dx, dy, partial.sum(-2)
 
 
@@ -381,13 +368,10 @@ _norm.register_autograd(_norm_autograd, setup_context=_norm_setup)
 def _expect(device, **arguments):
     """Raise UserError for an argument, name=(tensor or None, shape, *dtypes), that is not as it says."""
     for name, (x, shape, *dtypes) in arguments.items():
-        if x is not None and list(x.shape) != list(shape):
-            raise UserError(f"{name} is {list(x.shape)}; expected {list(shape)}")
-        if x is not None and x.dtype not in (dtypes or DTYPES):
-            names = " or ".join(str(d).split(".")[1] for d in dtypes or DTYPES)
-            raise UserError(f"{name} is {x.dtype}; expected {names}")
-        if x is not None and x.device != device:
-            raise UserError(f"{name} is on {x.device}, the first argument on {device}")
+        dtypes = dtypes or DTYPES
+        if x is not None and (list(x.shape) != list(shape) or x.dtype not in dtypes or x.device != device):
+            raise UserError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; expected "
+                            f"{' or '.join(map(str, dtypes))} {list(shape)} on {device}")
 
 
 def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
@@ -566,15 +550,12 @@ def bench(device, sweep):
                              gb_s=round(rate / 1e9), of_copy=round(rate / copy, 3), **faster))
             print(f"{kernel:28} {base:5} {direction:8} {ours[i]:7.1f} {rate / 1e9:6.0f} {rate / copy:7.1%}  "
                   f"{faster.get('official', '-'):>8} {faster['eager']:>7} {faster['compiled']:>8}")
-        tried = []
         for choice in product((2, 4, 8) if N < 40 else (4, 8, 16), (104, 168, 248), (1, 2)) if sweep else ():
             SWEPT.update(zip(("num_warps", "maxnreg", "stages"), choice))
             try:
-                tried.append((round(time_both(fn, args, grads, True)[1]), *choice))
+                print(f"  backward {time_both(fn, args, grads, True)[1]:7.1f} us with {SWEPT}", flush=True)
             except Exception as error:  # more registers or shared memory than there are
                 print(f"  {choice}: {str(error).splitlines()[0]}")
-        if tried:
-            print("  backward (us, warps, registers, stages):", *sorted(tried)[:6], flush=True)
         SWEPT.clear()
     use_fused(None)
     return dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, tokens=TOKENS, dtype="bfloat16",
