@@ -16,11 +16,11 @@ from conftest import ROOT, run
 from kernels import (
     KERNELS,
     check,
-    complex_qk_norm_rope,
+    complex_norm_rope,
     gate_residual_norm_modulate,
     norm_modulate,
     off,
-    plain_qk_norm_rope,
+    plain_norm_rope,
     qk_norm_rope,
     rope_tables,
 )
@@ -54,6 +54,10 @@ def qk(B, L, N, K, dtype=torch.float32, grad=False, seed=0):
     return [torch.randn(s, generator=draw).to(dtype).requires_grad_(grad) for s in shapes]
 
 
+def both(norm_rope, q, k, weight_q, weight_k, *more):
+    return norm_rope(q, weight_q, *more, EPS), norm_rope(k, weight_k, *more, EPS)
+
+
 def positions(L, top=100, seed=0):
     return torch.randint(0, top, (L, 3), generator=torch.Generator().manual_seed(seed))
 
@@ -71,7 +75,7 @@ def turn_of(at, K):
 def test_gradcheck_in_float64(kernel, fused):
     """Forward and backward of the kernels themselves, B*L rows over 2 programs, a padded width."""
     fn, args, _ = kernels.case(kernel, 1, 3, 1, 6, torch.float64, torch.device("cpu"))
-    assert torch.autograd.gradcheck(fn, args, fast_mode=True)
+    assert torch.autograd.gradcheck(fn, args, fast_mode=True, check_undefined_grad=False)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -87,7 +91,7 @@ def test_float32_against_complex128(path, L, N, K):
     """One token, odd lengths, 1 to 40 heads, head widths 24 to 128; D in one block, padded, in several."""
     args, at = qk(1, L, N, K), positions(L)
     found = qk_norm_rope(*args, at, rope_tables(at, K), EPS)
-    truth = complex_qk_norm_rope(*(x.double() for x in args), turn_of(at, K), EPS)
+    truth = both(complex_norm_rope, *(x.double() for x in args), turn_of(at, K))
     assert found[0].shape == (1, L, N, K) and found[0].is_contiguous()
     assert max(off(f, t) for f, t in zip(found, truth)) <= 1e-5
 
@@ -96,28 +100,27 @@ def test_float32_against_complex128(path, L, N, K):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_equals_reference(kernel, dtype):
-    """Outputs and all gradients, two samples, more rows than programs."""
-    worst, line = check(kernel, 2, 5, 4, 64, dtype, torch.device("cpu"))
+    """Outputs and all gradients, two samples, more rows than programs, a padded width."""
+    worst, line = check(kernel, (2, 3, 3, 24), dtype, torch.device("cpu"))
     assert worst <= 1, line
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_bf16_is_at_most_twice_as_far_off_as_eager_bf16(path, at):
-    """Outputs and gradients of q (at 0) or k, against float64; eager is F.rms_norm in bf16, then rotary."""
-    L, N, K = 9, 4, 64
+def test_bf16_is_at_most_twice_as_far_off_as_eager_bf16(path):
+    """Outputs and gradients of q and k, against float64; eager is F.rms_norm in bf16, then rotary."""
+    L, N, K = 5, 4, 64
     places, args = positions(L), qk(2, L, N, K, torch.bfloat16, grad=True)
     tables, (cos, sin), turn = rope_tables(places, K), rope_table(places, K), turn_of(places, K)
     exact = [x.detach().double().requires_grad_() for x in args]
     outputs = (
         qk_norm_rope(*args, places, tables, EPS),
-        plain_qk_norm_rope(*args, cos, sin, EPS),
-        complex_qk_norm_rope(*exact, turn, EPS),
+        both(plain_norm_rope, *args, cos, sin),
+        both(complex_norm_rope, *exact, turn),
     )
-    g = torch.randn(2, L, N, K).bfloat16()
+    draw = torch.Generator().manual_seed(0)
+    grads = [torch.randn(2, L, N, K, generator=draw).bfloat16() for _ in range(2)]
     found = []
     for y, leaves in zip(outputs, (args, args, exact)):
-        grads = torch.autograd.grad(y[at], (leaves[at], leaves[2 + at]), g.to(y[at].dtype))
-        found.append((y[at].detach(), *grads))
+        found.append((*y, *torch.autograd.grad(y, leaves, [g.to(y[0].dtype) for g in grads])))
     for ours, eager, truth in zip(*found):
         assert off(ours, truth) <= 2 * off(eager, truth)
 
@@ -167,7 +170,7 @@ def test_every_layout_goes_through_the_same_kernel(path, layout):
     at, K = torch.cat((video_positions(1, 1, 2), refs)), 24
     args = qk(1, len(at), 1, K)
     found = qk_norm_rope(*args, at, rope_tables(at, K), EPS)
-    truth = complex_qk_norm_rope(*(x.double() for x in args), turn_of(at, K), EPS)
+    truth = both(complex_norm_rope, *(x.double() for x in args), turn_of(at, K))
     assert max(off(f, t) for f, t in zip(found, truth)) <= 1e-5
 
 
@@ -263,13 +266,13 @@ def test_wrong_inputs_are_one_clear_error(path):
     top = len(tables.cos)
     wrong = {
         "expected .B, L, D. with D a multiple": (q[..., :40], k[..., :40], wq[:40], wk[:40], at, tables),
-        r"k is \[1, 2, 64\]; expected": (q, k[:, :2], wq, wk, at, tables),
-        "k is torch.bfloat16; expected float32": (q, k.bfloat16(), wq, wk, at, tables),
+        r"k is .*\[1, 2, 64\] on cpu; expected": (q, k[:, :2], wq, wk, at, tables),
+        r"k is torch.bfloat16 .*; expected torch.float32 \[1, 3, 64\]": (q, k.bfloat16(), wq, wk, at, tables),
         "q is torch.int64": (q.long(), k.long(), wq, wk, at, tables),
-        r"weight_k is \[32\]": (q, k, wq, wk[:32], at, tables),
-        r"positions is \[2, 3\]": (q, k, wq, wk, at[:2], tables),
+        r"weight_k is .*\[32\]": (q, k, wq, wk[:32], at, tables),
+        r"positions is .*\[2, 3\]": (q, k, wq, wk, at[:2], tables),
         "positions is torch.float32": (q, k, wq, wk, at.float(), tables),
-        "k is on meta": (q, k.to("meta"), wq, wk, at, tables),
+        "k is .* on meta; expected .* on cpu": (q, k.to("meta"), wq, wk, at, tables),
         "positions go from -1 to": (q, k, wq, wk, at - at.min() - 1, tables),
         f"positions go from .* to {top}; the tables hold 0 to {top - 1}": (
             q,
@@ -286,21 +289,21 @@ def test_wrong_inputs_are_one_clear_error(path):
     for bad, message in (
         (at - 200, "positions go from -"),
         (at + 2**20, "expected 0 to"),
-        (at[:, :2], "expected integers"),
-        (at.float(), "expected integers"),
+        (at[:, :2], r"expected torch.int64 or torch.int32 \[3, 3\]"),
+        (at.float(), "positions is torch.float32"),
     ):
         with pytest.raises(UserError, match=message):
             rope_tables(bad, 32)
     for message, args in {
-        r"shift is \[64\]": (q, row[0], row),
+        r"shift is .*\[64\]": (q, row[0], row),
         "scale is torch.int64": (q, row, row.long()),
         r"x is \[3, 64\]": (q[0], row, row),
     }.items():
         with pytest.raises(UserError, match=message):
             norm_modulate(*args, EPS)
-    with pytest.raises(UserError, match=r"y is \[1, 2, 64\]"):
+    with pytest.raises(UserError, match=r"y is .*\[1, 2, 64\]"):
         gate_residual_norm_modulate(q, q[:, :2], row, row, row, EPS)
-    with pytest.raises(UserError, match=r"gate is \[1, 32\]"):
+    with pytest.raises(UserError, match=r"gate is .*\[1, 32\]"):
         gate_residual_norm_modulate(q, q, row[:, :32], row, row, EPS)
 
 
@@ -355,21 +358,42 @@ def test_without_triton_the_references_serve(tmp_path):
     assert "need Triton" in done.stderr.splitlines()[-1]
 
 
+@interpreted
+def test_one_launch_for_q_and_k(fused, monkeypatch):
+    """Forward and backward each: a program for every row of q and of k."""
+    launched = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            launched.append((self.name, grid))
+            return self.kernel[grid]
+
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(kernels, name, Counted(name))
+    args, at = qk(2, 3, 2, 32, grad=True), positions(3)
+    y = qk_norm_rope(*args, at, rope_tables(at, 32), EPS)
+    assert launched == [("_forward", (6, 2))]
+    torch.autograd.grad(y, args, y)
+    assert launched[1:] == [("_backward", (2, 2))]  # two programs on a CPU
+
+
 # ---------------------------------------------------------------------------------------------- torch.compile
 @interpreted
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_opcheck(kernel, fused):
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes."""
-    fn, args, _ = kernels.case(kernel, 2, 3, 1, 8, torch.float32, torch.device("cpu"))
-    if kernel == "qk_norm_rope":
-        at = positions(3)
-        torch.library.opcheck(kernels._qk, (*args, at, *rope_tables(at, 8), EPS))
-        return
-    if kernel == "norm_modulate":
-        args = args[0], None, None, *args[1:]
-    elif kernel == "residual_norm_modulate":
-        args = *args[:2], None, *args[2:]
-    torch.library.opcheck(kernels._modulate, (*args, EPS, torch.bfloat16))
+    _, args, _ = kernels.case(kernel, 2, 3, 1, 8, torch.float32, torch.device("cpu"))
+    at = positions(3)
+    args = {
+        "qk_norm_rope": (*args[:2], *args[3:], None, args[2], at, *rope_tables(at, 8)),
+        "norm_modulate": (args[0], None, None, *args[1:], None, None, None),
+        "residual_norm_modulate": (*args[:2], None, *args[2:], None, None, None),
+        "gate_residual_norm_modulate": (*args, None, None, None),
+    }[kernel]
+    torch.library.opcheck(kernels._norm, (*args, EPS, torch.bfloat16))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -394,15 +418,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import kernels
 
-BF16 = "q k q_out k_out q_grad k_grad dq dk y out out_grad dy".split()
-INTS = dict(L="i32", P="i32", rows="i32", positions="*i64")
+INTS = dict(L="i32", P="i32", ROWS="i32", positions="*i64")
 
 
-def compile(kernel, plan, **more):
+def compile(kernel, plan, bf16, **more):
     """Registers, bytes of stack and global accesses by width of one kernel for sm_90."""
     options = {name: plan.pop(name) for name in ("num_warps", "maxnreg")}
     constants = {k: v for k, v in {**plan, **more}.items() if k in kernel.arg_names}
-    types = {n: "constexpr" if n in constants else INTS.get(n, "*bf16" if n in BF16 else "*fp32")
+    types = {n: "constexpr" if n in constants else INTS.get(n, "*bf16" if n in bf16 else "*fp32")
              for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n].startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
@@ -420,17 +443,16 @@ def compile(kernel, plan, **more):
 
 
 found = {}
-for N in (12, 40):
-    D = N * 128
-    for backward, kernel in enumerate((kernels._qk_forward, kernels._qk_backward)):
-        found[f"{kernel.__name__} {D}"] = compile(
-            kernel, kernels._qk_plan(D, 128, torch.bfloat16, bool(backward)), EPS=1e-6, STEPS=200, STAGES=1)
-    for residual, gated in ((False, False), (True, False), (True, True)):
-        none = dict.fromkeys((() if residual else ("y", "total_grad", "dy")) + (() if gated else ("gate",)))
-        for backward, kernel in enumerate((kernels._modulate_forward, kernels._modulate_backward)):
-            plan = kernels._modulate_plan(D, torch.float32, residual, gated, bool(backward))
-            found[f"{kernel.__name__} {D} {residual:d}{gated:d}"] = compile(
-                kernel, plan, EPS=1e-6, STEPS=200, STAGES=1, **none)
+for D, kernel in itertools.product((1536, 5120), (kernels._forward, kernels._backward)):
+    for name, K, residual, gated in (("rotary", 128, False, False), ("plain", 0, False, False),
+                                     ("residual", 0, True, False), ("gated", 0, True, True)):
+        plan = kernels._plan(D, torch.bfloat16 if K else torch.float32, K, residual, gated,
+                             kernel is kernels._backward)
+        none = ["shift"] if K else ["positions", "cos", "sin"] + ["gate"] * (not gated) + (
+            ["y", "total_grad", "dy"] * (not residual))
+        found[f"{kernel.__name__} {D} {name}"] = compile(
+            kernel, plan, ["out", "out_grad", "y", "dy"] + ["x", "dx", "total", "total_grad"] * bool(K),
+            EPS=1e-6, STEPS=200, STAGES=1, **dict.fromkeys(none))
 print(json.dumps(found))
 '''
 
@@ -450,7 +472,7 @@ def test_offline_compile_for_sm_90(tmp_path):
         assert use["STACK"] == use["LOCAL"] == 0 and use["REG"] <= use["limit"], (name, use)
         chunks = 5 if "5120" in name else 3
         loads, stores = use.get("ld v4.b32", 0), use.get("st v4.b32", 0)
-        if name.startswith("_qk"):  # a block: x (and its gradient), float32 weights in two; dx, dw in two
+        if "rotary" in name:  # a block: x (and its gradient), float32 weights in two; dx, dw in two
             assert loads == chunks * (4 if "backward" in name else 3), (name, use)
             assert stores == chunks * (3 if "backward" in name else 1), (name, use)
             assert use.get("ld v2.b32", 0) == use.get("st v2.b32", 0) == 0, (name, use)
@@ -462,7 +484,7 @@ def test_offline_compile_for_sm_90(tmp_path):
 @interpreted
 def test_the_script_checks_without_a_gpu(monkeypatch, capsys, tmp_path):
     """Its checks are those of test_kernel_equals_reference; here, what it does with their result."""
-    monkeypatch.setattr(kernels, "KERNELS", {"norm_modulate": (6, 10)})
+    monkeypatch.setattr(kernels, "KERNELS", {"norm_modulate": KERNELS["norm_modulate"]})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     kernels.main(["--out", str(tmp_path / "kernels.json")])
     out = capsys.readouterr().out
