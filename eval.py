@@ -38,7 +38,7 @@ from sample import RECIPES, default_checkpoint, generate, load
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
 ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
 YAWS = torch.arange(-180.0, 180, 15)  # among which a frame's yaw is looked up
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the prior's loss
+SIGMAS = (0.5, 0.8, 0.95, 0.99, 1.0)  # noise levels of the prior's loss
 ELSEWHERE = 30  # degrees: a frame asked to face that far from every reference can show a copied pose
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 
