@@ -213,7 +213,7 @@ def by_case(rows, metric):
     values = {}
     for row in rows:
         values.setdefault(row["case"], []).extend(v for p in row["people"] for v in METRICS[metric][1](p))
-    means = {case: mean(of_case) for case, of_case in values.items()}
+    means = {case: mean(values[case]) for case in sorted(values)}  # any order of rows, one interval
     return {case: v for case, v in means.items() if v is not None}
 
 
@@ -308,7 +308,10 @@ def evaluate(ckpt, cases, settings, recipe, path, batch=20):
     todo = [[n for n in cases if len(bench[n][1]) == people and (n, setting) not in done]
             for people in (1, 2) for setting in (*settings, "prior")]
     bar = tqdm(total=sum(map(len, todo)), desc="evaluating", unit=" videos", disable=None)
-    with open(path, "a") as file:
+    with open(path, "a+") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in ("", "\n"):  # a line that was cut off
+            file.write("\n")
         for setting, numbers in zip((*settings, "prior") * 2, todo):
             for at in range(0, len(numbers), batch):
                 part = numbers[at:at + batch]
