@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 
 import data
 import eval as evaluation
@@ -163,9 +163,9 @@ def test_claims_name_rows_and_metrics_that_exist():
 
 
 def test_the_command_writes_rows_and_report_and_a_restart_goes_on(tiny, tmp_path):
-    command = [ROOT / "eval.py", "--ckpt", tiny / "out" / "tiny", "--limit", 4, "--steps", 1]
+    command = ["eval.py", "--ckpt", tiny / "out" / "tiny", "--limit", 4, "--steps", 1]
     command += ["--settings", "none", "all", "--out", "ev"]
-    said = run(*command, cwd=tmp_path)
+    said = call(*command, cwd=tmp_path)
     path = tmp_path / "ev" / "cases.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 4 * 3 + 4 * 2  # none, all and prior; none and prior of stage 1
@@ -181,17 +181,17 @@ def test_the_command_writes_rows_and_report_and_a_restart_goes_on(tiny, tmp_path
     assert page.count("<svg") == 6 and page.count("<h3>") == 4 and "http" not in page
     # the last line half written, as after a kill -9: that row is made again, the same, and no other
     path.write_text("\n".join(json.dumps(r) for r in rows[:-1]) + "\n" + json.dumps(rows[-1])[:40])
-    assert run(*command, cwd=tmp_path).splitlines()[2:-1] == said.splitlines()[2:-1]
+    assert call(*command, cwd=tmp_path).splitlines()[2:-1] == said.splitlines()[2:-1]
     lines = path.read_text().splitlines()
     assert len(lines) == len(rows) + 1
 
 
 def test_ablations_train_measure_and_judge(tmp_path):
-    command = [ROOT / "eval.py", "--ablate", "full", "append", "--config", "tiny", "--steps", 1]
+    command = ["eval.py", "--ablate", "full", "append", "--config", "tiny", "--steps", 1]
     command += ["--out", "ev", "--limit", 2, "--settings", "front", "--train=--steps 1"]
-    said = run(*command, cwd=tmp_path)
+    said = call(*command, cwd=tmp_path)
     assert "Jump-RoPE lowers crosstalk" in said and said.count("not run") >= 5
-    again = run(*command, cwd=tmp_path)
+    again = call(*command, cwd=tmp_path)
     assert again.splitlines()[-13:] == said.splitlines()[-13:]
     assert (tmp_path / "ev" / "ablate" / "append-0" / "stage4").exists()
 
