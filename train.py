@@ -384,7 +384,7 @@ def train_stage(number, prepared, args, dataset, world, stop):
     parameters, threads = list(model.parameters()), None
     if side_by_side(world) and args.micro_batch < share:
         threads = ThreadPoolExecutor(2, initializer=torch.set_num_threads,
-                                     initargs=(torch.get_num_threads() // 2,))
+                                     initargs=(max(1, torch.get_num_threads() // 2),))
     skipped, began = 0, time.perf_counter()
     for step in bar:
         # learning rate

@@ -60,11 +60,14 @@ def assert_equal(a, b):
 
 
 # ----------------------------------------------------------------------------------------------- equivalences
-def test_accumulation_and_two_processes_equal_the_full_batch(fresh):
-    """The same global batch, by one process at once, in micro-steps, and by two gloo processes."""
+def test_accumulation_threads_and_two_processes_equal_the_full_batch(fresh, monkeypatch):
+    """The same global batch, by one process at once, in micro-steps, in threads, by two gloo processes."""
     common = [*map(str, FAST), "--stage", "1", "--steps", "3", "--precision", "fp32", "--out"]
     micro = ["--micro-batch", "1"]
-    call("train.py", *common, "whole", cwd=fresh)
+    call("train.py", *common, "whole", "--micro-batch", 4, cwd=fresh)
+    monkeypatch.setattr(train, "side_by_side", lambda world: True)
+    call("train.py", *common, "threads", *micro, cwd=fresh)
+    monkeypatch.setattr(train, "side_by_side", lambda world: False)
     call("train.py", *common, "micro", *micro, cwd=fresh)
     twice = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -79,9 +82,9 @@ train.main({[*common, "both", *micro]})"""
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "twice.py", cwd=fresh)
     found = {
         name: ([(r["loss"], r["grad_norm"]) for r in metrics(fresh / name, 1)], weights(fresh / name))
-        for name in ("whole", "micro", "two", "both")
+        for name in ("whole", "micro", "threads", "two", "both")
     }
-    for name in ("micro", "two", "both"):
+    for name in ("micro", "threads", "two", "both"):
         for a, b in zip(found["whole"][0], found[name][0], strict=True):
             assert a == pytest.approx(b, rel=1e-4), name
         whole, other = (found[n][1]["model.safetensors"] for n in ("whole", name))
@@ -248,6 +251,27 @@ def test_switches_of_the_method(fresh):
         call("train.py", *FAST, *flags, "--steps", 1, "--out", "x", "--mask", 0.6, cwd=fresh)
         assert check(json.loads((find_checkpoint(fresh / "x") / "checkpoint.json").read_text())["config"])
         shutil.rmtree(fresh / "x")
+
+
+def test_without_curriculum_and_with_the_front_alone(fresh, monkeypatch):
+    stages, given = [], []
+    draw, batch = data.draw_layout, data.ToyData.batch
+
+    def recorded_layout(stage, *rest):
+        stages.append(stage)
+        return draw(stage, *rest)
+
+    def recorded_batch(self, *rest):
+        made = batch(self, *rest)
+        given.extend(tuple(views) for views in made[2])
+        return made
+
+    monkeypatch.setattr(data, "draw_layout", recorded_layout)
+    monkeypatch.setattr(data.ToyData, "batch", recorded_batch)
+    call("train.py", *FAST, "--steps", 3, "--no-curriculum", "--front-only", "--out", "x", cwd=fresh)
+    assert {s.name for s in stages} == {"harmony"} and stages[0].lr == train.STAGES[1].lr
+    assert ("front",) in given and set(given) <= {("front",), ()}
+    assert len(given) > len(stages)  # some steps show two people
 
 
 # -------------------------------------------------------------------------------------------------- bad input
