@@ -265,7 +265,7 @@ def finished(path, run):
             row = json.loads(line)
         except ValueError:
             continue
-        if row["run"] == run:
+        if isinstance(row, dict) and row.get("run") == run:
             rows.append(row)
     return rows
 
@@ -533,7 +533,7 @@ def ablate(names, args, recipe, cases):
             results.setdefault(name, []).extend(rows)
             print(f"row {name}, seed {seed}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
     columns = [(people, s, metric) for people in (1, 2) for s in args.settings if s in ("front", "all")
-               for metric in ("psnr", "top-1", "swaps")[:people + 1]]
+               for metric in ("psnr", "top-1", "swaps")[:1 + people]]
     print(align([["row", *(f"{people} {s} {metric}" for people, s, metric in columns)],
                  *([name, *(shown(estimate(rows, metric, (people,), [s]), METRICS[metric][2])
                             for people, s, metric in columns)]
@@ -566,6 +566,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not 1 <= args.limit <= 100:
         raise UserError(f"--limit {args.limit}: expected 1 to 100 cases")
+    for name in ("batch", "steps", "seeds", "shift"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected more than 0")
     out = Path(args.out)
     data.probe_writable(out)
     cases = sorted({i * 100 // args.limit for i in range(args.limit)})

@@ -199,6 +199,9 @@ def test_ablations_train_measure_and_judge(tmp_path):
 def test_bad_input(tmp_path, capsys):
     with pytest.raises(UserError, match="--limit 0"):
         evaluation.main(["--limit", "0"])
+    for flag in ("--batch", "--steps", "--seeds", "--shift"):
+        with pytest.raises(UserError, match=f"{flag} 0.*expected more than 0"):
+            evaluation.main([flag, "0"])
     with pytest.raises(UserError, match="--ablate nonsense: expected full"):
         evaluation.main(["--ablate", "nonsense", "--out", str(tmp_path)])
     assert run(ROOT / "eval.py", "--ckpt", "nowhere", cwd=tmp_path, fails=True).startswith(
