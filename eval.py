@@ -356,7 +356,8 @@ def plot(title, ticks, series, per_cent=False):
     low, high = min(known), max(known)
     step = 10 ** math.floor(math.log10((high - low or 1) / 2))  # between ticks: 1, 2 or 5 of a power of ten
     step *= next(m for m in (1, 2, 5, 10) if (high - low or 1) / (m * step) <= 5)
-    low, high = math.floor(low / step) * step, math.ceil(high / step + 1e-9) * step
+    low = math.floor(low / step) * step
+    high = max(low + step, math.ceil(high / step - 1e-9) * step)
     W, H, left, top, bottom = 430, 250, 46, 26, 40
 
     def y(v):

@@ -1,6 +1,7 @@
 """Every metric on videos whose score is known: the truth, noise, somebody else, exchanged people, a pose."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -207,3 +208,11 @@ def test_bad_input(tmp_path, capsys):
     assert run(ROOT / "eval.py", "--ckpt", "nowhere", cwd=tmp_path, fails=True).startswith(
         "eval.py: no checkpoint"
     )
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (0.5, 0.0, 1.0), (15.0, 14.0, 22.0), (0.0, 0.0, 0.0)])
+def test_a_plot_holds_its_values_between_its_ticks(values):
+    drawn = evaluation.plot("t", ["a"], {"all": [values]})
+    ticks = [float(v) for v in re.findall(r'end">(.*?)<', drawn)]
+    assert 2 <= len(ticks) <= 7 and ticks[0] <= values[1] and ticks[-1] >= values[2]
+    assert evaluation.plot("t", ["a"], {"all": [None]}) == ""
