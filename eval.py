@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 from model import find_checkpoint
 from rope import VIEWS, UserError
-from sample import RECIPES, default_checkpoint, generate, load
+from sample import RECIPES, default_checkpoint, generate, load, noise_of
 
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
 ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
@@ -57,6 +57,9 @@ def renderings(number, k, frames, size):
     everybody = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
     own = data.pick(everybody, who[k])
 
+    def copies(n):
+        return data.pick(own, [0] * n)
+
     def render(clips, person, pose=None):
         """person: identities, one a clip, in k's place; pose: what of the pose is not the clip's, [n, F]."""
         people = [person if j == k else data.pick(everybody, [i] * len(clips)) for j, i in enumerate(who)]
@@ -68,12 +71,12 @@ def renderings(number, k, frames, size):
         before = getattr(clip, field)
         many = isinstance(before, tuple)
         clips = [replace(clip, **{field: (*before[:k], n, *before[k + 1:]) if many else n}) for n in names]
-        return render(clips, data.pick(own, [0] * len(clips)))[0]
+        return render(clips, copies(len(clips)))[0]
 
     def painted(grey):
         """The person with one attribute in black or in white, for each attribute."""
         n = len(ATTRIBUTES)
-        person = data.pick(own, [0] * n)
+        person = copies(n)
         for i, name in enumerate(ATTRIBUTES):
             person[name] = torch.where(torch.arange(n)[:, None] == i, torch.tensor(grey), person[name])
         return render([clip] * n, person)[0]
@@ -82,9 +85,9 @@ def renderings(number, k, frames, size):
                 if name in ("yaw", "pitch", "roll", "mouth")}
     everyone, masks = render([clip] * len(everybody["width"]), everybody)
     return {"people": everyone, "mask": masks[who[k]],
-            "yaw": render([clip] * len(YAWS), data.pick(own, [0] * len(YAWS)),
+            "yaw": render([clip] * len(YAWS), copies(len(YAWS)),
                           {"yaw": YAWS[:, None].expand(-1, frames)})[0],
-            "references": render([clip] * len(VIEWS), data.pick(own, [0] * len(VIEWS)), pictures)[0],
+            "references": render([clip] * len(VIEWS), copies(len(VIEWS)), pictures)[0],
             "motion": others("motions", data.MOTIONS), "mouth": others("mouths", data.MOUTHS),
             "wall": others("background", data.BACKGROUNDS), "black": painted(0.0), "white": painted(1.0)}
 
@@ -283,8 +286,7 @@ def prior_loss(model, encoders, clips, videos, seeds):
     """Mean squared error of the velocity at SIGMAS with every slot a proxy: per clip one list."""
     x0 = encoders.encode(videos)
     text = encoders.text([data.caption(clip) for clip in clips])
-    noise = torch.stack([torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed))
-                         for seed in seeds])
+    noise = noise_of(x0.shape[1:], seeds)
     nobody = [{} for _ in clips[0].motions]
     losses = []
     for sigma in SIGMAS:
@@ -327,8 +329,7 @@ def evaluate(ckpt, cases, settings, recipe, path, batch=20):
                     refs = [{v: pictures[[w[k] for w in who], VIEWS.index(v)] for v in SETTINGS[setting]}
                             for k in range(len(who[0]))]
                     videos = generate(model, encoders, [data.caption(c) for c in clips], refs, frames,
-                                      data.frame_size(size, len(refs)), part, recipe if SETTINGS[setting] else
-                                      recipe | {"guide_refs": 1.0})  # nothing to guide towards
+                                      data.frame_size(size, len(refs)), part, recipe)
                     made = ({"people": measure(video, n, SETTINGS[setting]), "strip": strip(video)}
                             for n, video in zip(part, videos))
                 for n, result in zip(part, made):

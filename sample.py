@@ -115,14 +115,14 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
 
     v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no
     references" is every slot as proxies and "no caption" the rows no_text. Written as one weighted sum, terms
-    of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary. With refs
-    None (plain Wan) it is Wan's guidance.
+    of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary. Without a
+    single reference, or with refs None (plain Wan), it is Wan's guidance.
     """
     nobody, unseen = refs and [{} for _ in refs], vit and [None for _ in vit]
 
     def velocity(x, t):
         scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
-        weights = guide_weights(scale, scale if refs is None else guide_refs)
+        weights = guide_weights(scale, guide_refs if any(refs or ()) else scale)
         terms = (text, refs, vit), (text, nobody, unseen), (no_text, nobody, unseen)
         return sum(weight * model(x, t.expand(len(x)), rows.expand(len(x), -1, -1), r, v)
                    for weight, (rows, r, v) in zip(weights, terms) if weight)
@@ -141,11 +141,16 @@ def encode_people(encoders, rows, device):
     return list(zip(refs, vit))
 
 
+def noise_of(shape, seeds):
+    """[B, *shape], each sample's from its own seed."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
 @torch.no_grad()
 def denoise(velocity, shape, seeds, recipe, device):
     """Latents [B, *shape], float32; a video's noise depends on its own seed alone.
     recipe: steps, shift and solver as in RECIPES."""
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = noise_of(shape, seeds)
     with autocast(device):
         return solve(velocity, noise.to(device), recipe["steps"], recipe["shift"], recipe["solver"])
 
