@@ -317,7 +317,7 @@ def render_clips(clips, people, frames, size, poses=None):
     """Clips with given identities: the ground truth, for whoever is put into them.
 
     clips    n Clips with equally many people
-    people   one identities dict per person, each of n identities
+    people   one identities dict per person, each of n identities; None leaves that person out
     poses    {k: entries of person k's pose dict, [n, frames], in the place of the clips' own}
     returns  video [n, 3, frames, H, W] in -1..1 and head masks [n, people, frames, H, W] in 0..1, where
              (H, W) is frame_size(size, len(people))
@@ -326,6 +326,8 @@ def render_clips(clips, people, frames, size, poses=None):
     video = background([c.background for c in clips], (H, W))[:, :, None].repeat(1, 1, frames, 1, 1)
     masks = torch.zeros(n, len(people), frames, H, W)
     for k, identities in enumerate(people):
+        if identities is None:
+            continue
         pose = clip_pose(clips, k, frames) | (poses or {}).get(k, {})
         pose = {name: v.flatten(0, 1) for name, v in pose.items()}
         who = pick(identities, torch.arange(n).repeat_interleave(frames))
@@ -676,9 +678,20 @@ def benchmark_cases():
     return cases
 
 
+def benchmark_people():
+    """The 52 held-out identities."""
+    return draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED)
+
+
+def benchmark_truth(number, frames, size):
+    """A case's video as it should be, [3, frames, H, W] in -1..1."""
+    clip, who = benchmark_cases()[number]
+    return render_clips([clip], [pick(benchmark_people(), i) for i in who], frames, size)[0][0]
+
+
 def benchmark_references(size):
-    """Cross-pair references of the 52 held-out identities, [52, V, 3, size, size] in -1..1."""
-    return render_references(draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED), BENCHMARK_SEED, size)
+    """Their cross-pair references, [52, V, 3, size, size] in -1..1."""
+    return render_references(benchmark_people(), BENCHMARK_SEED, size)
 
 
 # ----------------------------------------------------------------------------------- drawing a training batch
@@ -823,7 +836,7 @@ def write_samples(folder, size, frames, fps):
     """Four clips of four people that training never sees, with their references and captions, as files."""
     folder = Path(folder)
     probe_writable(folder)
-    identities = draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED)
+    identities = benchmark_people()
     pictures = render_references(pick(identities, range(len(NAMES))), BENCHMARK_SEED, size)
     for name, views in zip(NAMES, pictures):
         for view, picture in zip(VIEWS, views):

@@ -49,12 +49,19 @@ def wrap(degrees):
     return (degrees + 180) % 360 - 180
 
 
+def square(picture, k):
+    """Person k's part of toy pictures [..., S, W]."""
+    S = picture.shape[-2]
+    return picture[..., k * S:(k + 1) * S]
+
+
 @functools.lru_cache(maxsize=160)
 def renderings(number, k, frames, size):
     """Person k of case `number` and all that a sampled clip is compared with: a dict of uint8 videos
-    [n, 3, F, S, S] by what differs among them, and the true head's mask [F, S, S]."""
+    [n, 3, F, S, S] by what differs among them, and the true head's mask [F, S, S]; all of them person k's
+    square of the picture, since nobody else changes."""
     clip, who = data.benchmark_cases()[number]
-    everybody = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
+    everybody = data.benchmark_people()
     own = data.pick(everybody, who[k])
 
     def copies(n):
@@ -62,9 +69,9 @@ def renderings(number, k, frames, size):
 
     def render(clips, person, pose=None):
         """person: identities, one a clip, in k's place; pose: what of the pose is not the clip's, [n, F]."""
-        people = [person if j == k else data.pick(everybody, [i] * len(clips)) for j, i in enumerate(who)]
+        people = [person if j == k else None for j in range(len(who))]
         videos, masks = data.render_clips(clips, people, frames, size, {k: pose or {}})
-        return data.to_bytes(videos), masks[:, k]
+        return data.to_bytes(square(videos, k)), square(masks[:, k], k)
 
     def others(field, names):
         """The clip with another name in a field, which has one name a person, or one for all."""
@@ -122,27 +129,27 @@ def colour_error(video, truth, black, white):
     return float(mean.norm())
 
 
-def measure(video, number, views):
-    """A sampled video [3, F, S, S] of a case, which was given these views ->
+def measure(whole, number, views):
+    """A sampled video `whole` [3, F, S, S or 2 S] of a case, which was given these views ->
     per person a dict of what METRICS reads."""
     clip, who = data.benchmark_cases()[number]
-    _, F, S, _ = video.shape
+    _, F, S, _ = whole.shape
     given = [VIEWS.index(view) for view in views]
     people = []
     for k, i in enumerate(who):
-        r = renderings(number, k, F, S)
+        r, video = renderings(number, k, F, S), square(whole, k)
         truth, mask = data.from_bytes(r["people"][i]), r["mask"]
         yaw = data.clip_pose([clip], k, F)["yaw"][0]
         to_view = data.view_distance(yaw[None])[0]  # [V, F]
         to_person = distances(video, r["people"])  # [52, F]
-        whole = to_person.sum(dim=1)
+        error = to_person.sum(dim=1)
         copied = [None] * F
         if views:  # frames that should show none of the references' poses, and which do
             elsewhere = to_view[given].amin(dim=0) >= ELSEWHERE
             nearer = distances(video, r["references"])[given].amin(dim=0) < to_person[i]
             copied = [bool(yes) if counts else None for yes, counts in zip(nearer, elsewhere)]
         person = {
-            "person": i, "rank": int((whole < whole[i]).sum()) + 1, "psnr": psnr(video, truth, mask),
+            "person": i, "rank": int((error < error[i]).sum()) + 1, "psnr": psnr(video, truth, mask),
             "yaw": wrap(yaw).tolist(), "yaw_found": YAWS[distances(video, r["yaw"]).argmin(dim=0)].tolist(),
             "frame_psnr": [psnr(video[:, f], truth[:, f], mask[f]) for f in range(F)],
             "frame_right": (to_person.argmin(dim=0) == i).tolist(),
@@ -154,7 +161,7 @@ def measure(video, number, views):
                        for a, name in enumerate(ATTRIBUTES)}}
         if len(who) == 2:
             other = who[1 - k]
-            person["swapped"] = bool(whole[other] < whole[i])
+            person["swapped"] = bool(error[other] < error[i])
             person["margin"] = person["psnr"] - psnr(video, data.from_bytes(r["people"][other]), mask)
         people.append(person)
     return people
@@ -321,8 +328,7 @@ def evaluate(ckpt, cases, settings, recipe, path, batch=20):
                 part = numbers[at:at + batch]
                 clips, who = zip(*(bench[n] for n in part))
                 if setting == "prior":
-                    truths = torch.stack([data.from_bytes(renderings(n, 0, frames, size)["people"][w[0]])
-                                          for n, w in zip(part, who)])
+                    truths = torch.stack([data.benchmark_truth(n, frames, size) for n in part])
                     made = [{"people": [{"loss": loss}] * len(who[0])}
                             for loss in prior_loss(model, encoders, clips, truths, part)]
                 else:
@@ -407,11 +413,10 @@ def case_html(number, rows, frames, size):
     """One case: what was given, what was asked, and for each setting what came."""
     clip, who = data.benchmark_cases()[number]
     references = data.benchmark_references(size)
-    truth = data.from_bytes(renderings(number, 0, frames, size)["people"][who[0]])
     parts = [f"<h3>Case {number}: {html.escape(data.caption(clip))}</h3><div>"]
     parts += [picture(strip(references[i].transpose(0, 1)), f"references of person {i}: {', '.join(VIEWS)}")
               for i in who]
-    parts.append(picture(strip(truth), "ground truth"))
+    parts.append(picture(strip(data.benchmark_truth(number, frames, size)), "ground truth"))
     for row in sorted(rows, key=lambda r: list(SETTINGS).index(r["setting"])):
         said = "; ".join(f"{p['psnr']:.1f} dB, rank {p['rank']}{', swapped' * bool(p.get('swapped'))}"
                          for p in row["people"])

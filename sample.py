@@ -567,11 +567,10 @@ def held_out(prompt, views, frames, size):
     if prompt is not None:
         return [{"people": given(range(2 if "two people" in prompt else 1)), "prompt": prompt}]
     rows = []
-    identities = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
     for number, usual in SHOWN:
         clip, who = data.benchmark_cases()[number]
-        truth, _ = data.render_clips([clip], [data.pick(identities, i) for i in who], frames, size)
-        rows.append({"people": given(who, usual), "prompt": data.caption(clip), "truth": truth[0],
+        truth = data.benchmark_truth(number, frames, size)
+        rows.append({"people": given(who, usual), "prompt": data.caption(clip), "truth": truth,
                      "note": f"  (given: {', '.join(views or usual)})"})
     return rows
 

@@ -11,8 +11,9 @@ from conftest import ROOT, call, run
 import data
 import eval as evaluation
 from rope import VIEWS, UserError
+from sample import RECIPES, generate, load
 
-EVERYBODY = data.draw_identities(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED)
+EVERYBODY = data.benchmark_people()
 ONE, TWO = (0, 13), (75,)  # cases with one person and with two
 
 
@@ -62,6 +63,20 @@ def test_somebody_else_drops_identity_alone():
 def test_exchanged_people_are_counted_as_swaps():
     videos = {n: render(n, data.benchmark_cases()[n][1][::-1]) for n in TWO}
     assert score("swaps", videos) == 1 and score("margin", videos) < -5 and score("top-1", videos) == 0
+
+
+def test_shuffled_references_drop_identity_to_chance():
+    """The toy that comes with the code, given everybody's own references and somebody else's."""
+    model, encoders, meta = load(str(ROOT / "assets" / "toy"))
+    cases, pictures = range(6), data.benchmark_references(32)
+    clips, who = zip(*(data.benchmark_cases()[n] for n in cases))
+    found = {}
+    for name, shift in (("own", 0), ("shuffled", 7)):
+        refs = [{v: pictures[[(i + shift) % 52 for (i,) in who], VIEWS.index(v)] for v in VIEWS}]
+        videos = generate(model, encoders, [data.caption(c) for c in clips], refs, 6, (32, 32), cases,
+                          RECIPES["toy"])
+        found[name] = score("top-1", dict(zip(cases, videos)))
+    assert found["own"] > 0.9 and found["shuffled"] == 0
 
 
 def test_an_attribute_in_another_colour_raises_its_error_alone():
