@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from encoders import layers_of, one_line, put_tensor, read_weights, refuse_mismatch
 from kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope, rope_tables
-from rope import VIEWS, UserError, reference_positions, video_positions
+from rope import VIEWS, UserError, check_layout, reference_positions, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
@@ -87,6 +87,11 @@ def sinusoid(t, dim):
     freq = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
     angle = t.double()[:, None] * freq
     return torch.cat((angle.cos(), angle.sin()), dim=1).float()
+
+
+def normal_(tensor, std):
+    """Normal values, in place; nothing on meta, where drawing them would import torch._dynamo (3 s)."""
+    return tensor if tensor.is_meta else nn.init.normal_(tensor, std=std)
 
 
 def float32(sequential, x):
@@ -171,7 +176,7 @@ class Block(nn.Module):
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+        self.modulation = nn.Parameter(normal_(torch.empty(1, 6, c.dim), c.dim**-0.5))
 
     def forward(self, x, time, context, rope):
         """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D]."""
@@ -194,7 +199,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.head = nn.Linear(c.dim, c.out_dim * PATCH * PATCH)
-        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
+        self.modulation = nn.Parameter(normal_(torch.empty(1, 2, c.dim), c.dim**-0.5))
 
     def forward(self, x, time):
         """x float32 [B, L, D], time float32 [B, D] -> [B, L, PATCH*PATCH*C]."""
@@ -257,7 +262,7 @@ class HarmoView(nn.Module):
         c = self.config = config
         if c.dim % (2 * c.num_heads):
             raise UserError(f"dim {c.dim} is no multiple of 2 x {c.num_heads} heads: rotary turns pairs")
-        reference_positions(c.rope_layout, [], 1, 1, 1, (1, 1), c.proxy_tokens, c.rope_jump)  # may raise
+        check_layout(c.rope_layout, c.rope_jump)
         channels = c.in_dim + c.coordinates
         self.patch_embedding = nn.Conv3d(channels, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"),
@@ -296,7 +301,7 @@ class HarmoView(nn.Module):
     def init_own(self):
         """HarmoView's own parameters, which no Wan checkpoint holds."""
         if self.proxies is not None:
-            nn.init.normal_(self.proxies, std=0.02)
+            normal_(self.proxies, std=0.02)
         if self.mfi is not None:
             self.mfi.init_weights()
 

@@ -44,6 +44,15 @@ def video_positions(T, H, W):
     return torch.cartesian_prod(torch.arange(T), torch.arange(H), torch.arange(W)).reshape(-1, 3)
 
 
+def check_layout(layout, jump):
+    """Raise UserError for an unknown layout, and for a jump that would let two identities overlap."""
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if layout == "jump" and jump < len(VIEWS):
+        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
+                        "they would overlap")
+
+
 def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16):
     """int64 [L, 3]: the positions of all reference tokens, identity by identity, slot by slot in VIEWS order.
 
@@ -51,13 +60,9 @@ def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16)
     present       one collection of view names per identity, e.g. [("front", "left"), ("front",)]
     ref_hw        token grid (h, w) of each reference; a present view has h*w tokens
     proxy_tokens  tokens that stand for a missing view, all at the centre of its slot; 0 leaves the slot out
-    Raises UserError for an unknown layout or view, and for a jump that would let two identities overlap.
+    Raises UserError for an unknown view, and where check_layout does.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    if layout == "jump" and jump < len(VIEWS):
-        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
-                        "they would overlap")
+    check_layout(layout, jump)
     unknown = sorted({view for views in present for view in views} - set(VIEWS))
     if unknown:
         raise UserError(f"unknown view {unknown[0]!r}; expected one of {', '.join(VIEWS)}")
