@@ -407,14 +407,14 @@ class ToyEncoders:
     """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed,
     beside a trained tokenizer.
 
-    folder  holds spiece.model, and vit.safetensors where a trained ViT takes the random one's place
+    folder  holds FILES; the ViT only where a trained one takes the random one's place
     """
+    FILES = ("spiece.model", "vit.safetensors")
 
     def __init__(self, folder, size):
-        self.files = [f for f in (Path(folder) / "spiece.model", Path(folder) / "vit.safetensors")
-                      if f.exists()]
+        self.files = [path for name in self.FILES if (path := Path(folder) / name).exists()]
         self.codec = ToyCodec()
-        self.tokenizer = Tokenizer(Path(folder) / "spiece.model")
+        self.tokenizer = Tokenizer(Path(folder) / self.FILES[0])
         with torch.random.fork_rng([]):
             torch.manual_seed(FROZEN_SEED)
             self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM,

@@ -357,7 +357,7 @@ def export(ckpt, folder):
         raise UserError(f"--export {folder} exists and is no checkpoint: choose another folder")
     data.probe_writable(folder.parent)
     network, meta = load_checkpoint(source)
-    files = [f for f in (source / "spiece.model", source / "vit.safetensors") if f.exists()]
+    files = [path for name in data.ToyEncoders.FILES if (path := source / name).exists()]
     save_checkpoint(folder, {"ema": {k: v.bfloat16() for k, v in network.state_dict().items()}}, meta, files)
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.1f} MiB from {source}")
 
