@@ -208,7 +208,7 @@ def test_ablations_train_measure_and_judge(tmp_path):
     said = call(*command, cwd=tmp_path)
     assert "Jump-RoPE lowers crosstalk" in said and said.count("not run") >= 5
     again = call(*command, cwd=tmp_path)
-    assert again.splitlines()[-13:] == said.splitlines()[-13:]
+    assert again.splitlines()[-15:] == said.splitlines()[-15:]
     assert (tmp_path / "ev" / "ablate" / "append-0" / "stage4").exists()
 
 
