@@ -9,6 +9,7 @@ measures identity without a face network.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import math
 import random
@@ -137,7 +138,7 @@ def draw_identities(n, seed):
 
 
 def pick(identities, index):
-    """The identities at an index, a slice or a tensor of indices, still as a dict of tensors."""
+    """The identities at an index, or at several, still as a dict of tensors."""
     index = torch.as_tensor(index).reshape(-1)
     return {name: value[index] for name, value in identities.items()}
 
@@ -689,6 +690,7 @@ def benchmark_truth(number, frames, size):
     return render_clips([clip], [pick(benchmark_people(), i) for i in who], frames, size)[0][0]
 
 
+@functools.lru_cache(maxsize=2)
 def benchmark_references(size):
     """Their cross-pair references, [52, V, 3, size, size] in -1..1."""
     return render_references(benchmark_people(), BENCHMARK_SEED, size)

@@ -216,7 +216,7 @@ class MFI(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.norm = nn.LayerNorm(c.vit_dim)
+        self.norm = LayerNorm(c.vit_dim)
         self.proj = nn.Linear(c.vit_dim, c.text_dim)
         self.identity = nn.Parameter(torch.zeros(c.max_identities, c.text_dim))
         self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
@@ -229,7 +229,8 @@ class MFI(nn.Module):
 
     def forward(self, features, k):
         """features [B, levels, tokens, vit_dim] of identity k -> rows [B, levels*tokens, E]."""
-        rows = self.proj(self.norm(features)) + self.identity[k] + self.level[:, None]
+        rows = self.proj(self.norm(features).to(self.proj.weight.dtype))
+        rows = rows + self.identity[k] + self.level[:, None]
         return rows.flatten(1, 2)
 
 
@@ -399,6 +400,11 @@ class HarmoView(nn.Module):
                             f"expected [B, {c.in_dim}, T, H, W] with even H and W")
         if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
             raise UserError(f"text is {list(text.shape)}; expected [B, at most {c.text_len}, {c.text_dim}]")
+        for features in vit or () if self.mfi is not None else ():
+            if features is not None and features.shape[:2] + features.shape[3:] != (
+                    x.shape[0], c.vit_levels, c.vit_dim):
+                raise UserError(f"vit features are {list(features.shape)}; "
+                                f"expected [{x.shape[0]}, {c.vit_levels}, tokens, {c.vit_dim}]")
         for name, entries in (("refs", refs), ("vit", vit)):
             if entries is not None and len(entries) > c.max_identities:
                 raise UserError(f"{name} holds {len(entries)} identities; "
@@ -567,9 +573,9 @@ def load_wan(model, path):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def save_checkpoint(folder, tensors, meta, files=(), keep=2):
+def save_checkpoint(folder, tensors, meta, files=(), keep=None):
     """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest
-    `keep` beside it.
+    `keep` steps beside it, where a number is given.
 
     tensors  {"model": state dict, ...}, one safetensors file each
     meta     JSON-able; "sha256" of every file is added
@@ -596,9 +602,9 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=2):
     except BaseException:
         shutil.rmtree(build, ignore_errors=True)
         raise
-    steps = sorted(folder.parent.glob("step-*"), key=step_of)
-    for old in steps[:-keep]:
-        shutil.rmtree(old)
+    if keep:
+        for old in sorted(folder.parent.glob("step-*"), key=step_of)[:-keep]:
+            shutil.rmtree(old)
 
 
 def sha256_of(path):
@@ -625,10 +631,22 @@ def find_checkpoint(path):
     return None
 
 
+def read_meta(folder):
+    """What checkpoint.json of a checkpoint folder holds."""
+    try:
+        meta = json.loads((Path(folder) / "checkpoint.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder}/checkpoint.json is damaged ({error}): use another checkpoint") from None
+    unknown = set(meta["config"]) ^ {f.name for f in fields(DiTConfig)}
+    if unknown:
+        raise UserError(f"{folder}: its config and this version's differ in {', '.join(sorted(unknown))}")
+    return meta
+
+
 def load_tensors(folder, name):
     """One tensor file of a checkpoint folder, checked against the sha256 that was written beside it."""
     path = Path(folder) / f"{name}.safetensors"
-    expected = json.loads((Path(folder) / "checkpoint.json").read_text())["sha256"].get(path.name)
+    expected = read_meta(folder)["sha256"].get(path.name)
     if not path.exists() or sha256_of(path) != expected:
         raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): "
                         "use another checkpoint")
@@ -638,10 +656,7 @@ def load_tensors(folder, name):
 def load_checkpoint(folder, weights="ema"):
     """A checkpoint folder -> HarmoView with its "ema" (or "model") weights, and what checkpoint.json holds.
     Raises UserError for a damaged file, and for keys or shapes that do not fit its config."""
-    meta = json.loads((Path(folder) / "checkpoint.json").read_text())
-    unknown = set(meta["config"]) ^ {f.name for f in fields(DiTConfig)}
-    if unknown:
-        raise UserError(f"{folder}: its config and this version's differ in {', '.join(sorted(unknown))}")
+    meta = read_meta(folder)
     with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
         model = HarmoView(DiTConfig(**meta["config"]))
     try:

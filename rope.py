@@ -1,8 +1,7 @@
 """Rotary positions: where every token of a video and of its references sits, as data.
 
 A layout is nothing but an int64 tensor [L, 3] of (t, h, w); the network never branches on it. To try another
-layout, add a line to LAYOUTS. Positions other systems use are listed in README.md; Jump-RoPE is HarmoView's,
-RD-RoPE is Mv2ID's.
+layout, add a line to LAYOUTS. Jump-RoPE is HarmoView's, RD-RoPE Mv2ID's, "append" Phantom's.
 
 T H W  token grid of the video        h w  token grid of one reference
 k      identity, from 0               v    view slot, index into VIEWS

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -26,7 +27,8 @@ import data
 from encoders import UMT5, DINOv2, WanVAE, stream_blocks
 from kernels import use_fused
 from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint, load_checkpoint, load_wan,
-                   peak_memory, random_inputs, report_speed, save_checkpoint, uses_bf16, wan_config)
+                   peak_memory, random_inputs, read_meta, report_speed, save_checkpoint, uses_bf16,
+                   wan_config)
 from rope import VIEWS, UserError
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -272,18 +274,6 @@ def read_jobs(path):
     return jobs
 
 
-def wrap(text, font, width):
-    """text with line breaks where a line would be wider than `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
-
-
 def contact_sheet(rows, tile=112):
     """A PIL image. rows: dicts of people (list of {view: [3, S, S]}), video [3, F, S, S], prompt,
     and perhaps truth, a second video, and a note to go behind the prompt.
@@ -299,7 +289,7 @@ def contact_sheet(rows, tile=112):
               default=tile)
     left = max(len(row["people"]) for row in rows) * (ref + gap) + gap
     total = left + max(min(most, v.shape[1]) * wide(v[:, 0]) for v in (row["video"] for row in rows)) + gap
-    prompts = [wrap(row["prompt"] + row.get("note", ""), font, total - 2 * gap) for row in rows]
+    prompts = [textwrap.fill(row["prompt"] + row.get("note", ""), (total - 2 * gap) // 7) for row in rows]
     heights = [tile * (1 + ("truth" in row)) + line * (text.count("\n") + 1) + 2 * gap
                for row, text in zip(rows, prompts)]
     sheet = Image.new("RGB", (total, sum(heights) + gap), "white")
@@ -338,7 +328,7 @@ def networks_at(ckpt):
 def config_of(part, trained):
     """The DiTConfig of one of networks_at."""
     if trained:
-        return DiTConfig(**json.loads((trained / "checkpoint.json").read_text())["config"])
+        return DiTConfig(**read_meta(trained)["config"])
     return wan_config(part)
 
 
@@ -353,8 +343,9 @@ def export(ckpt, folder):
     source, folder = find_checkpoint(ckpt), Path(folder)
     if not source:
         raise UserError(f"--export: no checkpoint of train.py at {ckpt}")
-    if folder.exists() and not (folder / "checkpoint.json").exists():
-        raise UserError(f"--export {folder} exists and is no checkpoint: choose another folder")
+    if folder.exists() and (not (folder / "checkpoint.json").exists()
+                            or (folder / "optimizer.safetensors").exists()):
+        raise UserError(f"--export {folder} exists and was not exported: choose another folder")
     data.probe_writable(folder.parent)
     network, meta = load_checkpoint(source)
     files = [path for name in data.ToyEncoders.FILES if (path := source / name).exists()]
@@ -377,7 +368,7 @@ def load(ckpt, wan=None, offload=False, tile=None):
     pair, ours = len(networks) == 2, next((trained for _, trained in networks if trained), None)
     meta = {"kind": "wan2.2" if pair else "wan2.1"}
     if ours:
-        meta |= json.loads((ours / "checkpoint.json").read_text())
+        meta |= read_meta(ours)
         meta["kind"] = meta["kind"] if meta.get("wan") else "toy"
         print(f"checkpoint {ours} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from kernels import use_fused
 from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors, load_wan,
-                   random_inputs, report_speed, save_checkpoint, uses_bf16)
+                   random_inputs, read_meta, report_speed, save_checkpoint, uses_bf16)
 from rope import LAYOUTS, VIEWS, UserError
 
 
@@ -232,7 +232,7 @@ def resolve(args, world):
     recipe = RECIPES[args.config]
     args.optimizer = args.optimizer or ("adamw" if args.wan else "muon")
     args.out = Path(args.out or f"out/{args.config}")
-    for name in ("batch", "muon_lr", "adamw_lr", "shift"):
+    for name in ("batch", "muon_lr", "adamw_lr", "shift", "warmup", "save_every", "keep", "log_every"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
         if getattr(args, name) <= 0:
@@ -250,6 +250,8 @@ def resolve(args, world):
                         f"--micro-batch {args.micro_batch}")
     if not 0 <= args.mask < 1:
         raise UserError(f"--mask {args.mask}: expected a fraction from 0 to below 1")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
     if args.stage != "all" and args.stage not in map(str, STAGES):
         raise UserError(f"--stage {args.stage}: expected {', '.join(map(str, STAGES))} or all")
     changes = {name: getattr(args, name) for name in ("rope_layout", "rope_jump", "proxy_tokens")}
@@ -276,17 +278,24 @@ def source_of(number, args):
     Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
     again = f"--config {args.config} --out {args.out}"
     own, before = refuse_to_lose(number, args), find_checkpoint(args.out / f"stage{number - 1}")
-    if args.wan and (number == 1 or args.stage != "all"):  # the first stage trained
-        return own if args.resume else None, None
     if own and args.resume:
         return own, before
+    if args.wan and before is None:  # the first stage trained
+        return None, None
     if number > 1 and before is None:
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {again}` first")
-    if before and not (meta := json.loads((before / "checkpoint.json").read_text()))["finished"]:
+    if before and not (meta := read_meta(before))["finished"]:
         raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
                         f"`python train.py --stage {number - 1} {again} --resume` finishes it")
     return None, before
+
+
+def flags_of(args):
+    """The flags that decide what a step does."""
+    names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
+             "shift", "pairs", "vit", "mask", "no_curriculum", "front_only")
+    return {name: getattr(args, name) for name in names}
 
 
 def prepare(number, args, config, world):
@@ -298,10 +307,13 @@ def prepare(number, args, config, world):
     if own or before:
         model, meta = load_checkpoint(own or before, "model" if own else "ema")
         start = meta["step"] if own else 0
-        differ = [f"{name} {getattr(model.config, name)} there, {value} here"
-                  for name, value in asdict(config).items() if getattr(model.config, name) != value]
+        there, here = meta["config"], asdict(config)
+        if own:  # a stage may have flags of its own, but not two halves of one stage
+            there, here = there | meta.get("flags", {}), here | flags_of(args)
+        differ = [f"{name} {value} there, {here[name]} here" for name, value in there.items()
+                  if name in here and here[name] != value]
         if differ:
-            raise UserError(f"{own or before} has another config ({'; '.join(differ)}): "
+            raise UserError(f"{own or before} was trained otherwise ({'; '.join(differ)}): "
                             "give the same flags, or another --out")
     elif args.wan:
         with torch.device("meta"):
@@ -359,15 +371,14 @@ def train_stage(number, prepared, args, dataset, world, stop):
     model, ema, optimizers, start = prepared
     if start >= steps:
         return
-    if args.overwrite and world.rank == 0:  # a longer run's checkpoints would pass for the newest
-        shutil.rmtree(folder, ignore_errors=True)
     share = args.batch // world.size  # samples per rank and step
     metrics = open_metrics(folder, start) if world.rank == 0 else None
 
     def save(step):
         meta = {"config": asdict(model.config), "preset": args.config,
                 "world": {k: data.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number,
-                "name": stage.name, "step": step, "finished": step == steps, "command": " ".join(sys.argv)}
+                "name": stage.name, "step": step, "finished": step == steps, "command": " ".join(sys.argv),
+                "flags": flags_of(args)}
         if model.config.in_dim == 16:
             meta["wan"] = str(wan_root(args))
         tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
@@ -461,10 +472,10 @@ def open_metrics(folder, start):
     """metrics.jsonl of a stage, open for appending; lines after step `start`, from a run that went further,
     are dropped."""
     path = folder / "metrics.jsonl"
-    lines = ([line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-             if path.exists() else [])
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in lines))
+    path.write_text("".join(lines))
     return open(path, "a")
 
 
@@ -544,13 +555,15 @@ def main(argv=None):
     world.barrier()
     dataset = load_data()
     stop = stop_on_sigterm(world)
+    for number in stages if args.overwrite and world.rank == 0 else ():  # all now: they would pass for newer
+        shutil.rmtree(args.out / f"stage{number}", ignore_errors=True)
     for number in stages:
         train_stage(number, prepared or prepare(number, args, config, world), args, dataset, world, stop)
         prepared = None
         if stop():
             break
         # what a user would run; a process of its own, since sample.py is above this file
-        if world.rank == 0 and not args.no_samples:
+        if world.rank == 0 and not args.no_samples and config.in_dim != 16:  # Wan's need a prompt
             sheet = args.out / f"stage{number}"
             subprocess.run([sys.executable, Path(__file__).with_name("sample.py"),
                             "--ckpt", sheet, "--out", sheet / "sample"], check=False)

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -204,7 +205,9 @@ def test_a_config_that_cannot_work_is_refused(changes, says):
 def test_a_checkpoint_comes_back_bit_for_bit_and_old_ones_go(tmp_path):
     net, meta = network(), {"config": vars(TINY), "stage": 1}
     for step in (1, 2, 10):
-        save_checkpoint(tmp_path / f"step-{step:06d}", {"ema": net.state_dict()}, meta)
+        save_checkpoint(tmp_path / f"step-{step:06d}", {"ema": net.state_dict()}, meta, keep=2)
+    save_checkpoint(tmp_path / "copy", {"ema": net.state_dict()}, meta)  # no step, and takes none away
+    shutil.rmtree(tmp_path / "copy")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000010"]
     again, found = load_checkpoint(tmp_path / "step-000010")
     assert found["stage"] == 1
@@ -229,6 +232,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(UserError, match="missing or damaged"):
         load_tensors(folder, "ema")
+    (folder / "checkpoint.json").write_text('{"config": {')
+    with pytest.raises(UserError, match="checkpoint.json is damaged"):
+        load_checkpoint(folder)
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):

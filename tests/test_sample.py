@@ -381,8 +381,11 @@ def test_an_export_is_the_same_network_in_bf16(tiny, tmp_path, monkeypatch):
     call("sample.py", "--ckpt", out, "--steps", 1, "--prompt", PROMPT, "--out", "a", cwd=tmp_path)
     assert (tmp_path / "a.mp4").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="mine exists and is no checkpoint"):
-        sample.main(["--ckpt", str(run_folder), "--export", str(tmp_path / "mine")])
+    for folder in (tmp_path / "mine", sample.find_checkpoint(run_folder)):  # neither was exported
+        before = list(folder.iterdir())
+        with pytest.raises(UserError, match="exists and was not exported"):
+            sample.main(["--ckpt", str(run_folder), "--export", str(folder)])
+        assert list(folder.iterdir()) == before
     # what a command without --ckpt takes: a run in out/ before the toy that comes with the code
     monkeypatch.chdir(tmp_path)
     assert sample.default_checkpoint() == str(ROOT / "assets" / "toy")

@@ -286,7 +286,14 @@ def test_without_curriculum_and_with_the_front_alone(fresh, monkeypatch):
         ),
         ("--stage 2", "exists: --resume goes on"),
         ("--stage all", "exists: --resume goes on"),
-        ("--stage 2 --overwrite --no-mfi", "another config .*vit_dim 96 there, 0 here"),
+        ("--stage 2 --overwrite --no-mfi", "trained otherwise .*vit_dim 96 there, 0 here"),
+        ("--stage 2 --resume --batch 8", "trained otherwise .*batch 4 there, 8 here.*: give the same flags"),
+        ("--stage 2 --resume --mask 0.6", "trained otherwise .*mask 0.0 there, 0.6 here"),
+        ("--stage 2 --resume --overwrite", "give one of them"),
+        ("--stage 1 --out new --warmup 0", "--warmup 0: expected more than 0"),
+        ("--stage 1 --out new --log-every 0", "--log-every 0"),
+        ("--stage 1 --out new --save-every 0", "--save-every 0"),
+        ("--stage 1 --out new --keep 0", "--keep 0"),
         ("--stage 1 --out new --rope-jump 2", "rope jump 2 is smaller"),
         ("--stage 1 --out new --steps 0", "--steps 0 .*: expected one positive number"),
         ("--stage 1 --out new --steps 1 2", "--steps 1 2: expected one positive number, or four"),
@@ -311,6 +318,22 @@ def test_bad_input_gets_one_clear_line(arguments, says, tiny, tmp_path, monkeypa
 def test_the_script_exits_with_that_line(tmp_path):
     line = run(ROOT / "train.py", "--stage", "9", cwd=tmp_path, fails=True)
     assert line == "train.py: --stage 9: expected 1, 2, 3, 4 or all"
+
+
+def test_overwriting_all_stages_leaves_no_later_one_of_the_old_run(fresh, tiny, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    shutil.copytree(tiny / "out", fresh / "out")
+    monkeypatch.setattr(train, "train_stage", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("train.py", *FAST, "--overwrite", cwd=fresh)
+    assert find_checkpoint(fresh / "out" / "tiny") is None
+
+
+def test_a_cut_line_of_the_metrics_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    train.open_metrics(tmp_path, 1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_an_interrupted_rendering_leaves_no_cache(tmp_path, monkeypatch):
@@ -391,6 +414,14 @@ def test_wan_is_the_start_of_any_stage(small_wan, wan, stage):
     for (name, a), b in zip(trained.named_parameters(), base.parameters(), strict=True):
         if not name.startswith(OWN):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_with_wan_a_stage_goes_on_from_the_one_before(small_wan):
+    train.main([*small_wan, "--stage", "1", "--steps", "1"])
+    train.main([*small_wan, "--stage", "2", "--steps", "1", "--adamw-lr", "1e-12"])
+    first, second = (weights(Path("out/small") / f"stage{n}") for n in (1, 2))
+    for name, value in first["ema.safetensors"].items():
+        torch.testing.assert_close(second["model.safetensors"][name], value, atol=1e-9, rtol=0)
 
 
 def test_all_stages_from_wan_and_a_video_from_references(small_wan, wan, tmp_path):
