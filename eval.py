@@ -597,6 +597,8 @@ def main(argv=None):
     cases = sorted({i * 100 // args.limit for i in range(args.limit)})
     recipe = RECIPES["toy"] | dict(steps=args.steps, shift=args.shift, guide_text=(args.guide_text,),
                                    guide_refs=args.guide_refs)
+    print(f"{len(cases)} cases, given {', '.join(args.settings)}; "
+          + ", ".join(f"{name} {value}" for name, value in recipe.items() if value))
     if args.ablate is not None:
         if unknown := set(args.ablate) - set(ABLATIONS):
             raise UserError(f"--ablate {' '.join(sorted(unknown))}: expected {', '.join(ABLATIONS)}")

@@ -649,6 +649,8 @@ def main(argv=None):
     data.probe_writable(out.parent)
     model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile)
     recipe, frames, size = resolve(args, model.config, meta)
+    print(f"{frames} frames of {size[0]}x{size[1]}, "
+          + ", ".join(f"{name} {value}" for name, value in recipe.items() if value))
     rows = rows_of(args, model, meta, frames, size)
     start = time.perf_counter()
     for size in dict.fromkeys(row["size"] for row in rows):
