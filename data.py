@@ -587,13 +587,14 @@ def whole(folder):
 
 def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
-    Its name holds a fingerprint of this file, since other code draws other clips.
+    Its name holds a fingerprint of the code, since other code draws other clips or encodes them otherwise.
 
     The folder holds one.safetensors and two.safetensors (video uint8 [n, 3, F, S, S],
     refs uint8 [n, people, V, 3, S, S], text float16 [n, S, E] with its last row the empty caption's),
     captions.txt, spiece.model and, where vit is "trained", vit.safetensors.
     """
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("data.py", "encoders.py"))
+    code = hashlib.sha256(code).hexdigest()[:8]
     folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{vit}-{code}"
     if folder.exists():
         return folder
