@@ -74,6 +74,8 @@ def arguments(argv=None):
     run("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
     run("--out", default=None, help="folder of the run (default out/CONFIG)")
     run("--data", default="cache", help="folder for rendered or encoded training data")
+    run("--clips", type=int, nargs=2, metavar=("ONE", "TWO"),
+        help="toy clips to render, with one person and with two (default: the config's)")
     run("--wan", metavar="DIR", help="a Wan checkpoint's folder: the first stage trained starts from its "
         "transformer, and the configs 1.3b and 14b use its encoders")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
@@ -242,6 +244,9 @@ def resolve(args, world):
     if len(args.steps) != len(STAGES) or min(args.steps) < 1:
         raise UserError(f"--steps {' '.join(map(str, args.steps))}: "
                         "expected one positive number, or four, one a stage")
+    args.clips = list(args.clips or data.WORLDS[args.config]["clips"])
+    if min(args.clips) < 1:
+        raise UserError(f"--clips {' '.join(map(str, args.clips))}: expected two positive numbers")
     if args.micro_batch is None:
         halves = side_by_side(world) and args.batch % 2 == 0
         args.micro_batch = args.batch // world.size // (2 if halves else 1)
@@ -294,7 +299,7 @@ def source_of(number, args):
 def flags_of(args):
     """The flags that decide what a step does."""
     names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
-             "shift", "pairs", "vit", "mask", "no_curriculum", "front_only")
+             "shift", "clips", "pairs", "vit", "mask", "no_curriculum", "front_only")
     return {name: getattr(args, name) for name in names}
 
 
@@ -541,10 +546,11 @@ def main(argv=None):
         encoders = data.WanEncoders(wan_root(args), world.device, dtype)
 
     def load_data():
-        folder = data.build_cache(args.data, **data.WORLDS[args.config], pairs=args.pairs, vit=args.vit)
+        toy = data.WORLDS[args.config] | {"clips": args.clips}
+        folder = data.build_cache(args.data, **toy, pairs=args.pairs, vit=args.vit)
         if encoders:
             return data.LatentData(data.encode_cache(folder, encoders, args.mask), views)
-        return data.ToyData(folder, data.WORLDS[args.config]["size"], views, args.mask)
+        return data.ToyData(folder, toy["size"], views, args.mask)
     if world.rank == 0:
         print(f"{args.config}: {config}\n"
               f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
