@@ -408,14 +408,14 @@ class ToyEncoders:
     """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed,
     beside a trained tokenizer.
 
-    folder  holds FILES; the ViT only where a trained one takes the random one's place
+    folder  holds TOKENIZER
     """
-    FILES = ("spiece.model", "vit.safetensors")
+    TOKENIZER = "spiece.model"
 
     def __init__(self, folder, size):
-        self.files = [path for name in self.FILES if (path := Path(folder) / name).exists()]
+        self.files = [Path(folder) / self.TOKENIZER]  # what a checkpoint has to hold beside the network
         self.codec = ToyCodec()
-        self.tokenizer = Tokenizer(Path(folder) / self.FILES[0])
+        self.tokenizer = Tokenizer(self.files[0])
         with torch.random.fork_rng([]):
             torch.manual_seed(FROZEN_SEED)
             self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM,
@@ -427,8 +427,6 @@ class ToyEncoders:
                 torch.nn.init.normal_(block.pos_embedding.embedding.weight, std=3)
                 torch.nn.init.normal_(block.attn.q.weight, std=0.5 / TEXT_DIM)
             torch.nn.init.normal_(self.vit.pos_embed, std=0.5)
-        if len(self.files) > 1:
-            self.vit.load_state_dict(safetensors.torch.load_file(self.files[1]))
         for net in (self.t5, self.vit):
             net.requires_grad_(False).eval()
 
@@ -555,26 +553,6 @@ IN_PAIR_MOTIONS = ("sweeps rightwards", "sweeps leftwards", "looks around")
 IN_PAIR_VIEWS = ("front", "left", "right")  # what each of them shows
 
 
-def train_vit(vit, size, people=2048, steps=600):
-    """Teach a ToyEncoders' ViT to tell training identities apart, in about a minute: of two sets of frontal
-    references, each with its own light, shirt and pose, one person's two must be nearest (InfoNCE)."""
-    identities = draw_identities(people, TRAIN_SEED + 3)
-    first, second = (render_references(identities, seed, size)[:, 0] for seed in (1, 2))
-    g = torch.Generator().manual_seed(FROZEN_SEED)
-    vit.requires_grad_(True)
-    optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-3)
-    for step in tqdm(range(steps), desc="training the toy's ViT", unit=" steps", disable=None):
-        who = torch.randint(people, (64,), generator=g)
-        a, b = (F.normalize(vit(VIT_SCALE * pictures[who])[:, -1, 0], dim=1) for pictures in (first, second))
-        scores = 10 * a @ b.T
-        loss = F.cross_entropy(scores, torch.arange(64)) + F.cross_entropy(scores.T, torch.arange(64))
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    vit.requires_grad_(False)
-
-
 @contextlib.contextmanager
 def whole(folder):
     """A temporary folder to fill, which takes the name `folder` once it is filled, and else goes."""
@@ -585,26 +563,23 @@ def whole(folder):
         build.replace(folder)
 
 
-def build_cache(root, size, frames, clips, pairs="cross", vit="random"):
+def build_cache(root, size, frames, clips, pairs="cross"):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
     Its name holds a fingerprint of the code, since other code draws other clips or encodes them otherwise.
 
     The folder holds one.safetensors and two.safetensors (video uint8 [n, 3, F, S, S],
     refs uint8 [n, people, V, 3, S, S], text float16 [n, S, E] with its last row the empty caption's),
-    captions.txt, spiece.model and, where vit is "trained", vit.safetensors.
+    captions.txt and spiece.model.
     """
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("data.py", "encoders.py"))
     code = hashlib.sha256(code).hexdigest()[:8]
-    folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{vit}-{code}"
+    folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole(folder) as build:
-        train_tokenizer(build / "spiece.model")
+        train_tokenizer(build / ToyEncoders.TOKENIZER)
         encoders = ToyEncoders(build, size)
-        if vit == "trained":
-            train_vit(encoders.vit, size)
-            safetensors.torch.save_file(encoders.vit.state_dict(), build / "vit.safetensors")
         # sweeps twice as often: they show the views that the references are for
         motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
         bar = tqdm(total=sum(clips), desc="rendering the toy world", unit=" clips", disable=None)

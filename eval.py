@@ -478,7 +478,6 @@ ABLATIONS = {  # row: flags of train.py
     "full": "",
     "again": "",  # the same with other seeds: what a seed alone moves
     "no-mfi": "--no-mfi",
-    "vit-trained": "--vit trained",
     "no-proxies": "--proxy-tokens 0",
     "jump-4": "--rope-jump 4",
     "jump-64": "--rope-jump 64",

@@ -348,7 +348,7 @@ def export(ckpt, folder):
         raise UserError(f"--export {folder} exists and was not exported: choose another folder")
     data.probe_writable(folder.parent)
     network, meta = load_checkpoint(source)
-    files = [path for name in data.ToyEncoders.FILES if (path := source / name).exists()]
+    files = [path for path in [source / data.ToyEncoders.TOKENIZER] if path.exists()]  # the toy's
     save_checkpoint(folder, {"ema": {k: v.bfloat16() for k, v in network.state_dict().items()}}, meta, files)
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.1f} MiB from {source}")
 

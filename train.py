@@ -108,8 +108,6 @@ def arguments(argv=None):
     method("--proxy-tokens", type=int, help="learnable tokens for a missing view; 0 leaves it out")
     method("--pairs", choices=("cross", "in"), default="cross",
            help="references from elsewhere or from the clip itself")
-    method("--vit", choices=("random", "trained"), default="random",
-           help="the toy's ViT: random, or trained for a minute to tell people apart")
     method("--no-curriculum", action="store_true",
            help="stage 4's clips and references from the first step on; steps as in the stages")
     method("--front-only", action="store_true", help="no view but the front is ever given")
@@ -299,7 +297,7 @@ def source_of(number, args):
 def flags_of(args):
     """The flags that decide what a step does."""
     names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
-             "shift", "clips", "pairs", "vit", "mask", "no_curriculum", "front_only")
+             "shift", "clips", "pairs", "mask", "no_curriculum", "front_only")
     return {name: getattr(args, name) for name in names}
 
 
@@ -547,7 +545,7 @@ def main(argv=None):
 
     def load_data():
         toy = data.WORLDS[args.config] | {"clips": args.clips}
-        folder = data.build_cache(args.data, **toy, pairs=args.pairs, vit=args.vit)
+        folder = data.build_cache(args.data, **toy, pairs=args.pairs)
         if encoders:
             return data.LatentData(data.encode_cache(folder, encoders, args.mask), views)
         return data.ToyData(folder, toy["size"], views, args.mask)
