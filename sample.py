@@ -562,7 +562,7 @@ def held_out(prompt, views, frames, size):
         clip, who = data.benchmark_cases()[number]
         truth = data.benchmark_truth(number, frames, size)
         rows.append({"people": given(who, usual), "prompt": data.caption(clip), "truth": truth,
-                     "note": f"  (given: {', '.join(views or usual)})"})
+                     "note": f" (given: {', '.join(views or usual)})"})
     return rows
 
 
@@ -599,7 +599,7 @@ def rows_of(args, model, meta, frames, size):
         raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
     return [{"prompt": row["prompt"], "seed": row["seed"], "people": row["people"][::order],
              "files": row["files"][::order], "size": row["size"],
-             "note": "  (references exchanged)" * (order < 0)}
+             "note": " (references exchanged)" * (order < 0)}
             for row in pairs for order in (1, -1)]
 
 
