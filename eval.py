@@ -253,7 +253,7 @@ def shown(found, per_cent=False, signed=False):
     if found is None:
         return "-"
     a, low, high = (100 * v if per_cent else v for v in found)
-    digits = 0 if per_cent else 4 if max(-low, high) < 0.1 else 2
+    digits = 0 if per_cent else 4 if max(-low, high) < 0.05 else 2
     return f"{a:{'+' if signed else ''}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
