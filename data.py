@@ -803,7 +803,7 @@ def probe_writable(folder):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from None
 
 
 # -------------------------------------------------------------------------------------------------------- CLI

@@ -156,7 +156,8 @@ class Tokenizer:
     white space collapsed, </s> last."""
 
     def __init__(self, path, max_len=512):
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        with one_line(path):
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.max_len = max_len
 
     def __call__(self, texts):

@@ -635,11 +635,14 @@ def read_meta(folder):
     """What checkpoint.json of a checkpoint folder holds."""
     try:
         meta = json.loads((Path(folder) / "checkpoint.json").read_text())
-    except ValueError as error:
+        config, kinds = dict(meta["config"]), {f.name: f.type for f in fields(DiTConfig)}
+        dict(meta["sha256"]), int(meta.get("step", 0))
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}/checkpoint.json is damaged ({error}): use another checkpoint") from None
-    unknown = set(meta["config"]) ^ {f.name for f in fields(DiTConfig)}
-    if unknown:
+    if unknown := config.keys() ^ kinds:
         raise UserError(f"{folder}: its config and this version's differ in {', '.join(sorted(unknown))}")
+    if wrong := [f"{name} {value!r}" for name, value in config.items() if not isinstance(value, kinds[name])]:
+        raise UserError(f"{folder}/checkpoint.json is damaged ({', '.join(wrong)}): use another checkpoint")
     return meta
 
 

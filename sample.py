@@ -260,7 +260,8 @@ def read_jobs(path):
         try:
             job = json.loads(line)
             prompt, refs, seed = job["prompt"], job.get("refs") or [], job.get("seed")
-            good = (isinstance(prompt, str) and prompt.strip() and isinstance(seed, int | None)
+            good = (isinstance(prompt, str) and prompt.strip()
+                    and (seed is None or isinstance(seed, int) and 0 <= seed < 2**63)
                     and all(isinstance(files, list) and files for files in refs)
                     and all(isinstance(file, str) for files in refs for file in files))
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -343,12 +344,12 @@ def export(ckpt, folder):
     source, folder = find_checkpoint(ckpt), Path(folder)
     if not source:
         raise UserError(f"--export: no checkpoint of train.py at {ckpt}")
-    if folder.exists() and (not (folder / "checkpoint.json").exists()
-                            or (folder / "optimizer.safetensors").exists()):
-        raise UserError(f"--export {folder} exists and was not exported: choose another folder")
+    if folder.exists():
+        raise UserError(f"--export {folder} exists: remove it or choose another folder")
     data.probe_writable(folder.parent)
     network, meta = load_checkpoint(source)
-    files = [path for path in [source / data.ToyEncoders.TOKENIZER] if path.exists()]  # the toy's
+    tokenizer = source / data.ToyEncoders.TOKENIZER
+    files = [tokenizer] if tokenizer.exists() else []  # Wan's is in its own folder
     save_checkpoint(folder, {"ema": {k: v.bfloat16() for k, v in network.state_dict().items()}}, meta, files)
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.1f} MiB from {source}")
 
@@ -631,6 +632,8 @@ def make(rows, model, encoders, recipe, frames):
 def main(argv=None):
     args = arguments(argv)
     args.size = args.size and parse_size(args.size)
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: expected 0 to 2**63 - 1")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty: say what happens, "
                         "for example \"a close-up of one person in a red shirt nods ...\"")

@@ -533,8 +533,13 @@ def main(argv=None):
         return bench(args, config, world)
     # what can be refused is refused here, before minutes of rendering
     prepared = prepare(stages[0], args, config, world)
-    for number in stages[1:]:
-        refuse_to_lose(number, args)
+    later = None
+    for number in reversed(stages):
+        own = refuse_to_lose(number, args)
+        if args.resume and later and (own is None or read_meta(own)["step"] < args.steps[number - 1]):
+            raise UserError(f"{later} started from stage {number} before its {args.steps[number - 1]} steps: "
+                            "give the --steps it had, or --overwrite, or another --out")
+        later = own or later
     data.probe_writable(args.out)
     data.probe_writable(args.data)
     views = VIEWS[:1] if args.front_only else VIEWS if args.pairs == "cross" else data.IN_PAIR_VIEWS
@@ -553,6 +558,7 @@ def main(argv=None):
         print(f"{args.config}: {config}\n"
               f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
               f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
+              f"clips {args.clips}, "
               f"{args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, shift {args.shift}, {args.precision} "
               f"on {world.device}, {kernels_in_use}")
         load_data()  # what it renders and encodes, it leaves for the other ranks

@@ -171,8 +171,12 @@ def test_verdicts(better, other, again, expected):
         "again": rows_of((noise + better + again).tolist()),
     }
     said, found, seed = evaluation.verdict(results, ("full", ["all"]), ("no-mfi", ["all"]), "psnr", 1)
-    assert said == expected and found[0] == pytest.approx(better - other, abs=1e-4)
+    assert said == expected and found[0] == pytest.approx(better + again / 2 - other, abs=1e-4)
     assert seed[0] == pytest.approx(-again, abs=1e-4)
+    sides = ("full", ["front", "all"]), ("no-mfi", ["front", "all"])
+    assert evaluation.verdict(results, *sides, "psnr", 1)[0] == "not run"  # at one of its settings only
+    alike = dict.fromkeys(("full", "no-mfi"), rows_of([True] * 50, "mouth"))  # 50 cases alike prove little
+    assert evaluation.claim(alike, ("full", ["all"]), ("no-mfi", ["all"]), "mouth", 1) == (0, -0.06, 0.06)
     assert evaluation.verdict({}, ("full", ["all"]), ("no-mfi", ["all"]), "psnr", 1)[0] == "not run"
     del results["again"]  # nothing to compare with
     assert evaluation.verdict(results, ("full", ["all"]), ("no-mfi", ["all"]), "psnr", 1)[0] == "not decided"

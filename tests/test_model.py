@@ -232,9 +232,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(UserError, match="missing or damaged"):
         load_tensors(folder, "ema")
-    (folder / "checkpoint.json").write_text('{"config": {')
-    with pytest.raises(UserError, match="checkpoint.json is damaged"):
-        load_checkpoint(folder)
+    meta = json.loads((folder / "checkpoint.json").read_text())
+    wrong = json.dumps(meta | {"config": meta["config"] | {"dim": "x"}})
+    for text in ('{"config": {', "{}", "[]", json.dumps(meta | {"step": None}), wrong):
+        (folder / "checkpoint.json").write_text(text)
+        with pytest.raises(UserError, match="checkpoint.json is damaged"):
+            load_checkpoint(folder)
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):

@@ -41,7 +41,7 @@ def test_every_command_runs_on_the_tiny_preset(tiny, tmp_path):
     found = commands()
     assert {"train.py", "sample.py", "eval.py", "data.py"} <= {word for c in found for word in c.split()}
     for command in found:
-        words = shlex.split(command.replace("$(sed -n 3p toy/captions.txt)", "two people"))
+        words = shlex.split(command.replace("$(sed -n 3p out/look/captions.txt)", "two people"))
         launcher, script = words[0], next(w for w in words if w.endswith(".py"))
         rest = words[words.index(script) + 1 :] + TINY.get(script, [])
         if script == "train.py" and (tmp_path / "out" / "toy").exists():
@@ -55,6 +55,11 @@ def test_every_command_runs_on_the_tiny_preset(tiny, tmp_path):
             call(script, *rest, cwd=tmp_path)
     assert find_checkpoint(tmp_path / "out" / "toy" / "stage4")
     assert (tmp_path / "out" / "sample.png").exists() and list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_the_first_table_is_the_one_beside_the_toy_that_comes_with_the_code():
+    table = (ROOT / "assets" / "toy" / "benchmark.txt").read_text().splitlines()[2:11]
+    assert "\n".join(table) in README
 
 
 def test_every_file_is_named_and_every_named_file_exists():

@@ -381,9 +381,9 @@ def test_an_export_is_the_same_network_in_bf16(tiny, tmp_path, monkeypatch):
     call("sample.py", "--ckpt", out, "--steps", 1, "--prompt", PROMPT, "--out", "a", cwd=tmp_path)
     assert (tmp_path / "a.mp4").exists()
     (tmp_path / "mine").mkdir()
-    for folder in (tmp_path / "mine", sample.find_checkpoint(run_folder)):  # neither was exported
+    for folder in (tmp_path / "mine", out):
         before = list(folder.iterdir())
-        with pytest.raises(UserError, match="exists and was not exported"):
+        with pytest.raises(UserError, match="exists: remove it or choose another"):
             sample.main(["--ckpt", str(run_folder), "--export", str(folder)])
         assert list(folder.iterdir()) == before
     # what a command without --ckpt takes: a run in out/ before the toy that comes with the code
