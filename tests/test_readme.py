@@ -38,6 +38,7 @@ def test_the_two_commands_stand_in_the_first_screen():
 
 def test_every_command_runs_on_the_tiny_preset(tiny, tmp_path):
     shutil.copytree(tiny / "cache", tmp_path / "cache")
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
     found = commands()
     assert {"train.py", "sample.py", "eval.py", "data.py"} <= {word for c in found for word in c.split()}
     for command in found:
