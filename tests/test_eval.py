@@ -80,6 +80,26 @@ def test_shuffled_references_drop_identity_to_chance():
     assert found["own"] > 0.9 and found["shuffled"] == 0
 
 
+def test_the_priors_loss_is_zero_for_an_oracle_and_a_velocitys_power_for_silence():
+    _, encoders, _ = load(str(ROOT / "assets" / "toy"))
+    clips, videos = [data.benchmark_cases()[n][0] for n in ONE], torch.stack([render(n) for n in ONE])
+    x0 = encoders.encode(videos)
+
+    class Oracle:
+        device, scale = torch.device("cpu"), 1
+
+        def __call__(self, x, t, text, refs, vit):
+            assert refs == [{}] and vit == [None] and len(text) == len(x)
+            return self.scale * (x - x0) / (t / 1000).view(-1, 1, 1, 1, 1)  # noise - x0
+    losses = torch.tensor(evaluation.prior_loss(Oracle(), encoders, clips, videos, ONE))
+    assert losses.shape == (2, len(evaluation.SIGMAS)) and losses.max() < 1e-6
+    silent = Oracle()
+    silent.scale = 0
+    losses = torch.tensor(evaluation.prior_loss(silent, encoders, clips, videos, ONE))
+    power = 1 + x0.square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(losses, power[:, None].expand(-1, 5), rtol=0.05, atol=0)
+
+
 def test_an_attribute_in_another_colour_raises_its_error_alone():
     clip, who = data.benchmark_cases()[13]
     person = data.pick(EVERYBODY, who[0])

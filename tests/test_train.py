@@ -290,7 +290,7 @@ def test_without_curriculum_and_with_the_front_alone(fresh, monkeypatch):
         ("--stage 2 --resume --batch 8", "trained otherwise .*batch 4 there, 8 here.*: give the same flags"),
         ("--stage 2 --resume --mask 0.6", "trained otherwise .*mask 0.0 there, 0.6 here"),
         ("--stage 2 --resume --clips 4 4", r"trained otherwise .*clips \[12, 12\] there, \[4, 4\] here"),
-        ("--stage all --resume --steps 3", "stage2.* started from stage 1 before its 3 steps"),
+        ("--stage all --resume --steps 3", "stage4.* started from stage 3 before its 3 steps"),
         ("--stage 2 --resume --overwrite", "give one of them"),
         ("--stage 1 --out new --warmup 0", "--warmup 0: expected more than 0"),
         ("--stage 1 --out new --log-every 0", "--log-every 0"),
