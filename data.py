@@ -563,6 +563,12 @@ def whole(folder):
         build.replace(folder)
 
 
+def code_of(*modules):
+    """A short hash of modules beside this one, for the name of what they made: other code makes another."""
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)
+    return hashlib.sha256(code).hexdigest()[:8]
+
+
 def build_cache(root, size, frames, clips, pairs="cross"):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
     Its name holds a fingerprint of the code, since other code draws other clips or encodes them otherwise.
@@ -571,8 +577,7 @@ def build_cache(root, size, frames, clips, pairs="cross"):
     refs uint8 [n, people, V, 3, S, S], text float16 [n, S, E] with its last row the empty caption's),
     captions.txt and spiece.model.
     """
-    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("data.py", "encoders.py"))
-    code = hashlib.sha256(code).hexdigest()[:8]
+    code = code_of("data", "encoders")
     folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
     if folder.exists():
         return folder
@@ -794,6 +799,11 @@ def write_video(path, video, fps=16, comment=""):
             picture = to_image(video[:, f], grow * height, grow * width)
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
+
+
+def is_seed(value):
+    """What every generator here can be seeded with."""
+    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def probe_writable(folder):

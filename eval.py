@@ -230,14 +230,15 @@ def by_case(rows, metric):
     return {case: v for case, v in means.items() if v is not None}
 
 
-def interval(values, rate=False, draws=2000):
+def interval(values, within=None, draws=2000):
     """Mean of a list and its 95 % bootstrap interval -> (mean, low, high), or None for an empty list.
-    A rate that is 0 or 1 in all n cases, where a bootstrap sees no spread, gets 3/n (the rule of three)."""
+    Rates, and differences of rates, that are alike in all n cases, where a bootstrap sees no spread, get 3/n
+    (the rule of three), `within` the least and the most that they can be."""
     if not values:
         return None
-    if rate and set(values) in ({0.0}, {1.0}):
-        far = abs(values[0] - min(1, 3 / len(values)))
-        return values[0], min(values[0], far), max(values[0], far)
+    if within and len(set(values)) == 1:
+        value, spread = values[0], 3 / len(values)
+        return value, max(within[0], value - spread), min(within[1], value + spread)
     values = torch.tensor(values, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
     means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
@@ -246,7 +247,7 @@ def interval(values, rate=False, draws=2000):
 
 def estimate(rows, metric, *which):
     """A metric of the rows that `select` finds, over cases."""
-    return interval(list(by_case(select(rows, *which), metric).values()), METRICS[metric][2])
+    return interval(list(by_case(select(rows, *which), metric).values()), METRICS[metric][2] and (0, 1))
 
 
 def shown(found, per_cent=False, signed=False):
@@ -319,8 +320,8 @@ def evaluate(ckpt, cases, settings, recipe, path, batch=20):
     if meta["kind"] != "toy":
         raise UserError(f"{ckpt} is no checkpoint of the toy world, which this benchmark is made of")
     frames, size = meta["world"]["frames"], meta["world"]["size"]
-    code = [Path(__file__).with_name(f"{name}.py").read_text() for name in CODE]
-    run = json.dumps([meta["sha256"], meta["config"], meta["world"], recipe, code], sort_keys=True)
+    run = json.dumps([meta["sha256"], meta["config"], meta["world"], recipe, data.code_of(*CODE)],
+                     sort_keys=True)
     run = hashlib.sha256(run.encode()).hexdigest()[:12]
     rows = finished(path, run)
     done = {(row["case"], row["setting"]) for row in rows}
@@ -404,7 +405,7 @@ def by_yaw(rows, value):
     def of(row, low, high):
         return mean([v for p in row["people"] for v, yaw in zip(p[value], p["yaw"])
                      if low <= abs(yaw) < high])
-    return [interval([v for row in rows if (v := of(row, *ends)) is not None], value == "frame_right")
+    return [interval([v for row in rows if (v := of(row, *ends)) is not None], value == "frame_right" and (0, 1))
             for ends in YAW_BINS]
 
 
@@ -526,10 +527,8 @@ def claim(results, better, other, metric, sign):
             return None
         sides.append(by_case(rows, metric))
     a, b = sides
-    differences = [sign * (a[case] - b[case]) for case in sorted(a.keys() & b.keys())]
-    if METRICS[metric][2] and differences and not any(differences):  # as in `interval`
-        return 0.0, -3 / len(differences), 3 / len(differences)
-    return interval(differences)
+    return interval([sign * (a[case] - b[case]) for case in sorted(a.keys() & b.keys())],
+                    METRICS[metric][2] and (-1, 1))
 
 
 def verdict(results, better, other, metric, sign):

@@ -636,7 +636,7 @@ def read_meta(folder):
     try:
         meta = json.loads((Path(folder) / "checkpoint.json").read_text())
         config, kinds = dict(meta["config"]), {f.name: f.type for f in fields(DiTConfig)}
-        dict(meta["sha256"]), int(meta.get("step", 0))
+        dict(meta["sha256"]), int(meta.get("step", 0))  # of the kinds that others read them as
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}/checkpoint.json is damaged ({error}): use another checkpoint") from None
     if unknown := config.keys() ^ kinds:

@@ -261,7 +261,7 @@ def read_jobs(path):
             job = json.loads(line)
             prompt, refs, seed = job["prompt"], job.get("refs") or [], job.get("seed")
             good = (isinstance(prompt, str) and prompt.strip()
-                    and (seed is None or isinstance(seed, int) and 0 <= seed < 2**63)
+                    and (seed is None or data.is_seed(seed))
                     and all(isinstance(files, list) and files for files in refs)
                     and all(isinstance(file, str) for files in refs for file in files))
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -632,7 +632,7 @@ def make(rows, model, encoders, recipe, frames):
 def main(argv=None):
     args = arguments(argv)
     args.size = args.size and parse_size(args.size)
-    if not 0 <= args.seed < 2**63:
+    if not data.is_seed(args.seed):
         raise UserError(f"--seed {args.seed}: expected 0 to 2**63 - 1")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty: say what happens, "

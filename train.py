@@ -245,6 +245,8 @@ def resolve(args, world):
     args.clips = list(args.clips or data.WORLDS[args.config]["clips"])
     if min(args.clips) < 1:
         raise UserError(f"--clips {' '.join(map(str, args.clips))}: expected two positive numbers")
+    if not data.is_seed(args.seed):
+        raise UserError(f"--seed {args.seed}: expected 0 to 2**63 - 1")
     if args.micro_batch is None:
         halves = side_by_side(world) and args.batch % 2 == 0
         args.micro_batch = args.batch // world.size // (2 if halves else 1)
@@ -273,6 +275,17 @@ def refuse_to_lose(number, args):
         raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
                         "--out chooses another folder")
     return own
+
+
+def refuse_to_mix(stages, args):
+    """UserError where a stage's checkpoint would be lost, or goes on from one before it that is yet to train."""
+    later = None
+    for number in reversed(stages):
+        own = refuse_to_lose(number, args)
+        if args.resume and later and (own is None or read_meta(own)["step"] < args.steps[number - 1]):
+            raise UserError(f"{later} started from stage {number} before its {args.steps[number - 1]} steps: "
+                            "give the --steps it had, or --overwrite, or another --out")
+        later = own or later
 
 
 def source_of(number, args):
@@ -533,13 +546,7 @@ def main(argv=None):
         return bench(args, config, world)
     # what can be refused is refused here, before minutes of rendering
     prepared = prepare(stages[0], args, config, world)
-    later = None
-    for number in reversed(stages):
-        own = refuse_to_lose(number, args)
-        if args.resume and later and (own is None or read_meta(own)["step"] < args.steps[number - 1]):
-            raise UserError(f"{later} started from stage {number} before its {args.steps[number - 1]} steps: "
-                            "give the --steps it had, or --overwrite, or another --out")
-        later = own or later
+    refuse_to_mix(stages, args)
     data.probe_writable(args.out)
     data.probe_writable(args.data)
     views = VIEWS[:1] if args.front_only else VIEWS if args.pairs == "cross" else data.IN_PAIR_VIEWS

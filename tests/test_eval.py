@@ -164,8 +164,8 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
     assert 0.88 < covered / 200 < 0.99
     assert evaluation.interval([]) is None and evaluation.interval([3.0] * 5) == (3, 3, 3)
     # all of n alike: the rule of three
-    assert evaluation.interval([0.0] * 60, rate=True) == pytest.approx((0, 0, 0.05))
-    assert evaluation.interval([1.0] * 60, rate=True) == pytest.approx((1, 0.95, 1))
+    assert evaluation.interval([0.0] * 60, (0, 1)) == pytest.approx((0, 0, 0.05))
+    assert evaluation.interval([1.0] * 60, (0, 1)) == pytest.approx((1, 0.95, 1))
 
 
 def rows_of(values, metric="psnr"):

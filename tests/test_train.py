@@ -298,6 +298,7 @@ def test_without_curriculum_and_with_the_front_alone(fresh, monkeypatch):
         ("--stage 1 --out new --keep 0", "--keep 0"),
         ("--stage 1 --out new --rope-jump 2", "rope jump 2 is smaller"),
         ("--stage 1 --out new --steps 0", "--steps 0 .*: expected one positive number"),
+        ("--stage 1 --out new --seed 99999999999999999999", "--seed 9+: expected 0 to"),
         ("--stage 1 --out new --clips 0 5", "--clips 0 5: expected two positive numbers"),
         ("--stage 1 --out new --steps 1 2", "--steps 1 2: expected one positive number, or four"),
         ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is no multiple of"),
