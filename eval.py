@@ -247,7 +247,8 @@ def interval(values, within=None, draws=2000):
 
 def estimate(rows, metric, *which):
     """A metric of the rows that `select` finds, over cases."""
-    return interval(list(by_case(select(rows, *which), metric).values()), METRICS[metric][2] and (0, 1))
+    values = list(by_case(select(rows, *which), metric).values())
+    return interval(values, (0, 1) if METRICS[metric][2] else None)
 
 
 def shown(found, per_cent=False, signed=False):
@@ -405,8 +406,8 @@ def by_yaw(rows, value):
     def of(row, low, high):
         return mean([v for p in row["people"] for v, yaw in zip(p[value], p["yaw"])
                      if low <= abs(yaw) < high])
-    return [interval([v for row in rows if (v := of(row, *ends)) is not None], value == "frame_right" and (0, 1))
-            for ends in YAW_BINS]
+    within = (0, 1) if value == "frame_right" else None
+    return [interval([v for row in rows if (v := of(row, *ends)) is not None], within) for ends in YAW_BINS]
 
 
 def prior(rows):
@@ -528,7 +529,7 @@ def claim(results, better, other, metric, sign):
         sides.append(by_case(rows, metric))
     a, b = sides
     return interval([sign * (a[case] - b[case]) for case in sorted(a.keys() & b.keys())],
-                    METRICS[metric][2] and (-1, 1))
+                    (-1, 1) if METRICS[metric][2] else None)
 
 
 def verdict(results, better, other, metric, sign):

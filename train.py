@@ -278,7 +278,8 @@ def refuse_to_lose(number, args):
 
 
 def refuse_to_mix(stages, args):
-    """UserError where a stage's checkpoint would be lost, or goes on from one before it that is yet to train."""
+    """UserError where a stage's checkpoint would be lost, or would go on beside one before it that is yet to
+    train."""
     later = None
     for number in reversed(stages):
         own = refuse_to_lose(number, args)
