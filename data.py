@@ -8,12 +8,10 @@ measures identity without a face network.
   python data.py toy --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
 """
 import argparse
-import contextlib
 import functools
 import hashlib
 import math
 import random
-import sys
 import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,8 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encoders import UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, load_network, stream_blocks
-from rope import VIEWS, UserError
+from encoders import UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, load_network, stream_blocks, whole
+from rope import VIEWS, UserError, run_script
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
 BENCHMARK_SEED, TRAIN_SEED = 52_000, 1
@@ -191,21 +189,22 @@ def render_heads(identity, pose, size, supersample=2):
 
     i = {name: column(v) if v.ndim == 1 else v for name, v in identity.items()}
     width, depth, one = i["width"], i["depth"], torch.ones(n, 1)
-    skull = ((0, 0, 0), (width, one, depth))
-    shell = ((0, 0.03, -0.03), (width * 1.09, one * 1.07, depth * 1.09))
-    parts = {  # name: centre and radii in the head's frame
-        "skull": skull, "shell": shell,
-        "nose": ((0, -0.08, depth), (i["nose"] * 0.8, i["nose"] * 1.2, i["nose"] * 1.2)),
-        "ear_left": ((width, 0, 0), (0.10, 0.2, 0.14)), "ear_right": ((-width, 0, 0), (0.10, 0.2, 0.14)),
+    head, body = (o, d), ((X, Y, 0), (0, 0, 1))
+    ear = (0.10, 0.2, 0.14)
+    parts = {  # name: rays in the frame of the part, its centre and radii there
+        "skull": (*head, (0, 0, 0), (width, one, depth)),
+        "shell": (*head, (0, 0.03, -0.03), (width * 1.09, one * 1.07, depth * 1.09)),
+        "nose": (*head, (0, -0.08, depth), (i["nose"] * 0.8, i["nose"] * 1.2, i["nose"] * 1.2)),
+        "ear_left": (*head, (width, 0, 0), ear), "ear_right": (*head, (-width, 0, 0), ear),
+        "neck": (*body, (0, -1.0, -0.1), (0.4, 0.6, 0.4)),
+        "shoulders": (*body, (0, -1.95, -0.15), (1.05, 0.75, 0.6)),
     }
-    z = {name: ellipsoid(o, d, *part) for name, part in parts.items()}
-    body = {"neck": ((0, -1.0, -0.1), (0.4, 0.6, 0.4)), "shoulders": ((0, -1.95, -0.15), (1.05, 0.75, 0.6))}
-    z |= {name: ellipsoid((X, Y, 0), (0, 0, 1), *part) for name, part in body.items()}
+    z = {name: ellipsoid(*part) for name, part in parts.items()}
 
     def angles(name):
         """Azimuth (0 front, 90 the side seen in the left view) and elevation in degrees of the ray's point
         on a part."""
-        x, y, w = ((a + z[name].clamp(min=-9) * b - c) / r for a, b, c, r in zip(o, d, *parts[name]))
+        x, y, w = ((a + z[name].clamp(min=-9) * b - c) / r for a, b, c, r in zip(*parts[name]))
         return torch.atan2(x, w).rad2deg(), torch.asin(y.clamp(-1, 1)).rad2deg()
 
     def spot(az, el, at_az, at_el, size_az, size_el):
@@ -215,10 +214,9 @@ def render_heads(identity, pose, size, supersample=2):
     at_side, at_back = ((az.abs() - 45) / 30).clamp(0, 1), ((az.abs() - 85) / 35).clamp(0, 1)
     line = i["fringe"] + (i["sideburn"] - i["fringe"]) * at_side + (i["nape"] - i["sideburn"]) * at_back
     z["shell"] = torch.where(el > line, z["shell"], -torch.inf)
-    order = list(z)
-    nearest, which = torch.stack([z[name] for name in order]).max(dim=0)
+    nearest, which = torch.stack(list(z.values())).max(dim=0)
     hit = nearest > -torch.inf
-    on = {name: (which == j) & hit for j, name in enumerate(order)}
+    on = {name: (which == j) & hit for j, name in enumerate(z)}
 
     az_skin, el_skin = angles("skull")
     az = torch.where(on["shell"], az, az_skin)
@@ -252,12 +250,9 @@ def render_heads(identity, pose, size, supersample=2):
     colour = palette.gather(1, top[..., None].expand(-1, -1, 3))
 
     shade = torch.zeros(n, s * s)
-    for name in order:
-        of_head = name in parts
-        centre, radii = parts[name] if of_head else body[name]
-        ray = zip(o, d) if of_head else ((X, 0), (Y, 0), (0, 1))
-        toward = head_light if of_head else light
-        normal = [(a + nearest.clamp(min=-9) * b - c) / (r * r) for (a, b), c, r in zip(ray, centre, radii)]
+    for name, part in parts.items():
+        toward = light if name in ("neck", "shoulders") else head_light
+        normal = [(a + nearest.clamp(min=-9) * b - c) / (r * r) for a, b, c, r in zip(*part)]
         cosine = (sum(m * column(toward[:, j]) for j, m in enumerate(normal))
                   / sum(m * m for m in normal).sqrt())
         shade = torch.where(on[name], cosine.clamp(min=0), shade)
@@ -290,20 +285,18 @@ def clip_pose(clips, k, frames):
     """How person k stands in every frame of n clips: the pose dict of render_heads, every entry [n, frames]
     or [n, frames, 3]."""
     u = torch.linspace(0, 1, frames)
+    yaw, pitch, roll = torch.stack([torch.stack(MOTIONS[c.motions[k]](u)) for c in clips], dim=1)
+    start, end = torch.tensor([ZOOMS[c.zoom] for c in clips]).T[..., None]
 
-    def stack(values):
-        return torch.stack([torch.as_tensor(v).float().expand(frames, *torch.as_tensor(v).shape[1:])
-                            for v in values])
-    yaw, pitch, roll = (stack([MOTIONS[c.motions[k]](u)[a] for c in clips]) for a in range(3))
-    zoom = stack([torch.lerp(torch.tensor(ZOOMS[c.zoom][0]), torch.tensor(ZOOMS[c.zoom][1]), u)
-                  for c in clips])
-    light = [LIGHTS[c.light] for c in clips]
+    def still(rows):
+        return torch.tensor(rows)[:, None].expand(-1, frames, -1)
     return {
-        "yaw": yaw, "pitch": pitch, "roll": roll, "mouth": stack([MOUTHS[c.mouths[k]](u) for c in clips]),
-        "y": torch.full_like(yaw, 0.06), "scale": zoom,
-        "light": stack([torch.tensor([direction]) for direction, _ in light]),
-        "light_colour": stack([torch.tensor([colour]) for _, colour in light]),
-        "shirt": stack([torch.tensor([SHIRTS[c.shirts[k]]]) for c in clips]),
+        "yaw": yaw, "pitch": pitch, "roll": roll,
+        "mouth": torch.stack([MOUTHS[c.mouths[k]](u) for c in clips]),
+        "y": torch.full_like(yaw, 0.06), "scale": torch.lerp(start, end, u),
+        "light": still([LIGHTS[c.light][0] for c in clips]),
+        "light_colour": still([LIGHTS[c.light][1] for c in clips]),
+        "shirt": still([SHIRTS[c.shirts[k]] for c in clips]),
     }
 
 
@@ -404,7 +397,7 @@ def latent_shape(channels, frames, size):
     return channels, frames, size[0] // ToyCodec.stride, size[1] // ToyCodec.stride
 
 
-class ToyEncoders:
+class ToyEncoders(ToyCodec):
     """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed,
     beside a trained tokenizer.
 
@@ -414,7 +407,6 @@ class ToyEncoders:
 
     def __init__(self, folder, size):
         self.files = [Path(folder) / self.TOKENIZER]  # what a checkpoint has to hold beside the network
-        self.codec = ToyCodec()
         self.tokenizer = Tokenizer(self.files[0])
         with torch.random.fork_rng([]):
             torch.manual_seed(FROZEN_SEED)
@@ -441,12 +433,8 @@ class ToyEncoders:
         """Frontal references [B, 3, H, W] in -1..1 -> [B, levels, tokens, VIT_DIM]."""
         return self.vit(VIT_SCALE * image)
 
-    def encode(self, video):
-        """[B, 3, F, H, W] in -1..1 -> latents."""
-        return self.codec.encode(video)
-
     def decode(self, latent):
-        return self.codec.decode(latent).clamp(-1, 1)
+        return super().decode(latent).clamp(-1, 1)
 
 
 # Wan's own, for the unconditional branch of guidance
@@ -553,16 +541,6 @@ IN_PAIR_MOTIONS = ("sweeps rightwards", "sweeps leftwards", "looks around")
 IN_PAIR_VIEWS = ("front", "left", "right")  # what each of them shows
 
 
-@contextlib.contextmanager
-def whole(folder):
-    """A temporary folder to fill, which takes the name `folder` once it is filled, and else goes."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        build = Path(temporary) / "cache"
-        build.mkdir()
-        yield build
-        build.replace(folder)
-
-
 def code_of(*modules):
     """A short hash of modules beside this one, for the name of what they made: other code makes another."""
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)
@@ -581,7 +559,6 @@ def build_cache(root, size, frames, clips, pairs="cross"):
     folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with whole(folder) as build:
         train_tokenizer(build / ToyEncoders.TOKENIZER)
         encoders = ToyEncoders(build, size)
@@ -763,7 +740,7 @@ class ToyData(LatentData):
     def person(self, clips, index, k, views, generators):
         images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)]) for v in views}
         if self.mask:
-            block = 2 * self.encoders.codec.stride  # one token
+            block = 2 * self.encoders.stride  # one token
             images = {v: torch.stack([mask_regions(i, self.mask, block, g)
                                       for i, g in zip(image, generators)]) for v, image in images.items()}
         refs = {v: self.encoders.encode(image[:, :, None])[:, :, 0] for v, image in images.items()}
@@ -855,7 +832,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+    run_script(main)

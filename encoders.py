@@ -13,6 +13,8 @@ import contextlib
 import html
 import itertools
 import math
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,18 @@ def one_line(path):
         cause = (str(error).splitlines() or [""])[0][:120]
         raise UserError(f"{path} cannot be read: cut short, damaged or no such file format "
                         f"({type(error).__name__}: {cause})") from None
+
+
+@contextlib.contextmanager
+def whole(folder):
+    """A temporary folder to fill, which takes the place of `folder` once it is filled, and else goes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        build = Path(temporary) / "whole"
+        build.mkdir()
+        yield build
+        shutil.rmtree(folder, ignore_errors=True)
+        build.replace(folder)
 
 
 class WeightFile(NamedTuple):

@@ -1,7 +1,7 @@
 """The toy benchmark: 100 fixed cases over 52 people that training never saw, with exact ground truth.
 
-  python eval.py --ckpt out/toy               tables, OUT/cases.jsonl (a line a case and setting), report.html
-  python eval.py --ablate full again no-mfi   trains and measures rows of ABLATIONS, says which CLAIMS hold
+  python eval.py --ckpt out/toy         tables, OUT/cases.jsonl (a line a case and setting), report.html
+  python eval.py --ablate full no-mfi   trains and measures rows of ABLATIONS, says which CLAIMS hold
 
 A case is a clip of one or two people whose motion sweeps the yaw. The clip is sampled from its caption and
 references; what it then shows is read by rendering: the same clip with one thing changed (another person,
@@ -10,6 +10,7 @@ wins. METRICS says what is read. Intervals are 95 %, by bootstrap over cases. A 
 """
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import html
@@ -33,10 +34,11 @@ from tqdm import tqdm
 
 import data
 from model import find_checkpoint
-from rope import VIEWS, UserError
+from rope import VIEWS, UserError, run_script
 from sample import RECIPES, default_checkpoint, generate, load, noise_of
 
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
+SAID = ("motion", "mouth", "wall")  # what of the caption is looked for
 ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
 TURNS = torch.arange(-180.0, 180, 15)  # away from the yaw that is asked for: among these a frame's is found
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
@@ -172,9 +174,12 @@ def measure(whole, number, views):
 
 
 def jitter(p):
-    """Second differences over time of the yaw's error, in degrees: 0 where the head is off by a constant."""
-    e = p["turned"]
-    return [abs(wrap(c - b) - wrap(b - a)) for a, b, c in zip(e, e[1:], e[2:])]
+    """Second differences over time of the yaw found beyond those of the yaw asked for, in degrees: 0 for
+    any motion as smooth as the right one, though it be another."""
+    def bends(yaw):
+        return [abs(wrap(c - b) - wrap(b - a)) for a, b, c in zip(yaw, yaw[1:], yaw[2:])]
+    found = bends([yaw + turned for yaw, turned in zip(p["yaw"], p["turned"])])
+    return [max(0.0, f - asked) for f, asked in zip(found, bends(p["yaw"]))]
 
 
 def on_frames(value, where):
@@ -185,30 +190,44 @@ def side(p):
     return [abs(yaw) >= 45 for yaw in p["yaw"]]
 
 
+def seen(p):
+    return p["seen"]
+
+
+def unseen(p):
+    return [not s for s in p["seen"]]
+
+
 METRICS = {  # name: (what it is, its values in one person's result, shown as per cent)
     "psnr": ("PSNR on the head against the truth, dB", lambda p: [p["psnr"]], False),
     "side": ("PSNR of frames that face 45 degrees or more away", on_frames("frame_psnr", side), False),
-    "seen": ("PSNR of frames whose nearest view was given",
-             on_frames("frame_psnr", lambda p: p["seen"]), False),
-    "unseen": ("PSNR of frames whose nearest view was not given",
-               on_frames("frame_psnr", lambda p: [not s for s in p["seen"]]), False),
+    "seen": ("PSNR of frames whose nearest view was given", on_frames("frame_psnr", seen), False),
+    "unseen": ("PSNR of frames whose nearest view was not given", on_frames("frame_psnr", unseen), False),
     "top-1": ("right person nearest of 52 in the same clip, chance 1.9 %", lambda p: [p["rank"] == 1], True),
+    "top-1 seen": ("right person nearest in a frame whose nearest view was given",
+                   on_frames("frame_right", seen), True),
+    "top-1 unseen": ("right person nearest in a frame whose nearest view was not given",
+                     on_frames("frame_right", unseen), True),
     "swaps": ("nearer to the clip's other person than to the right one", lambda p: [p.get("swapped")], True),
     "margin": ("PSNR to the right person minus that to the other, dB", lambda p: [p.get("margin")], False),
-    "colour": ("distance to the right colour of skin, hair, eyes and patches where visible, RGB 0..1",
+    "colour": (f"distance to the right colour where it is visible, RGB 0..1, mean of {', '.join(ATTRIBUTES)}",
                lambda p: p["colour"].values(), False),
+    **{name: (f"the same of {name} alone", lambda p, name=name: [p["colour"][name]], False)
+       for name in ATTRIBUTES},
     "copied": (f"frames nearer to a reference's pose, of those asked {ELSEWHERE} degrees or more from all",
                lambda p: p["copied"], True),
     "yaw": ("error of the yaw found in each frame, degrees", lambda p: map(abs, p["turned"]), False),
-    "jitter": ("roughness of the yaw over time, degrees a frame a frame", jitter, False),
+    "jitter": ("roughness of the yaw found, beyond the right one's, degrees a frame a frame", jitter, False),
     "motion": ("right motion nearest of 6, chance 17 %", lambda p: [p["motion"]], True),
     "mouth": ("right mouth nearest of 3, chance 33 %", lambda p: [p["mouth"]], True),
     "wall": ("right background nearest of 6, chance 17 %", lambda p: [p["wall"]], True),
+    "caption": ("motion, mouth and wall, those that are right", lambda p: [p[name] for name in SAID], True),
     "loss": ("of the velocity with every slot a proxy", lambda p: p.get("loss", ()), False),
 }
 
 
 HEADLINE = ("psnr", "side", "top-1", "swaps")  # printed with their intervals; the report has all
+DETAILS = ("seen", "unseen", "top-1 seen", "top-1 unseen", "margin", "copied", "yaw", "jitter", *SAID)
 
 
 def mean(values):
@@ -281,13 +300,9 @@ def finished(path, run):
     """Rows of cases.jsonl that an earlier call wrote for the same run; a half-written line is no row."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("run") == run:
-            rows.append(row)
-    return rows
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("run") == run]
 
 
 def strip(video):
@@ -367,7 +382,7 @@ COLOURS = {"none": "#999999", "front": "#d95f02", "front+left": "#7570b3", "all"
 def plot(title, ticks, series, per_cent=False):
     """Means with 95 % intervals as an inline SVG. series: {name: one estimate, or None, a tick}."""
     series = {name: [e and [v * (100 if per_cent else 1) for v in e] for e in line]
-              for name, line in series.items()}
+              for name, line in series.items() if any(line)}
     known = [v for line in series.values() for e in line if e for v in e]
     if not known:
         return ""
@@ -416,6 +431,11 @@ def prior(rows):
     return [interval([float(loss[i]) for loss in losses]) for i in range(len(SIGMAS))]
 
 
+def followed(rows):
+    """How often each of SAID is right with every slot a proxy."""
+    return [estimate(rows, name, (1, 2), ["none"]) for name in SAID]
+
+
 def picture(png, caption):
     return (f'<figure><img src="data:image/png;base64,{png}"><figcaption>{html.escape(caption)}</figcaption>'
             '</figure>')
@@ -450,7 +470,9 @@ def report(path, title, rows, base, frames, size):
     swaps = [estimate(rows, "swaps", (2,), [s]) for s in shown_settings]
     plots += [plot("swaps by views given, two people, %", shown_settings, {"this checkpoint": swaps}, True),
               plot("loss by noise level, every slot a proxy", [str(s) for s in SIGMAS],
-                   {"this checkpoint": prior(rows), **({"its stage 1": prior(base)} if base else {})})]
+                   {"this checkpoint": prior(rows), "its stage 1": prior(base)}),
+              plot("caption followed, every slot a proxy, %", SAID,
+                   {"this checkpoint": followed(rows), "its stage 1": followed(base)}, True)]
     header, *lines = zip(*table(rows, [name for name in METRICS if name != "loss"]))
     cells = "".join("<tr><td title='{}'>{}</td>{}</tr>".format(
         html.escape(METRICS[name.removesuffix(" %")][0]), name, "".join(f"<td>{c}</td>" for c in line))
@@ -481,11 +503,8 @@ intervals. </p>
 # -------------------------------------------------------------------------------------------------- ablations
 ABLATIONS = {  # row: flags of train.py
     "full": "",
-    "again": "",  # the same with other seeds: what a seed alone moves
     "no-mfi": "--no-mfi",
     "no-proxies": "--proxy-tokens 0",
-    "jump-4": "--rope-jump 4",
-    "jump-64": "--rope-jump 64",
     "append": "--rope-layout append",
     "append-no-proxies": "--rope-layout append --proxy-tokens 0",
     "direct": "--no-curriculum",
@@ -501,7 +520,10 @@ GIVEN = ("front", "front+left", "all")
 IN_PAIR = GIVEN[:2]  # in-pair training has no backs
 CLAIMS = [  # what the abstracts say; (row, settings) that should be better than (row, settings); metric, sign
     ("MFI raises identity", ("full", GIVEN), ("no-mfi", GIVEN), "psnr", 1),
+    ("MFI raises identity, append without proxies",
+     ("append-no-proxies", GIVEN), ("phantom", GIVEN), "psnr", 1),
     ("proxies unify one to four views", ("full", GIVEN), ("no-proxies", GIVEN), "psnr", 1),
+    ("proxies unify one to four views, append", ("append", GIVEN), ("append-no-proxies", GIVEN), "psnr", 1),
     ("proxies help where the generated view has no reference",
      ("full", GIVEN[:2]), ("no-proxies", GIVEN[:2]), "unseen", 1),
     ("Jump-RoPE lowers crosstalk", ("full", GIVEN), ("append", GIVEN), "swaps", -1),
@@ -511,6 +533,7 @@ CLAIMS = [  # what the abstracts say; (row, settings) that should be better than
      ("no-proxies", GIVEN), ("append-no-proxies", GIVEN), "margin", 1),
     ("the curriculum beats direct training", ("full", GIVEN), ("direct", GIVEN), "psnr", 1),
     ("the curriculum keeps the text-to-video prior", ("full", ["prior"]), ("direct", ["prior"]), "loss", -1),
+    ("the curriculum keeps the text-to-video prior", ("full", ["none"]), ("direct", ["none"]), "caption", 1),
     ("several views beat one at large yaw", ("full", ["all"]), ("front-only", ["front"]), "side", 1),
     ("region masking lowers copy-paste", ("mv2id-both", IN_PAIR), ("mv2id-rd", IN_PAIR), "copied", -1),
     ("region masking costs a little similarity", ("mv2id-rd", IN_PAIR), ("mv2id-both", IN_PAIR), "psnr", 1),
@@ -518,66 +541,94 @@ CLAIMS = [  # what the abstracts say; (row, settings) that should be better than
 ]
 
 
-def claim(results, better, other, metric, sign):
-    """The paired difference of a claim's two sides over cases: (mean, low, high), or None where one has not
-    been run at all its settings."""
-    sides = []
-    for row, settings in (better, other):
-        rows = select(results.get(row, ()), settings=settings)
-        if {r["setting"] for r in rows} != set(settings):
-            return None
-        sides.append(by_case(rows, metric))
-    a, b = sides
-    return interval([sign * (a[case] - b[case]) for case in sorted(a.keys() & b.keys())],
-                    (-1, 1) if METRICS[metric][2] else None)
+# the 97.5th percentile of Student's t by degrees of freedom; beyond the last it falls to 1.96
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
+
+
+def complete(runs, settings):
+    """The rows at these settings of those runs, one a seed, that have all of them."""
+    found = [select(rows, settings=settings) for rows in runs]
+    return [rows for rows in found if {r["setting"] for r in rows} == set(settings)]
+
+
+def seed_variance(results, metric, settings):
+    """Variance between seeds of a metric's mean over cases, pooled over all rows -> it (0 where no row has
+    two seeds) and its degrees of freedom."""
+    squares = freedom = 0
+    for runs in results.values():
+        means = torch.tensor([mean(by_case(rows, metric).values()) for rows in complete(runs, settings)
+                              if by_case(rows, metric)]).double()
+        if len(means) > 1:
+            squares += float((means - means.mean()).square().sum())
+            freedom += len(means) - 1
+    return squares / max(1, freedom), freedom
 
 
 def verdict(results, better, other, metric, sign):
-    """"holds" or "does not hold" where the interval leaves zero out and the difference exceeds the interval
-    of what another seed makes of the full model; else "not decided". With the difference, and the seed's.
-    The full model is both of its seeds together, or a lucky one would decide for it."""
-    both = {"full": [*results.get("full", ()), *results.get("again", ())]}
-    found = claim(results | both, better, other, metric, sign)
-    seed = claim(results, ("full", better[1]), ("again", better[1]), metric, 1)
-    if found is None:
-        return "not run", found, seed
-    if seed is None or abs(found[0]) <= max(map(abs, seed)) or found[1] <= 0 <= found[2]:
-        return "not decided", found, seed
-    return "holds" if found[0] > 0 else "does not hold", found, seed
+    """"holds" or "does not hold" where the difference of a claim's two sides leaves zero out twice: in its
+    interval over cases, seeds averaged, and in its interval over seeds; else "not decided", as always
+    without a second seed. With both intervals, as (mean, low, high).
+
+    results        {row: one list of rows of cases.jsonl a seed}
+    better, other  (row, settings)
+    """
+    sides, error, freedom = [], 0.0, math.inf
+    for row, settings in (better, other):
+        runs = complete(results.get(row, ()), settings)
+        if not runs:
+            return "not run", None, None
+        sides.append(by_case(sum(runs, []), metric))
+        variance, degrees = seed_variance(results, metric, settings)
+        error, freedom = error + variance / len(runs), min(freedom, degrees)
+    a, b = sides
+    cases = interval([sign * (a[case] - b[case]) for case in sorted(a.keys() & b.keys())],
+                     (-1, 1) if METRICS[metric][2] else None)
+    if cases is None or not freedom:
+        return "not decided", cases, None
+    half = T975[min(freedom, len(T975)) - 1] * math.sqrt(error)
+    seeds = cases[0], cases[0] - half, cases[0] + half
+    if any(low <= 0 <= high for _, low, high in (cases, seeds)):
+        return "not decided", cases, seeds
+    return "holds" if cases[0] > 0 else "does not hold", cases, seeds
 
 
 def ablate(names, args, recipe, cases):
-    """Train and measure rows of ABLATIONS, each from where an earlier call left it; print table and
-    verdicts."""
-    root, results = Path(args.out), {}
+    """Train and measure rows of ABLATIONS, each from where an earlier call left it; print table and verdicts
+    of all rows that were ever measured for the same --config and --train."""
     # a folder for each way to train, or --resume would go on from another one's checkpoints
-    trained = re.sub(r"[^\w.]+", "-", f"{args.config} {args.train}".strip())
-    for name in names:
-        for seed in range(args.seeds):
-            out = root / "ablate" / trained / f"{name}-{seed}"
+    root = Path(args.out) / "ablate" / re.sub(r"[^\w.]+", "-", f"{args.config} {args.train}".strip())
+
+    def measured(out):
+        return evaluate(out, cases, args.settings, recipe, out / "cases.jsonl", args.batch)[0]
+    for seed in range(args.seeds):
+        for name in names:
+            out = root / f"{name}-{seed}"
             command = [sys.executable, str(Path(__file__).with_name("train.py")), "--config", args.config,
-                       "--no-samples", "--out", str(out), "--resume",
-                       "--seed", str(seed + 100 * (name == "again")),
+                       "--no-samples", "--out", str(out), "--resume", "--seed", str(seed),
                        *shlex.split(ABLATIONS[name]), *shlex.split(args.train)]
             print(" ".join(command[1:]), flush=True)
             start = time.perf_counter()
             if subprocess.run(command).returncode:
                 raise UserError(f"row {name}: training failed; mend it and repeat, finished rows are kept")
-            rows, _ = evaluate(out, cases, args.settings, recipe, root / "cases.jsonl", args.batch)
-            results.setdefault(name, []).extend(rows)
+            measured(out)
             print(f"row {name}, seed {seed}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
+    results = {}
+    for name in ABLATIONS:
+        if files := sorted(root.glob(f"{name}-[0-9]*/cases.jsonl")):
+            results[name] = [measured(file.parent) for file in files]
     columns = [(people, s, metric) for people in (1, 2) for s in args.settings if s in ("front", "all")
                for metric in ("psnr", "top-1", "swaps")[:1 + people]]
-    print(align([["row", *(f"{people} {s} {metric}" for people, s, metric in columns)],
-                 *([name, *(shown(estimate(rows, metric, (people,), [s]), METRICS[metric][2])
-                            for people, s, metric in columns)]
-                   for name, rows in results.items())]))
-    lines = []
+    lines = [["row", "seeds", *(f"{people} {s} {metric}" for people, s, metric in columns)]]
+    for name, runs in results.items():
+        lines.append([name, str(len(runs)), *(
+            shown(estimate(sum(runs, []), metric, (people,), [s]), METRICS[metric][2])
+            for people, s, metric in columns)])
+    print(align(lines))
+    lines = [["claim", "verdict", "metric", "in its favour, over cases", "over seeds"]]
     for words, *sides in CLAIMS:
-        said, found, seed = verdict(results, *sides)
-        per_cent = METRICS[sides[2]][2]
-        lines.append([words, said, sides[2], shown(found, per_cent, True), shown(seed, per_cent, True)])
-    print(align([["claim", "verdict", "metric", "in its favour", "another seed"], *lines]))
+        said, *intervals = verdict(results, *sides)
+        lines.append([words, said, sides[2], *(shown(i, METRICS[sides[2]][2], True) for i in intervals)])
+    print(align(lines))
 
 
 def main(argv=None):
@@ -595,7 +646,7 @@ def main(argv=None):
                    help="guidance towards the references; 1 is none")
     p.add_argument("--ablate", nargs="*", metavar="ROW", help=f"rows to train and measure, of "
                    f"{', '.join(ABLATIONS)}; none named: all")
-    p.add_argument("--seeds", type=int, default=1, help="seeds of each row")
+    p.add_argument("--seeds", type=int, default=2, help="seeds of each row; one alone decides no claim")
     p.add_argument("--config", default="toy", choices=("tiny", "toy", "toy64"), help="what --ablate trains")
     p.add_argument("--train", default="", metavar="FLAGS", help="further flags of train.py for every row")
     args = p.parse_args(argv)
@@ -614,24 +665,29 @@ def main(argv=None):
     if args.ablate is not None:
         if unknown := set(args.ablate) - set(ABLATIONS):
             raise UserError(f"--ablate {' '.join(sorted(unknown))}: expected {', '.join(ABLATIONS)}")
+        given = {flag.split("=")[0] for flag in shlex.split(args.train)}
+        if own := given & {"--seed", "--out", "--config", "--stage"}:
+            raise UserError(f"--train {args.train}: {', '.join(sorted(own))} is set by eval.py itself; "
+                            "it has --seeds, --out and --config")
         return ablate(args.ablate or list(ABLATIONS), args, recipe, cases)
     start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
     rows, world = evaluate(ckpt, cases, args.settings, recipe, out / "cases.jsonl", args.batch)
     base, first = [], find_checkpoint(Path(ckpt) / "stage1")
     if first:
-        base, _ = evaluate(first, cases, (), recipe, out / "cases.jsonl", args.batch)
+        base, _ = evaluate(first, cases, [s for s in args.settings if s == "none"], recipe,
+                           out / "cases.jsonl", args.batch)
     print(align(table(rows, HEADLINE)))
-    print(align(table(rows, [name for name in METRICS if name not in (*HEADLINE, "loss")],
-                      lambda found, per_cent: shown(found, per_cent).split(" [")[0])))
-    print(align([["loss at noise level", *map(str, SIGMAS)], *(
-        [name, *map(shown, prior(r))] for name, r in (("", rows), ("stage 1", base)) if r)]))
+    for names in (DETAILS, ("colour", *ATTRIBUTES)):
+        print(align(table(rows, names, lambda found, per_cent: shown(found, per_cent).split(" [")[0])))
+    lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *(f"{name} %" for name in SAID)]]
+    for name, r in (("this checkpoint", rows), ("its stage 1", base)):
+        if r:
+            lines.append([name, *map(shown, prior(r)), *(shown(found, True) for found in followed(r))])
+    print(align(lines))
     report(out / "report.html", f"{ckpt}: {recipe['steps']} steps, reference guidance {recipe['guide_refs']}",
            rows, base, *world)
     print(f"{out / 'cases.jsonl'} and {out / 'report.html'} in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+    run_script(main)

@@ -15,7 +15,6 @@ B batch, L tokens, D width, N heads, K head width, D = N*K, P rows of the rotary
 import argparse
 import json
 import os
-import sys
 from collections import namedtuple
 from itertools import product
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rope import UserError, apply_rope, axis_pairs, rope_table
+from rope import UserError, apply_rope, axis_pairs, rope_table, run_script
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it decorates, that is below
 try:
@@ -588,7 +587,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"kernels.py: {error}")
+    run_script(main)

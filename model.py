@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -32,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from encoders import layers_of, one_line, put_tensor, read_weights, refuse_mismatch
+from encoders import layers_of, one_line, put_tensor, read_weights, refuse_mismatch, whole
 from kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope, rope_tables
 from rope import VIEWS, UserError, check_layout, reference_positions, video_positions
 
@@ -118,23 +117,11 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Over the full width, before the split into heads; float32 inside."""
 
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """float32 inside, whatever the dtype of input and weights."""
-
-    def forward(self, x):
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def attend(q, k, v):
@@ -170,11 +157,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.self_attn = Attention(c.dim, c.num_heads, c.eps)
-        self.norm3 = LayerNorm(c.dim, c.eps)
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)  # only its weights are used; Wan's norm1 and norm2 have none
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
-        self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(normal_(torch.empty(1, 6, c.dim), c.dim**-0.5))
 
@@ -182,7 +167,7 @@ class Block(nn.Module):
         """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D]."""
         modulation = (self.modulation.float() + time).unbind(1)  # [B, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
-        dtype, eps = context.dtype, self.norm1.eps
+        dtype, eps = context.dtype, self.norm3.eps
         # norm3 has weights of its own in the place of a modulation, and what follows it has no gate
         shift_ca = self.norm3.bias.float().expand_as(shift_sa)
         scale_ca = (self.norm3.weight.float() - 1).expand_as(scale_sa)
@@ -197,14 +182,14 @@ class Block(nn.Module):
 class Head(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.eps = c.eps
         self.head = nn.Linear(c.dim, c.out_dim * PATCH * PATCH)
         self.modulation = nn.Parameter(normal_(torch.empty(1, 2, c.dim), c.dim**-0.5))
 
     def forward(self, x, time):
         """x float32 [B, L, D], time float32 [B, D] -> [B, L, PATCH*PATCH*C]."""
         shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
-        return self.head(norm_modulate(x, shift, scale, self.norm.eps, self.head.weight.dtype))
+        return self.head(norm_modulate(x, shift, scale, self.eps, self.head.weight.dtype))
 
 
 class MFI(nn.Module):
@@ -216,7 +201,7 @@ class MFI(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.norm = LayerNorm(c.vit_dim)
+        self.norm = nn.LayerNorm(c.vit_dim)
         self.proj = nn.Linear(c.vit_dim, c.text_dim)
         self.identity = nn.Parameter(torch.zeros(c.max_identities, c.text_dim))
         self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
@@ -229,7 +214,9 @@ class MFI(nn.Module):
 
     def forward(self, features, k):
         """features [B, levels, tokens, vit_dim] of identity k -> rows [B, levels*tokens, E]."""
-        rows = self.proj(self.norm(features).to(self.proj.weight.dtype))
+        weight, bias = self.norm.weight.float(), self.norm.bias.float()
+        rows = F.layer_norm(features.float(), weight.shape, weight, bias).to(self.proj.weight.dtype)
+        rows = self.proj(rows)
         rows = rows + self.identity[k] + self.level[:, None]
         return rows.flatten(1, 2)
 
@@ -450,17 +437,11 @@ def peak_memory():
 def report_speed(step, model, shape, batch, passes, device):
     """Time step() and print a table. Model TFLOP/s: passes * HarmoView.flops of the tokens a second, where
     a forward is one pass and its backward two; recomputation is not counted."""
+    from torch.utils.benchmark import Timer  # half a second, and nothing else needs it
     c, gpu = model.config, device.type == "cuda"
-    finish = torch.cuda.synchronize if gpu else lambda: None
 
-    def seconds(fn, n):
-        finish()
-        start = time.perf_counter()
-        for _ in range(n):
-            fn()
-        finish()
-        return (time.perf_counter() - start) / n
-    seconds(step, 2)  # warm-up
+    def seconds(fn, n):  # torch's timer calls it twice to warm up, and waits for the GPU
+        return Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads()).timeit(n).mean
     took = seconds(step, 5)
     held = peak_memory()
     C, T, H, W = shape
@@ -468,7 +449,6 @@ def report_speed(step, model, shape, batch, passes, device):
     rate = passes * batch * model.flops(tokens) / took / 1e12
     n, dtype = 8192 if gpu else 1024, torch.bfloat16 if uses_bf16(device) else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds(lambda: a @ a, 3)
     matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12
     q = torch.empty(1, c.num_heads, tokens, c.dim // c.num_heads, device=device, dtype=dtype)
     plain = not gpu and tokens <= 1024  # attend's own matmuls
@@ -582,10 +562,7 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None):
     files    further files that the checkpoint needs, copied into it
     """
     folder = Path(folder)
-    build = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(build, ignore_errors=True)
-    build.mkdir(parents=True)
-    try:
+    with whole(folder) as build:
         for name, state in tensors.items():
             state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             safetensors.torch.save_file(state, build / f"{name}.safetensors")
@@ -596,12 +573,6 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None):
         for f in build.iterdir():
             with open(f, "rb") as opened:
                 os.fsync(opened.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(build, folder)
-    except BaseException:
-        shutil.rmtree(build, ignore_errors=True)
-        raise
     if keep:
         for old in sorted(folder.parent.glob("step-*"), key=step_of)[:-keep]:
             shutil.rmtree(old)
@@ -622,13 +593,8 @@ def find_checkpoint(path):
     path = Path(path)
     if (path / "checkpoint.json").exists():
         return path
-    steps = sorted(path.glob("step-*/checkpoint.json"), key=lambda f: step_of(f.parent))
-    if steps:
-        return steps[-1].parent
-    for stage in sorted(path.glob("stage*"), reverse=True):
-        if found := find_checkpoint(stage):
-            return found
-    return None
+    found = [f.parent for at in ("step-*", "stage*/step-*") for f in path.glob(f"{at}/checkpoint.json")]
+    return max(found, key=lambda folder: (folder.parent.name, step_of(folder)), default=None)
 
 
 def read_meta(folder):

@@ -7,12 +7,23 @@ T H W  token grid of the video        h w  token grid of one reference
 k      identity, from 0               v    view slot, index into VIEWS
 r      running number of the reference blocks that hold tokens, from 0
 """
+import sys
+from pathlib import Path
+
 import torch
 
 
 class UserError(ValueError):
     """A wrong input. The scripts print its message as their one line and exit; it lives here because every
     file imports rope."""
+
+
+def run_script(main):
+    """main() of a script; what is wrong with its input is one line, beginning with the script's name."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 # as the viewer sees them: in "left" the subject looks to the picture's left edge

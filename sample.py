@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import re
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from kernels import use_fused
 from model import (CONFIGS, OWN, DiTConfig, HarmoView, autocast, find_checkpoint, load_checkpoint, load_wan,
                    peak_memory, random_inputs, read_meta, report_speed, save_checkpoint, uses_bf16,
                    wan_config)
-from rope import VIEWS, UserError
+from rope import VIEWS, UserError, run_script
 
 SOLVERS = ("unipc", "dpm++", "euler")
 # Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise. The toy's were chosen
@@ -315,22 +314,27 @@ def contact_sheet(rows, tile=112):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def networks_at(ckpt):
-    """The networks of --ckpt, two for Wan2.2, none where there is no checkpoint: [(folder, the checkpoint of
-    train.py in it, or None where it is Wan's)]."""
+def describe(ckpt, named=False):
+    """--ckpt -> its networks, two for Wan2.2: [(folder, the checkpoint of train.py in it, or None where it is
+    Wan's)]; their DiTConfig; its meta, with kind, a key of RECIPES, and for the toy the world it was trained
+    on. Reads no weights. named: ckpt may be a config's name, which has no networks."""
+    if named and ckpt in CONFIGS:
+        config = CONFIGS[ckpt]
+        return [], config, {"kind": "wan2.1" if config.in_dim == 16 else "toy", "world": data.WORLDS[ckpt]}
     folder = Path(ckpt)
     pair = (folder / "high_noise_model").is_dir()
     parts = [folder / "high_noise_model", folder / "low_noise_model"] if pair else [folder]
     networks = [(part, find_checkpoint(part)) for part in parts]
     wan = pair or (folder / "transformer").is_dir() or any(folder.glob("*diffusion*.safetensors*"))
-    return networks if wan or networks[0][1] else []
-
-
-def config_of(part, trained):
-    """The DiTConfig of one of networks_at."""
-    if trained:
-        return DiTConfig(**read_meta(trained)["config"])
-    return wan_config(part)
+    if not wan and not networks[0][1]:
+        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten "
+                        "minutes on a laptop, or give the folder of a Wan checkpoint"
+                        + f", or one of {', '.join(CONFIGS)}" * named)
+    metas = [read_meta(trained) if trained else {} for _, trained in networks]
+    config = DiTConfig(**metas[0]["config"]) if metas[0] else wan_config(parts[0])
+    meta = metas[0] or metas[-1]
+    kind = "toy" if meta and not meta.get("wan") else "wan2.2" if pair else "wan2.1"
+    return networks, config, meta | {"kind": kind}
 
 
 def default_checkpoint():
@@ -355,22 +359,15 @@ def export(ckpt, folder):
 
 
 def load(ckpt, wan=None, offload=False, tile=None):
-    """--ckpt -> model (an Experts), its encoders, its meta; says which checkpoint it took. meta holds kind, a
-    key of RECIPES, and for the toy the world it was trained on.
+    """--ckpt -> model (an Experts), its encoders, its meta as in `describe`; says which checkpoint it took.
 
     ckpt  a checkpoint folder of train.py, a run's folder, or a Wan checkpoint's; of two experts each may be
           either
     wan   where umT5 and the VAE are; default: ckpt, or the folder that training started from
     """
-    networks = networks_at(ckpt)
-    if not networks:
-        raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten "
-                        "minutes on a laptop, or give the folder of a Wan checkpoint")
-    pair, ours = len(networks) == 2, next((trained for _, trained in networks if trained), None)
-    meta = {"kind": "wan2.2" if pair else "wan2.1"}
+    networks, config, meta = describe(ckpt)
+    ours = next((trained for _, trained in networks if trained), None)
     if ours:
-        meta |= read_meta(ours)
-        meta["kind"] = meta["kind"] if meta.get("wan") else "toy"
         print(f"checkpoint {ours} (stage {meta['stage']} {meta['name']}, step {meta['step']})")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if meta["kind"] == "toy":
@@ -394,30 +391,24 @@ def load(ckpt, wan=None, offload=False, tile=None):
         stream_blocks(network, device)
         return network
     loaders = [functools.partial(load_network, *network) for network in networks]
-    return Experts(loaders, config_of(*networks[0]), device, 0.875 if pair else 0.0), encoders, meta
+    boundary = 0.875 if meta["kind"] == "wan2.2" else 0.0
+    return Experts(loaders, config, device, boundary), encoders, meta
 
 
 def dry_run(args):
     """Print modules, parameters, memory by phase and FLOPs a step, from shapes alone."""
-    networks = networks_at(args.ckpt)
-    pair = len(networks) == 2
-    if args.ckpt in CONFIGS:
-        config, trained = CONFIGS[args.ckpt], bool(args.refs)
-    elif networks:
-        config, trained = config_of(*networks[0]), networks[0][1] is not None
-    else:
-        raise UserError(f"nothing at {args.ckpt}: --dry-run needs a checkpoint folder or one of "
-                        f"{', '.join(CONFIGS)}")
+    parts, config, meta = describe(args.ckpt, named=True)
+    trained = parts[0][1] if parts else args.refs
     if config.in_dim != 16:
         raise UserError(f"{args.ckpt}: --dry-run is for Wan's sizes; the toy runs in seconds")
-    recipe, frames, (H, W) = resolve(args, config, {"kind": "wan2.2" if pair else "wan2.1"})
+    recipe, frames, (H, W) = resolve(args, config, meta)
     with torch.device("meta"):
         networks = {"transformer": HarmoView(config), "umT5": UMT5(), "VAE": WanVAE(), "ViT": DINOv2()}
     count = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
     own = sum(p.numel() for name, p in networks["transformer"].named_parameters() if name.startswith(OWN))
+    more = {"transformer": f", {own:,} of them HarmoView's own; x {len(parts) or 1} expert(s)"}
     for name, n in count.items():
-        print(f"{name:12}{n:>16,} parameters" + (f", {own:,} of them HarmoView's own; x {1 + pair} expert(s)"
-                                                  if name == "transformer" else ""))
+        print(f"{name:12}{n:>16,} parameters{more.get(name, '')}")
 
     people = [[view_of(file)[0] for file in files] for files in args.refs or ([[]] if trained else [])]
     latent = (H // 16) * (W // 16)  # tokens of one latent frame or reference
@@ -450,17 +441,12 @@ def dry_run(args):
 
 @torch.no_grad()
 def bench(args):
-    """Forwards on random latents, with random weights where --ckpt is a config's name."""
+    """Forwards on random latents, with random weights in the sizes of --ckpt."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.ckpt in CONFIGS:
-        with device:
-            model = HarmoView(CONFIGS[args.ckpt]).to(torch.bfloat16 if uses_bf16(device) else torch.float32)
-        toy, world = model.config.in_dim != 16, data.WORLDS[args.ckpt]
-        meta = {"kind": "toy" if toy else "wan2.1", "world": world}
-    else:
-        experts, _, meta = load(args.ckpt, args.wan)
-        model = experts.load[0]()
-    _, frames, size = resolve(args, model.config, meta)
+    _, config, meta = describe(args.ckpt, named=True)
+    with device:
+        model = HarmoView(config).to(torch.bfloat16 if uses_bf16(device) else torch.float32)
+    _, frames, size = resolve(args, config, meta)
     shape = data.latent_shape(model.config.in_dim, frames, size)
     inputs = random_inputs(model.config, shape, 1, device)
     with autocast(device):
@@ -678,7 +664,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    run_script(main)

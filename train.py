@@ -36,7 +36,7 @@ import data
 from kernels import use_fused
 from model import (CONFIGS, HarmoView, autocast, find_checkpoint, load_checkpoint, load_tensors, load_wan,
                    random_inputs, read_meta, report_speed, save_checkpoint, uses_bf16)
-from rope import LAYOUTS, VIEWS, UserError
+from rope import LAYOUTS, VIEWS, UserError, run_script
 
 
 @dataclass(frozen=True)
@@ -194,14 +194,12 @@ def pack_optimizers(optimizers):
 
 
 def unpack_optimizers(optimizers, packed):
-    for o, optimizer in enumerate(optimizers):
-        saved = optimizer.state_dict()
-        saved["state"] = {}
-        for key, value in packed.items():
-            owner, p, name = key.split(".")
-            if int(owner) == o:
-                saved["state"].setdefault(int(p), {})[name] = value
-        optimizer.load_state_dict(saved)
+    states = [{} for _ in optimizers]
+    for key, value in packed.items():
+        o, p, name = key.split(".")
+        states[int(o)].setdefault(int(p), {})[name] = value
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 @dataclass(frozen=True)
@@ -268,44 +266,19 @@ def resolve(args, world):
     return list(STAGES) if args.stage == "all" else [int(args.stage)], config
 
 
-def refuse_to_lose(number, args):
-    """The newest checkpoint of a stage, or None; UserError where training it would destroy that unasked."""
-    own = find_checkpoint(args.out / f"stage{number}")
-    if own and not (args.resume or args.overwrite):
-        raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
-                        "--out chooses another folder")
-    return own
-
-
-def refuse_to_mix(stages, args):
-    """UserError where a stage's checkpoint would be lost, or would go on beside one before it that is yet to
-    train."""
+def refuse_to_lose(stages, args):
+    """UserError where a stage's checkpoint would be lost unasked, or would go on beside one before it that is
+    yet to train."""
     later = None
     for number in reversed(stages):
-        own = refuse_to_lose(number, args)
+        own = find_checkpoint(args.out / f"stage{number}")
+        if own and not (args.resume or args.overwrite):
+            raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
+                            "--out chooses another folder")
         if args.resume and later and (own is None or read_meta(own)["step"] < args.steps[number - 1]):
             raise UserError(f"{later} started from stage {number} before its {args.steps[number - 1]} steps: "
                             "give the --steps it had, or --overwrite, or another --out")
         later = own or later
-
-
-def source_of(number, args):
-    """Where a stage's weights come from -> (its own checkpoint to resume, the stage before's), each or None;
-    neither for stage 1 and where --wan is the start.
-    Raises UserError where its own would be lost, or where the stage before is missing or not finished."""
-    again = f"--config {args.config} --out {args.out}"
-    own, before = refuse_to_lose(number, args), find_checkpoint(args.out / f"stage{number - 1}")
-    if own and args.resume:
-        return own, before
-    if args.wan and before is None:  # the first stage trained
-        return None, None
-    if number > 1 and before is None:
-        raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
-                        f"holds no checkpoint: run `python train.py --stage {number - 1} {again}` first")
-    if before and not (meta := read_meta(before))["finished"]:
-        raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
-                        f"`python train.py --stage {number - 1} {again} --resume` finishes it")
-    return None, before
 
 
 def flags_of(args):
@@ -316,10 +289,18 @@ def flags_of(args):
 
 
 def prepare(number, args, config, world):
-    """Model, EMA, optimizers and first step of a stage: from its own checkpoint, from the stage before's EMA,
-    or from nothing."""
-    own, before = source_of(number, args)
-    start = 0
+    """Model, EMA, optimizers and first step of a stage: from its own checkpoint with --resume, from the stage
+    before's EMA, from --wan, or from nothing. Raises UserError where the stage before is missing or not
+    finished, and where a checkpoint was trained with other flags."""
+    again = f"--config {args.config} --out {args.out}"
+    own, before = (find_checkpoint(args.out / f"stage{n}") for n in (number, number - 1))
+    own, start = own if args.resume else None, 0
+    if number > 1 and not (own or before or args.wan):
+        raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
+                        f"holds no checkpoint: run `python train.py --stage {number - 1} {again}` first")
+    if before and not own and not (meta := read_meta(before))["finished"]:
+        raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
+                        f"`python train.py --stage {number - 1} {again} --resume` finishes it")
     torch.manual_seed(args.seed)  # for what is new in the model
     if own or before:
         model, meta = load_checkpoint(own or before, "model" if own else "ema")
@@ -345,8 +326,8 @@ def prepare(number, args, config, world):
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     if own:
         unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
-        saved = load_tensors(own, "ema")  # sorted by name, unlike the parameters
-        ema = {name: saved[name].to(world.device) for name in ema}
+        for name, saved in load_tensors(own, "ema").items():
+            ema[name].copy_(saved)
     return model, ema, optimizers, start
 
 
@@ -546,8 +527,8 @@ def main(argv=None):
         print(kernels_in_use)
         return bench(args, config, world)
     # what can be refused is refused here, before minutes of rendering
+    refuse_to_lose(stages, args)
     prepared = prepare(stages[0], args, config, world)
-    refuse_to_mix(stages, args)
     data.probe_writable(args.out)
     data.probe_writable(args.data)
     views = VIEWS[:1] if args.front_only else VIEWS if args.pairs == "cross" else data.IN_PAIR_VIEWS
@@ -590,7 +571,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+    run_script(main)
