@@ -596,7 +596,7 @@ def ablate(names, args, recipe, cases):
     """Train and measure rows of ABLATIONS, each from where an earlier call left it; print table and verdicts
     of all rows that were ever measured for the same --config and --train."""
     # a folder for each way to train, or --resume would go on from another one's checkpoints
-    root = Path(args.out) / "ablate" / re.sub(r"[^\w.]+", "-", f"{args.config} {args.train}".strip())
+    root = Path(args.out) / "ablate" / re.sub(r"[^\w.]+", "-", " ".join([args.config, *args.train]))
 
     def measured(out):
         return evaluate(out, cases, args.settings, recipe, out / "cases.jsonl", args.batch)[0]
@@ -605,7 +605,7 @@ def ablate(names, args, recipe, cases):
             out = root / f"{name}-{seed}"
             command = [sys.executable, str(Path(__file__).with_name("train.py")), "--config", args.config,
                        "--no-samples", "--out", str(out), "--resume", "--seed", str(seed),
-                       *shlex.split(ABLATIONS[name]), *shlex.split(args.train)]
+                       *shlex.split(ABLATIONS[name]), *args.train]
             print(" ".join(command[1:]), flush=True)
             start = time.perf_counter()
             if subprocess.run(command).returncode:
@@ -648,7 +648,8 @@ def main(argv=None):
                    f"{', '.join(ABLATIONS)}; none named: all")
     p.add_argument("--seeds", type=int, default=2, help="seeds of each row; one alone decides no claim")
     p.add_argument("--config", default="toy", choices=("tiny", "toy", "toy64"), help="what --ablate trains")
-    p.add_argument("--train", default="", metavar="FLAGS", help="further flags of train.py for every row")
+    p.add_argument("--train", default=[], type=shlex.split, metavar="FLAGS",
+                   help="further flags of train.py for every row")
     args = p.parse_args(argv)
     if not 1 <= args.limit <= 100:
         raise UserError(f"--limit {args.limit}: expected 1 to 100 cases")
@@ -665,10 +666,10 @@ def main(argv=None):
     if args.ablate is not None:
         if unknown := set(args.ablate) - set(ABLATIONS):
             raise UserError(f"--ablate {' '.join(sorted(unknown))}: expected {', '.join(ABLATIONS)}")
-        given = {flag.split("=")[0] for flag in shlex.split(args.train)}
+        given = {flag.split("=")[0] for flag in args.train}
         if own := given & {"--seed", "--out", "--config", "--stage"}:
-            raise UserError(f"--train {args.train}: {', '.join(sorted(own))} is set by eval.py itself; "
-                            "it has --seeds, --out and --config")
+            raise UserError(f"--train {' '.join(args.train)}: {', '.join(sorted(own))} is set by eval.py "
+                            "itself; it has --seeds, --out and --config")
         return ablate(args.ablate or list(ABLATIONS), args, recipe, cases)
     start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
     rows, world = evaluate(ckpt, cases, args.settings, recipe, out / "cases.jsonl", args.batch)
