@@ -556,10 +556,11 @@ def seed_variance(results, metric, settings):
     two seeds) and its degrees of freedom."""
     squares = freedom = 0
     for runs in results.values():
-        means = torch.tensor([mean(by_case(rows, metric).values()) for rows in complete(runs, settings)
-                              if by_case(rows, metric)]).double()
-        if len(means) > 1:
-            squares += float((means - means.mean()).square().sum())
+        means = [m for rows in complete(runs, settings)
+                 if (m := mean(by_case(rows, metric).values())) is not None]
+        if means:
+            centre = mean(means)
+            squares += sum((m - centre) ** 2 for m in means)
             freedom += len(means) - 1
     return squares / max(1, freedom), freedom
 
@@ -598,6 +599,7 @@ def ablate(names, args, recipe, cases):
     # a folder for each way to train, or --resume would go on from another one's checkpoints
     root = Path(args.out) / "ablate" / re.sub(r"[^\w.]+", "-", " ".join([args.config, *args.train]))
 
+    @functools.cache
     def measured(out):
         return evaluate(out, cases, args.settings, recipe, out / "cases.jsonl", args.batch)[0]
     for seed in range(args.seeds):

@@ -214,9 +214,9 @@ class MFI(nn.Module):
 
     def forward(self, features, k):
         """features [B, levels, tokens, vit_dim] of identity k -> rows [B, levels*tokens, E]."""
-        weight, bias = self.norm.weight.float(), self.norm.bias.float()
-        rows = F.layer_norm(features.float(), weight.shape, weight, bias).to(self.proj.weight.dtype)
-        rows = self.proj(rows)
+        n = self.norm
+        rows = F.layer_norm(features.float(), n.normalized_shape, n.weight.float(), n.bias.float(), n.eps)
+        rows = self.proj(rows.to(self.proj.weight.dtype))
         rows = rows + self.identity[k] + self.level[:, None]
         return rows.flatten(1, 2)
 

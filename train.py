@@ -293,8 +293,8 @@ def prepare(number, args, config, world):
     before's EMA, from --wan, or from nothing. Raises UserError where the stage before is missing or not
     finished, and where a checkpoint was trained with other flags."""
     again = f"--config {args.config} --out {args.out}"
-    own, before = (find_checkpoint(args.out / f"stage{n}") for n in (number, number - 1))
-    own, start = own if args.resume else None, 0
+    own = find_checkpoint(args.out / f"stage{number}") if args.resume else None
+    before, start = find_checkpoint(args.out / f"stage{number - 1}"), 0
     if number > 1 and not (own or before or args.wan):
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {again}` first")
