@@ -132,12 +132,21 @@ def gate_residual_norm_modulate_reference(x, y, gate, shift, scale, eps, out_dty
 # no lane idles as it would in the next power of two. A thread's 16 bytes hold whole pairs, which split and
 # join turn in registers without giving up 128-bit loads. F is the dtype of the mathematics.
 @jit
-def _get(row, c, D: constexpr, BLOCK: constexpr, F: constexpr, KEEP: constexpr = False):
-    """Block c of a row in dtype F, zero beyond its end; KEEP in L1 what the next row needs again."""
+def _get(row, c, D: constexpr, BLOCK: constexpr, POLICY: constexpr = "evict_last"):
+    """Block c of a row, zero beyond its end; what the next row needs again stays in L1."""
     i = tl.arange(0, BLOCK)
-    policy: constexpr = "evict_last" if KEEP else "evict_first"
     row += c * BLOCK  # on the scalar: on the lanes' offsets it takes 40 registers for addresses, and spills
-    return tl.load(row + i, mask=i < D - c * BLOCK, other=0.0, eviction_policy=policy).to(F)
+    return tl.load(row + i, mask=i < D - c * BLOCK, other=0.0, eviction_policy=POLICY)
+
+
+@jit
+def _row(row, D: constexpr, BLOCK: constexpr, CHUNKS: constexpr):
+    """A whole row, read once. A program asks for all that it reads of it before it computes: no load moves up
+    over a store or a barrier, and behind one it would wait for memory once more."""
+    xs = ()
+    for c in tl.static_range(CHUNKS):
+        xs = xs + (_get(row, c, D, BLOCK, "evict_first"),)
+    return xs
 
 
 @jit
@@ -147,28 +156,30 @@ def _put(row, c, x, D: constexpr, BLOCK: constexpr):
 
 
 @jit
-def _angles(positions, cos, sin, token, P, K: constexpr, T: constexpr, H: constexpr, BLOCK: constexpr,
+def _angles(positions, cos, sin, token, P, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr,
             F: constexpr):
-    """cos and sin of a token for the pairs of one block, the same for every block (_plan sees to it).
-    Gathered, since computing them takes 2.7 times the instructions and loses digits far out."""
-    i = tl.arange(0, BLOCK // 2) % (K // 2)
+    """cos and sin [1, SPAN // 2] of a token, for the pairs of one head: fewer than there are threads, so that
+    each thread gathers just those that it needs and none pass through shared memory. Where a head's width is
+    no power of two, for a whole block. Computing them would take 2.7 times the instructions and lose digits
+    far out."""
+    i = tl.arange(0, SPAN // 2) % (K // 2)
     p = tl.load(positions + token * 3 + (i >= T).to(tl.int32) + (i >= T + H).to(tl.int32))
     inside = (p >= 0) & (p < P)
     cos = tl.load(cos + p * (K // 2) + i, mask=inside, other=float("nan"), eviction_policy="evict_last")
     sin = tl.load(sin + p * (K // 2) + i, mask=inside, other=float("nan"), eviction_policy="evict_last")
-    return cos.to(F), sin.to(F)
+    return cos.to(F)[None, :], sin.to(F)[None, :]
 
 
 @jit
-def _turn(x, cos, sin, BLOCK: constexpr):
-    a, b = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+def _turn(x, cos, sin, SPAN: constexpr, BLOCK: constexpr):
+    a, b = tl.split(tl.reshape(x, (BLOCK // SPAN, SPAN // 2, 2)))
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK,))
 
 
 @jit
 def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L, P, EPS: constexpr,
-             D: constexpr, K: constexpr, T: constexpr, H: constexpr, BLOCK: constexpr, CHUNKS: constexpr,
-             RESIDUAL: constexpr, GATED: constexpr, F: constexpr):
+             D: constexpr, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr, BLOCK: constexpr,
+             CHUNKS: constexpr, RESIDUAL: constexpr, GATED: constexpr, F: constexpr):
     """Grid (B*L, 1), one row a program; before a rotary (B*L, 2): x, scale and out are q, its weight and its
     output, and y, gate and total those of k. stats [B*L, 2]: 1/std and mean, or 1/rms of q and of k."""
     row = tl.program_id(0).to(tl.int64)
@@ -176,13 +187,18 @@ def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L
         if tl.program_id(1) == 1:
             x, scale, out = y, gate, total
     at, b = row * D, row // L * D
+    given = _row(x + at, D, BLOCK, CHUNKS)
+    if RESIDUAL:
+        adds = _row(y + at, D, BLOCK, CHUNKS)
+    if K:
+        co, si = _angles(positions, cos, sin, row % L, P, K, T, H, SPAN, F)
     xs, sums, squares = (), tl.zeros((BLOCK,), F), tl.zeros((BLOCK,), F)
     for c in tl.static_range(CHUNKS):
-        v = _get(x + at, c, D, BLOCK, F)
+        v = given[c].to(F)
         if RESIDUAL:
-            add = _get(y + at, c, D, BLOCK, F)
+            add = adds[c].to(F)
             if GATED:
-                add = add * _get(gate + b, c, D, BLOCK, F, True)
+                add = add * _get(gate + b, c, D, BLOCK).to(F)
             v = (v + add).to(total.dtype.element_ty)  # the norm of what is stored, as the backward sees it
             _put(total + at, c, v, D, BLOCK)
         xs = xs + (v.to(F),)
@@ -193,23 +209,22 @@ def _forward(x, y, gate, shift, scale, positions, cos, sin, total, out, stats, L
         squares += off * off
     r = tl.rsqrt(tl.sum(squares) / D + EPS)
     tl.store(stats + row * 2 + tl.program_id(1), r)
-    if K:
-        co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
-    else:
+    if not K:
         tl.store(stats + row * 2 + 1, mean)
     for c in tl.static_range(CHUNKS):
         if K:
-            z = _turn(xs[c] * r * _get(scale, c, D, BLOCK, F, True), co, si, BLOCK)
+            z = _turn(xs[c] * r * _get(scale, c, D, BLOCK).to(F), co, si, SPAN, BLOCK)
         else:
-            by = 1 + _get(scale + b, c, D, BLOCK, F, True)
-            z = (xs[c] - mean) * r * by + _get(shift + b, c, D, BLOCK, F, True)
+            by = 1 + _get(scale + b, c, D, BLOCK).to(F)
+            z = (xs[c] - mean) * r * by + _get(shift + b, c, D, BLOCK).to(F)
         _put(out + at, c, z, D, BLOCK)
 
 
 @jit
 def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_grad, dx, dy, partial, ROWS, L,
-              P, D: constexpr, K: constexpr, T: constexpr, H: constexpr, BLOCK: constexpr, CHUNKS: constexpr,
-              STEPS: constexpr, STAGES: constexpr, RESIDUAL: constexpr, GATED: constexpr, F: constexpr):
+              P, D: constexpr, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr, BLOCK: constexpr,
+              CHUNKS: constexpr, STEPS: constexpr, STAGES: constexpr, RESIDUAL: constexpr, GATED: constexpr,
+              F: constexpr):
     """Grid (programs, B): STEPS of a sample's ROWS each, and their sums for scale, shift and gate in partial
     [2 or 3, B, programs, D]. Before a rotary (programs, 2), of all rows of q or of k: x, scale, out_grad and
     dx are q's, and y, gate, total_grad and dy k's; partial is [2, programs, D].
@@ -230,33 +245,40 @@ def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_gra
         live = (row < ROWS).to(F)  # a program without a row left repeats the last one and does not count it
         row = b * ROWS + tl.minimum(row, ROWS - 1).to(tl.int64)
         at = row * D
+        given, grads = _row(x + at, D, BLOCK, CHUNKS), _row(out_grad + at, D, BLOCK, CHUNKS)
+        if RESIDUAL:
+            totals = _row(total_grad + at, D, BLOCK, CHUNKS)
+        if GATED:
+            adds = _row(y + at, D, BLOCK, CHUNKS)
         r, mean = tl.load(stats + row * 2), 0.0
         if K:
-            co, si = _angles(positions, cos, sin, row % L, P, K, T, H, BLOCK, F)
+            co, si = _angles(positions, cos, sin, row % L, P, K, T, H, SPAN, F)
         else:
             mean = tl.load(stats + row * 2 + 1)
         hats, gs, shifts, scales, gates = (), (), (), (), ()
         ones, dots = tl.zeros((BLOCK,), F), tl.zeros((BLOCK,), F)
         for c in tl.static_range(CHUNKS):
-            g = _get(out_grad + at, c, D, BLOCK, F)
+            g = grads[c].to(F)
             if K:
-                g = _turn(g, co, -si, BLOCK)
-            hats = hats + ((_get(x + at, c, D, BLOCK, F) - mean) * r,)
+                g = _turn(g, co, -si, SPAN, BLOCK)
+            hats = hats + ((given[c].to(F) - mean) * r,)
             shifts, scales = shifts + (dshift[c] + g * live,), scales + (dscale[c] + g * hats[c] * live,)
-            by = _get(scale + b * D, c, D, BLOCK, F, True)
+            by = _get(scale + b * D, c, D, BLOCK).to(F)
             gs = gs + (g * by if K else g + g * by,)
             ones += gs[c]
             dots += gs[c] * hats[c]
         dshift, dscale = shifts, scales
         one, dot = 0.0 if K else tl.sum(ones) / D, tl.sum(dots) / D
         for c in tl.static_range(CHUNKS):
-            d = r * (gs[c] - one - hats[c] * dot)
+            # made again from bf16: held, the float32 takes ten registers that two programs an SM do not have
+            g = gs[c] if K else grads[c].to(F) * (1 + _get(scale + b * D, c, D, BLOCK).to(F))
+            d = r * (g - one - hats[c] * dot)
             if RESIDUAL:
-                d += _get(total_grad + at, c, D, BLOCK, F)
+                d += totals[c].to(F)
             _put(dx + at, c, d, D, BLOCK)
             if GATED:
-                gates = gates + (dgate[c] + d * _get(y + at, c, D, BLOCK, F) * live,)
-                d = d * _get(gate + b * D, c, D, BLOCK, F, True)
+                gates = gates + (dgate[c] + d * adds[c].to(F) * live,)
+                d = d * _get(gate + b * D, c, D, BLOCK).to(F)
             if RESIDUAL:
                 _put(dy + at, c, d, D, BLOCK)
         if GATED:
@@ -285,8 +307,9 @@ def _plan(D, dtype, K=0, residual=False, gated=False, backward=False):
     live = 1.1 if not backward else 3.5 if K else 7.5 if gated else 5
     warps = SWEPT.get("num_warps") or min(8, max(1, block * (dtype.itemsize if K else 4) // 512))
     registers = -(-(28 + live * block * chunks / (32 * warps)) // 8) * 8
-    return dict(D=D, K=K, T=t, H=h, BLOCK=block, CHUNKS=chunks, RESIDUAL=residual and not K,
-                GATED=gated and not K, F=tl.float64 if dtype == torch.float64 else tl.float32,
+    return dict(D=D, K=K, T=t, H=h, SPAN=block if K & (K - 1) else K, BLOCK=block, CHUNKS=chunks,
+                RESIDUAL=residual and not K, GATED=gated and not K,
+                F=tl.float64 if dtype == torch.float64 else tl.float32,
                 num_warps=warps, maxnreg=SWEPT.get("maxnreg") or int(min(248, max(64, registers))))
 
 
@@ -523,7 +546,7 @@ def time_both(fn, args, grads, fused):
 
 def bench(device, sweep):
     """Every kernel forward and backward at the shapes of BASES, in bf16: prints and returns the table. With
-    sweep also the backward with other choices than _plan's: what to write there for another GPU."""
+    sweep also with other choices than _plan's, the three best printed: what to write there for this GPU."""
     from torch._functorch import config
     config.donated_buffer = False  # else compiled code refuses to run one backward again
     a = torch.empty(2, 2**31, dtype=torch.uint8, device=device)
@@ -549,12 +572,17 @@ def bench(device, sweep):
                              gb_s=round(rate / 1e9), of_copy=round(rate / copy, 3), **faster))
             print(f"{kernel:28} {base:5} {direction:8} {ours[i]:7.1f} {rate / 1e9:6.0f} {rate / copy:7.1%}  "
                   f"{faster.get('official', '-'):>8} {faster['eager']:>7} {faster['compiled']:>8}")
-        for choice in product((2, 4, 8) if N < 40 else (4, 8, 16), (104, 168, 248), (1, 2)) if sweep else ():
+        swept = []
+        for choice in product((2, 4, 8) if N < 40 else (4, 8, 16), (64, 104, 168), (1, 2)) if sweep else ():
             SWEPT.update(zip(("num_warps", "maxnreg", "stages"), choice))
             try:
-                print(f"  backward {time_both(fn, args, grads, True)[1]:7.1f} us with {SWEPT}", flush=True)
+                swept.append((*time_both(fn, args, grads, True), choice))
             except Exception as error:  # more registers or shared memory than there are
-                print(f"  {choice}: {str(error).splitlines()[0]}")
+                print(f"  {choice}: {str(error).splitlines()[0][:80]}")
+        for i, row in enumerate(rows[-2:] if swept else ()):
+            row["swept"] = sorted((way[i], way[2]) for way in swept)
+            for us, choice in row["swept"][:3]:
+                print(f"  {row['direction']:8} {us:7.1f} us with {', '.join(SWEPT)} {choice}", flush=True)
         SWEPT.clear()
     use_fused(None)
     return dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, tokens=TOKENS, dtype="bfloat16",
