@@ -336,6 +336,11 @@ class HarmoView(nn.Module):
             out = (x.float() - out) / sigma
         return out
 
+    def compile_blocks(self):
+        """torch.compile every block, all with one compilation a layout. Parameters keep their names."""
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
     def flops(self, tokens):
         """Of one forward of one sample with that many tokens, references included: two for every weight and
         token, and 4 L S D an attention."""

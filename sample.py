@@ -358,7 +358,7 @@ def export(ckpt, folder):
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.1f} MiB from {source}")
 
 
-def load(ckpt, wan=None, offload=False, tile=None):
+def load(ckpt, wan=None, offload=False, tile=None, compiled=False):
     """--ckpt -> model (an Experts), its encoders, its meta as in `describe`; says which checkpoint it took.
 
     ckpt  a checkpoint folder of train.py, a run's folder, or a Wan checkpoint's; of two experts each may be
@@ -386,10 +386,12 @@ def load(ckpt, wan=None, offload=False, tile=None):
                 network = HarmoView(wan_config(part)).to(dtype)
             load_wan(network, part)
         network = network.eval().requires_grad_(False)
-        if not offload:
-            return network.to(device)
-        stream_blocks(network, device)
-        return network
+        if offload:
+            stream_blocks(network, device)
+            return network
+        if compiled:
+            network.compile_blocks()
+        return network.to(device)
     loaders = [functools.partial(load_network, *network) for network in networks]
     boundary = 0.875 if meta["kind"] == "wan2.2" else 0.0
     return Experts(loaders, config, device, boundary), encoders, meta
@@ -446,6 +448,8 @@ def bench(args):
     _, config, meta = describe(args.ckpt, named=True)
     with device:
         model = HarmoView(config).to(torch.bfloat16 if uses_bf16(device) else torch.float32)
+    if args.compile:
+        model.compile_blocks()
     _, frames, size = resolve(args, config, meta)
     shape = data.latent_shape(model.config.in_dim, frames, size)
     inputs = random_inputs(model.config, shape, 1, device)
@@ -486,10 +490,12 @@ def arguments(argv=None):
         "views, and stop; --ckpt may be the name of a config")
     how("--export", metavar="DIR",
         help="write the checkpoint there in bf16, with what sampling needs, and stop")
-    card = p.add_argument_group("small cards").add_argument
+    card = p.add_argument_group("speed and memory").add_argument
     card("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
     card("--tile", type=int, help="pixels a side that the VAE works on at a time, for example 256")
     card("--no-fused", action="store_true", help="PyTorch's operations in the place of the Triton kernels")
+    card("--compile", action="store_true",
+         help="torch.compile every block (needs a C++ compiler or a GPU, and a minute once)")
     card("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
     args = p.parse_args(argv)
     args.ckpt = args.ckpt or default_checkpoint()
@@ -627,6 +633,8 @@ def main(argv=None):
         raise UserError("--prompts FILE holds prompts and references: leave --prompt and --refs out")
     if args.refs and args.prompt is None:
         raise UserError("--refs needs --prompt: say what the people do")
+    if args.compile and args.offload:
+        raise UserError("--compile needs its blocks to stay on the GPU: give it without --offload")
     if args.dry_run:
         return dry_run(args)
     if args.export:
@@ -636,7 +644,7 @@ def main(argv=None):
         return bench(args)
     out = Path(args.out.removesuffix(".mp4").removesuffix(".png"))
     data.probe_writable(out.parent)
-    model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile)
+    model, encoders, meta = load(args.ckpt, args.wan, args.offload, args.tile, args.compile)
     recipe, frames, size = resolve(args, model.config, meta)
     print(f"{frames} frames of {size[0]}x{size[1]}, "
           + ", ".join(f"{name} {value}" for name, value in recipe.items() if value))

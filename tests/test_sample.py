@@ -438,6 +438,7 @@ def broken(tmp_path, pictures):
         ("--prompts gone.jsonl", "gone.jsonl: not a readable text file"),
         ("--prompts front.txt --prompt x", "leave --prompt and --refs out"),
         ("--fps 0", "--fps 0"),
+        ("--compile --offload", "give it without --offload"),
         ("--swap --prompt one", "--swap exchanges two people"),
         ("--prompts flat.jsonl", "flat.jsonl line 2: expected"),
         ("--ckpt nowhere", "no checkpoint at nowhere: make one with `python train.py"),
