@@ -132,11 +132,12 @@ def gate_residual_norm_modulate_reference(x, y, gate, shift, scale, eps, out_dty
 # no lane idles as it would in the next power of two. A thread's 16 bytes hold whole pairs, which split and
 # join turn in registers without giving up 128-bit loads. F is the dtype of the mathematics.
 @jit
-def _get(row, c, D: constexpr, BLOCK: constexpr, POLICY: constexpr = "evict_last"):
-    """Block c of a row, zero beyond its end; what the next row needs again stays in L1."""
+def _get(row, c, D: constexpr, BLOCK: constexpr, KEEP: constexpr = True):
+    """Block c of a row, zero beyond its end; KEEP in L1 what the next row needs again."""
     i = tl.arange(0, BLOCK)
+    policy: constexpr = "evict_last" if KEEP else "evict_first"
     row += c * BLOCK  # on the scalar: on the lanes' offsets it takes 40 registers for addresses, and spills
-    return tl.load(row + i, mask=i < D - c * BLOCK, other=0.0, eviction_policy=POLICY)
+    return tl.load(row + i, mask=i < D - c * BLOCK, other=0.0, eviction_policy=policy)
 
 
 @jit
@@ -145,7 +146,7 @@ def _row(row, D: constexpr, BLOCK: constexpr, CHUNKS: constexpr):
     over a store or a barrier, and behind one it would wait for memory once more."""
     xs = ()
     for c in tl.static_range(CHUNKS):
-        xs = xs + (_get(row, c, D, BLOCK, "evict_first"),)
+        xs = xs + (_get(row, c, D, BLOCK, False),)
     return xs
 
 

@@ -20,10 +20,15 @@ class UserError(ValueError):
 
 def run_script(main):
     """main() of a script; what is wrong with its input is one line, beginning with the script's name."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except (UserError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{script}: {error}")
+    except torch.OutOfMemoryError as error:
+        what = ". ".join(str(error).split(". ")[:2])
+        sys.exit(f"{script}: {what}; for less give train.py --recompute or --micro-batch 1, "
+                 "sample.py --offload or --tile 256")
 
 
 # as the viewer sees them: in "left" the subject looks to the picture's left edge
