@@ -7,8 +7,8 @@
 Tensors on a GPU go through Triton, all others through the references in PyTorch; use_fused() overrides that.
 Positions are data, an integer tensor [L, 3]: every layout of rope.py runs through the same kernel.
 
-  python kernels.py                       checks, then a table of times against the copy bandwidth of this GPU
-  TRITON_INTERPRET=1 python kernels.py    the checks alone, in Triton's interpreter, without a GPU
+  python kernels.py    checks, then a table of times against the copy bandwidth of this GPU;
+                       without a GPU the checks alone, in Triton's interpreter
 
 B batch, L tokens, D width, N heads, K head width, D = N*K, P rows of the rotary tables.
 """
@@ -27,6 +27,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rope import UserError, apply_rope, axis_pairs, rope_table, run_script
 
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it decorates, that is below
 try:
     import triton
@@ -595,8 +597,6 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("out/kernels.json"), help="the table as JSON")
     parser.add_argument("--sweep", action="store_true", help="also time other launch choices (minutes)")
     args = parser.parse_args(argv)
-    if not INTERPRET and not torch.cuda.is_available():
-        return print("no GPU here: timing needs one. To check the kernels without, set TRITON_INTERPRET=1")
     device = torch.device("cpu" if INTERPRET else "cuda")
     shapes = [(1, 1, 1, 32), (2, 3, 3, 24), (1, 5, 12, 128)] if INTERPRET else [
         (1, 1, 1, 64), (2, 129, 3, 24), (2, 257, 12, 128), (1, 515, 40, 128)]
