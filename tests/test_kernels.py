@@ -478,7 +478,7 @@ def test_offline_compile_for_sm_90(tmp_path):
         print(name, use)
         assert use["STACK"] == use["LOCAL"] == 0 and use["REG"] <= use["limit"], (name, use)
         chunks = 5 if "5120" in name else 3
-        # one wait for memory a row, not two: all its loads are asked for before anything is done with the first
+        # one wait for memory a row: all its loads are asked for before anything is done with the first
         assert use["late"] == 0 and use["rows"] >= chunks and use["between"] < 40, (name, use)
         loads, stores = use.get("ld v4.b32", 0), use.get("st v4.b32", 0)
         if "rotary" in name:  # a block: x (and its gradient), float32 weights in two; dx, dw in two
