@@ -161,10 +161,10 @@ def _put(row, c, x, D: constexpr, BLOCK: constexpr):
 @jit
 def _angles(positions, cos, sin, token, P, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr,
             F: constexpr):
-    """cos and sin [1, SPAN // 2] of a token, for the pairs of one head: fewer than there are threads, so that
-    each thread gathers just those that it needs and none pass through shared memory. Where a head's width is
-    no power of two, for a whole block. Computing them would take 2.7 times the instructions and lose digits
-    far out."""
+    """cos and sin [1, SPAN // 2] of a token, for the pairs of one head (of a block where a head's width is no
+    power of two): where there are more threads than that, as at 5120, each gathers just those that it needs,
+    and none pass through shared memory. Computing them takes 2.7 times the instructions and loses digits far
+    out."""
     i = tl.arange(0, SPAN // 2) % (K // 2)
     p = tl.load(positions + token * 3 + (i >= T).to(tl.int32) + (i >= T + H).to(tl.int32))
     inside = (p >= 0) & (p < P)
