@@ -620,9 +620,8 @@ def main(argv=None):
         raise UserError("a kernel is off by more than is allowed: see FAILED above")
     if INTERPRET:
         return print("all checks passed in Triton's interpreter; timing needs a GPU")
-    table = bench(device, args.sweep)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(table, indent=1))
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after minutes
+    args.out.write_text(json.dumps(bench(device, args.sweep), indent=1))
     print(f"wrote {args.out}")
 
 
