@@ -251,9 +251,8 @@ def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_gra
         given, grads = _row(x + at, D, BLOCK, CHUNKS), _row(out_grad + at, D, BLOCK, CHUNKS)
         if RESIDUAL:
             totals = _row(total_grad + at, D, BLOCK, CHUNKS)
-        if GATED:
-            adds = _row(y + at, D, BLOCK, CHUNKS)
-        if RESIDUAL:
+            if GATED:
+                adds = _row(y + at, D, BLOCK, CHUNKS)
             tl.debug_barrier()  # else the assembler moves the last loads down, behind the wait for the first
         r, mean = tl.load(stats + row * 2), 0.0
         if K:
@@ -279,6 +278,7 @@ def _backward(x, y, gate, scale, positions, cos, sin, stats, total_grad, out_gra
             one, dot = tl.split(tl.sum(tl.join(ones, dots), 0) / D)  # one round of barriers for both
         for c in tl.static_range(CHUNKS):
             # made again from bf16: held, the float32 takes ten registers that two programs an SM do not have
+            # (and g + g * by, as above, spills)
             g = gs[c] if K else grads[c].to(F) * (1 + _get(scale + b * D, c, D, BLOCK).to(F))
             d = r * (g - one - hats[c] * dot)
             if RESIDUAL:

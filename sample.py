@@ -364,6 +364,7 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False):
     ckpt  a checkpoint folder of train.py, a run's folder, or a Wan checkpoint's; of two experts each may be
           either
     wan   where umT5 and the VAE are; default: ckpt, or the folder that training started from
+    offload, tile, compiled   as --offload, --tile and --compile
     """
     networks, config, meta = describe(ckpt)
     ours = next((trained for _, trained in networks if trained), None)
