@@ -1,35 +1,15 @@
 """Rotary positions: where every token of a video and of its references sits, as data.
 
-A layout is nothing but an int64 tensor [L, 3] of (t, h, w); the network never branches on it. To try another
-layout, add a line to LAYOUTS. Jump-RoPE is HarmoView's, RD-RoPE Mv2ID's, "append" Phantom's.
+Positions are an int64 tensor [L, 3] of (t, h, w); the network never branches on them. To try another layout
+of the references, write one function like _jump and add it to LAYOUTS: train.py and the kernels then know it.
 
 T H W  token grid of the video        h w  token grid of one reference
 k      identity, from 0               v    view slot, index into VIEWS
 r      running number of the reference blocks that hold tokens, from 0
 """
-import sys
-from pathlib import Path
-
 import torch
 
-
-class UserError(ValueError):
-    """A wrong input. The scripts print its message as their one line and exit; it lives here because every
-    file imports rope."""
-
-
-def run_script(main):
-    """main() of a script; what is wrong with its input is one line, beginning with the script's name."""
-    script = Path(sys.argv[0]).name
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"{script}: {error}")
-    except torch.OutOfMemoryError as error:
-        what = ". ".join(str(error).split(". ")[:2])
-        sys.exit(f"{script}: {what}; for less give train.py --recompute or --micro-batch 1, "
-                 "sample.py --offload or --tile 256")
-
+from checkpoint import UserError
 
 # as the viewer sees them: in "left" the subject looks to the picture's left edge
 VIEWS = ("front", "left", "right", "back")
@@ -37,17 +17,20 @@ RD_GAP = 1  # Mv2ID's temporal offset o; the paper gives no number
 
 
 def _jump(k, v, r, T, H, W, jump):
-    """HarmoView: identity k owns the times from T + jump*(k+1) on, so dropping a view moves nobody."""
+    """Jump-RoPE (HarmoView): identity k owns the times from T + jump*(k+1) on, so dropping a view moves nobody."""
+    if jump < len(VIEWS):
+        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
+                        "they would overlap")
     return T + jump * (k + 1) + v, 0, 0
 
 
 def _rd(k, v, r, T, H, W, jump):
-    """Mv2ID: one shared time, each further reference one whole frame further down and right."""
+    """RD-RoPE (Mv2ID): one shared time, each reference one whole frame further down and right."""
     return T + RD_GAP, (r + 1) * H, (r + 1) * W
 
 
 def _append(k, v, r, T, H, W, jump):
-    """Phantom: references are further frames of the video."""
+    """As in Phantom: references are further frames of the video."""
     return T + r, 0, 0
 
 
@@ -63,15 +46,13 @@ def check_layout(layout, jump):
     """Raise UserError for an unknown layout, and for a jump that would let two identities overlap."""
     if layout not in LAYOUTS:
         raise UserError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    if layout == "jump" and jump < len(VIEWS):
-        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
-                        "they would overlap")
+    LAYOUTS[layout](0, 0, 0, 1, 1, 1, jump)  # raises where the jump does not fit
 
 
 def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16):
     """int64 [L, 3]: the positions of all reference tokens, identity by identity, slot by slot in VIEWS order.
 
-    layout        "jump", "rd" or "append"
+    layout        a key of LAYOUTS
     present       one collection of view names per identity, e.g. [("front", "left"), ("front",)]
     ref_hw        token grid (h, w) of each reference; a present view has h*w tokens
     proxy_tokens  tokens that stand for a missing view, all at the centre of its slot; 0 leaves the slot out
@@ -94,7 +75,7 @@ def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16)
 
 
 def axis_pairs(head_dim):
-    """How many of the head_dim/2 rotated pairs turn with t, h and w: Wan's split, (22, 21, 21) for 128."""
+    """How many of the head_dim/2 pairs rotate with t, h and w: Wan's split, (22, 21, 21) for 128."""
     side = head_dim // 6
     return head_dim // 2 - 2 * side, side, side
 
@@ -112,9 +93,9 @@ def rope_table(positions, head_dim, theta=1e4):
 
 
 def apply_rope(x, cos, sin):
-    """Turn adjacent pairs (2i, 2i+1) of x [B, L, N, K] by the angles of cos, sin [L, K // 2]; same shape and
-    dtype. In complex numbers, which a CPU turns 4.5 times faster than even and odd halves."""
+    """Rotate adjacent pairs (2i, 2i+1) of x [B, L, N, K] by the angles of cos, sin [L, K // 2]; same shape and
+    dtype. In complex numbers: on a CPU 4.5 times faster than even and odd halves."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))  # [B, L, N, K/2]
-    turned = pairs * torch.complex(cos, sin).to(pairs.dtype)[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    rotated = pairs * torch.complex(cos, sin).to(pairs.dtype)[:, None]
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)

@@ -1,0 +1,454 @@
+"""What all scripts share, and every file that holds weights. Knows no network.
+
+  errors and arguments   UserError, run_script, Parser and the types of its flags
+  files                  atomic_file and atomic_folder: written whole or not at all; lock; check_outputs
+  weight files           any .safetensors or torch.save file, read tensor by tensor
+  Wan's files            shards, the original and diffusers' names
+  our checkpoints        a folder with safetensors and a readable checkpoint.json
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks there
+    fcntl = None
+
+
+# -------------------------------------------------------------------------------------- errors and arguments
+class UserError(ValueError):
+    """A wrong input. Scripts print its message as their one line and exit with 1."""
+
+
+def run_script(main, less_memory=""):
+    """Run main(); turn what a user can cause into one line that begins with the script's name.
+    less_memory  what to try where memory ran out"""
+    script = Path(sys.argv[0]).name
+
+    def fail(message, code=1):
+        print(f"{script}: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(code)
+    try:
+        for argument in sys.argv[1:]:
+            if not is_text(argument):
+                fail(f"the argument {ascii(argument)} is not valid UTF-8")
+        main()
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail(f"out of memory ({'. '.join(str(error).split('. ')[:2])}){less_memory and '; try ' + less_memory}")
+    except (UserError, OSError, safetensors.SafetensorError) as error:
+        fail(error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+            raise
+        fail(f"out of memory{less_memory and '; try ' + less_memory}")
+
+
+def is_text(value):
+    """Is it a string that can be printed and written (no lone surrogates)."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError of one line and flags must be written out in full."""
+
+    def __init__(self, **options):
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
+        super().__init__(**options)
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
+
+
+def number(kind, low, high, expected):
+    """A type for add_argument: an int or float from low to high, both included, never nan."""
+    def read(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected {expected}")
+        return value
+    return read
+
+
+count = number(int, 1, 10**7, "a whole number from 1 to 10 million")
+seed_number = number(int, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1")
+positive = number(float, 1e-30, 1e6, "a number above 0, at most a million")
+not_negative = number(float, 0, 1e6, "a number from 0 to a million")
+fraction = number(float, 0, math.nextafter(1, 0), "a number from 0 to below 1")
+frame_rate = number(int, 1, 240, "1 to 240 frames a second")
+
+
+def is_seed(value):
+    """What every generator here can be seeded with."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+# ------------------------------------------------------------------------------------------------------ files
+def temporary_name(path):
+    return path.with_name(f".unfinished-{os.getpid()}-{path.name}")
+
+
+def remove(path):
+    """A file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """Yield a name beside `path` to write to; on success the new file replaces `path`, on failure it goes."""
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """Yield a new folder to fill; on success it replaces `folder`, on failure it is deleted."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    remove(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        remove(folder)
+        os.replace(temporary, folder)
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def lock(folder, wait=False):
+    """Hold `folder` for this process and delete what killed ones left unfinished below it.
+    Raises UserError where another process holds it, or waits for that one to end."""
+    folder = Path(folder)
+    probe_writable(folder)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            if not wait:
+                raise UserError(f"{folder} is in use by process {file.read()}: "
+                                "wait for it, or choose another folder") from None
+            print(f"waiting for process {file.read()}, which uses {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        for left in list(folder.rglob(".unfinished-*")):
+            remove(left)
+        yield
+
+
+def probe_writable(folder):
+    """Make a folder, and fail before any work where it cannot be written."""
+    try:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(folder / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from None
+
+
+def check_outputs(outputs, inputs):
+    """UserError where a file to be written is one of those to be read, also through links."""
+    read = {os.path.realpath(path) for path in inputs}
+    for path in outputs:
+        if os.path.realpath(path) in read:
+            raise UserError(f"{path} is one of the inputs and would be overwritten: choose another --out")
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder, expected the name of a file to write: choose another --out")
+
+
+def read_lines(path):
+    """The JSON objects of a .jsonl file that we wrote ourselves; a line cut off by a kill is left out."""
+    lines = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def source_hash(*modules):
+    """A short hash of these files' text. It is a part of a cache's name, so changed code never reads an old
+    cache."""
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)
+    return hashlib.sha256(code).hexdigest()[:8]
+
+
+# ----------------------------------------------------------------------------------------------- weight files
+@contextlib.contextmanager
+def as_user_error(path):
+    """Turn whatever a file reader raises into one UserError that names the file."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except Exception as error:  # safetensors, zipfile and pickle raise a dozen kinds
+        cause = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(f"{path} cannot be read: cut short, damaged or no such file format "
+                        f"({type(error).__name__}: {cause})") from None
+
+
+class WeightFile(NamedTuple):
+    """The named tensors of one .safetensors or torch.save file, memory-mapped."""
+    path: Path
+    shapes: dict  # name -> tuple
+    get: Callable  # name -> tensor as stored, on the CPU; perhaps the file's own pages, so do not write to it
+
+
+def read_weights(path):
+    """-> WeightFile; UserError in one line for a file that is missing, empty, damaged or something else."""
+    with as_user_error(path):
+        if not Path(path).is_file():  # a folder, or a pipe that would never end
+            raise UserError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip().lower()
+        if not head:
+            raise UserError(f"{path} is empty")
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a git-LFS pointer, not the weights; run `git lfs pull` beside it")
+        if head.startswith((b"<!doctype", b"<html")):
+            raise UserError(f"{path} is a web page, not weights; download it again")
+        if str(path).endswith(".safetensors"):
+            file = safetensors.safe_open(path, "pt")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return WeightFile(path, shapes, file.get_tensor)
+        # torch maps zip files only; those of torch < 1.6 are read whole
+        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+            raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors only")
+        return WeightFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
+
+
+def check_names_and_shapes(path, what, found, expected):
+    """UserError where two {name: shape} differ: one line with the file and both values."""
+    both = [name for name in expected if name in found and found[name] != expected[name]]
+    wrong = {"missing": [repr(name) for name in expected if name not in found],
+             "unknown": [repr(name) for name in found if name not in expected],
+             "mis-shaped": [f"{name!r} {found[name]} instead of {expected[name]}" for name in both]}
+    parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+             for kind, names in wrong.items() if names]
+    if parts:
+        raise UserError(f"{path} does not fit {what}: {len(found)} tensors came, {len(expected)} expected; "
+                        + "; ".join(parts))
+
+
+def put_tensor(module, name, tensor, dtype=None, device=None):
+    """Put a copy of tensor where module has `name`, cast and moved; module may be on the meta device.
+    dtype, device: None keeps the module's own (for meta, the CPU). A parameter is replaced, not written to:
+    load before an optimizer is built."""
+    owner, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner)
+    old = getattr(owner, leaf)
+    if tensor.is_floating_point() != old.is_floating_point():
+        raise UserError(f"{name!r} is {tensor.dtype}, expected {old.dtype}")
+    tensor = tensor.to(device or ("cpu" if old.is_meta else old.device),
+                       dtype if dtype and old.is_floating_point() else old.dtype, copy=True)
+    setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+
+
+def load_weights(module, file, dtype=None, device=None):
+    """Fill module from a WeightFile and return it; every name and shape must agree, else UserError.
+    Tensor by tensor, as put_tensor, so no second copy of the network ever exists."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_names_and_shapes(file.path, type(module).__name__, file.shapes, expected)
+    with as_user_error(file.path):
+        for name in expected:
+            put_tensor(module, name, file.get(name), dtype, device)
+    return module
+
+
+def layers_of(shapes):
+    """How many blocks a network has whose tensors bear these names."""
+    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+
+
+# ------------------------------------------------------------------------------------------------ Wan's files
+DIFFUSERS_NAMES = [(re.compile(pattern), ours) for pattern, ours in (
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^scale_shift_table", "head.modulation"), (r"\.scale_shift_table", ".modulation"),
+    (r"^proj_out", "head.head"),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])\.", r".\1."), (r"\.to_out\.0\.", ".o."),
+    (r"\.norm2\.", ".norm3."),  # diffusers numbers the norms in order of use; Wan's norm2 has no weights
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."))]
+
+
+def original_name(name):
+    """A tensor's name in diffusers' style -> its name in Wan's own."""
+    for pattern, ours in DIFFUSERS_NAMES:
+        name = pattern.sub(ours, name)
+    return name
+
+
+def wan_files(path):
+    """A weight file, its index, or a folder with either -> the files that hold the network."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / "high_noise_model").is_dir():
+            raise UserError(f"{path} holds two experts: give its high_noise_model or low_noise_model")
+        path = path / "transformer" if (path / "transformer").is_dir() else path  # diffusers' pipelines
+        indexes, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+        if not indexes and len(files) != 1:
+            raise UserError(f"{path}: {len(files)} .safetensors files and no index; expected the folder of a "
+                            "Wan text-to-video transformer: one file, or shards with their .index.json")
+        path = indexes[0] if indexes else files[0]
+    if not path.name.endswith(".index.json"):
+        return [path]
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError("a shard lies outside its folder")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: no index of shards ({type(error).__name__}: {error})") from None
+    return [path.with_name(shard) for shard in shards]
+
+
+def wan_tensors(path):
+    """{name in Wan's own style: (WeightFile, name there)} of a checkpoint in either style, in any number of
+    files."""
+    tensors = {}
+    for file in map(read_weights, wan_files(path)):
+        diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.shapes)
+        for name in file.shapes:
+            ours = original_name(name) if diffusers else name
+            if ours in tensors:
+                raise UserError(f"{file.path}: {name!r} came before, in {tensors[ours][0].path}")
+            tensors[ours] = file, name
+    return tensors
+
+
+# -------------------------------------------------------------------------------------------- our checkpoints
+def save_tensors(path, tensors):
+    """A safetensors file of these tensors, as readable for others as the user's other files."""
+    safetensors.torch.save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path)
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+def save_checkpoint(folder, tensors, meta, files=(), keep=None):
+    """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest
+    `keep` steps next to it, where a number is given.
+
+    tensors  {"model": state dict, ...}, one safetensors file each
+    meta     JSON-able; "sha256" of every file is added
+    files    further files that the checkpoint needs, copied into it
+    """
+    folder = Path(folder)
+    with atomic_folder(folder) as build:
+        for name, state in tensors.items():
+            save_tensors(build / f"{name}.safetensors", state)
+        for file in files:
+            shutil.copy(file, build)
+        sha256 = {f.name: sha256_of(f) for f in sorted(build.iterdir())}
+        (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
+    if keep:
+        for old in steps_in(folder.parent)[:-keep]:
+            remove(old)
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def steps_in(folder):
+    """The checkpoints step-NNN of a stage's folder, oldest first; nothing else counts as one."""
+    steps = [f for f in Path(folder).glob("step-*")
+             if re.fullmatch(r"step-\d{1,12}", f.name) and (f / "checkpoint.json").is_file()]
+    return sorted(steps, key=lambda f: int(f.name[5:]))
+
+
+def find_checkpoint(path):
+    """The checkpoint folder at `path`, or the newest one below it (of a stage, or of a run's last stage),
+    or None. A stage whose predecessor was trained again since then does not count: it is of an older run."""
+    path = Path(path)
+    if (path / "checkpoint.json").is_file():
+        return path
+    newest = (steps_in(path) or [None])[-1]
+    before = None
+    for number in range(1, 5):
+        steps = steps_in(path / f"stage{number}")
+        if steps and before and read_meta(steps[-1]).get("parent") not in (None, parent_of(before)):
+            break
+        before = steps[-1] if steps else None
+        newest = before or newest
+    return newest
+
+
+def parent_of(folder):
+    """What a stage's checkpoint.json records of the checkpoint that it started from."""
+    return read_meta(folder)["sha256"].get("ema.safetensors")
+
+
+def read_meta(folder):
+    """What checkpoint.json of a checkpoint folder holds; its config is for model.DiTConfig to check."""
+    path = Path(folder) / "checkpoint.json"
+    try:
+        meta = json.loads(path.read_text())
+        kinds = {"config": dict, "sha256": dict, "world": dict, "flags": dict, "step": int, "stage": int,
+                 "name": str, "preset": str, "finished": bool, "wan": str}
+        for name, kind in kinds.items():
+            if name in meta and not isinstance(meta[name], kind) or name not in meta and name in (
+                    "config", "sha256"):
+                raise ValueError(f"{name} is {str(meta.get(name))[:40]!r}")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete its folder, or use another checkpoint") from None
+    return meta
+
+
+def check_files(folder, *names):
+    """UserError where one of these files of a checkpoint is not what was written there."""
+    sha256 = read_meta(folder)["sha256"]
+    for name in names or sha256:
+        path = Path(folder) / name
+        if Path(name).name != name or not path.is_file() or sha256_of(path) != sha256.get(name):
+            raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): "
+                            "delete its folder, or use another checkpoint")
+
+
+def load_tensors(folder, name):
+    """One tensor file of a checkpoint folder, checked against the sha256 that was written with it."""
+    check_files(folder, f"{name}.safetensors")
+    path = Path(folder) / f"{name}.safetensors"
+    with as_user_error(path):
+        return safetensors.torch.load_file(path)
