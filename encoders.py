@@ -1,152 +1,54 @@
 """The frozen networks around the transformer: what it sees of text, of pictures and of references.
 None of them is trained here.
 
-Module trees carry the key names of the released files, so load_weights takes those as they are. The toy
-world uses the same classes, small and randomly initialised from a fixed seed.
-  load_weights       a released file into a module, tensor by tensor
+Module trees carry the key names of the released files. The toy world uses the same classes, small and
+randomly initialised from a fixed seed (toy.py).
   Tokenizer, UMT5    umT5 text encoder, as Wan uses it
   DINOv2             the ViT whose hidden states feed MFI
   WanVAE             Wan2.1's causal video VAE
-  ToyCodec           the toy's stand-in for the VAE: pixels folded into channels, exactly invertible
+  WanEncoders        Wan's own, from its checkpoint folder; one after the other, so one is in memory at a time
 """
-import contextlib
 import html
 import itertools
 import math
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Callable
+import sys
+from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
 
-import safetensors
 import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rope import UserError
+from checkpoint import UserError, as_user_error, check_names_and_shapes, layers_of, load_weights, read_weights
 
 
-# ----------------------------------------------------------------------------------------------- weight files
-@contextlib.contextmanager
-def one_line(path):
-    """Whatever a reader raises at a damaged file, as one UserError line."""
+# ---------------------------------------------------------------------------------------- loading, offloading
+def open_network(kind, path):
+    """A UMT5, WanVAE or DINOv2 as wide and deep as the file holds it, on the meta device, and the WeightFile;
+    reads no weights. UserError where a name or a shape does not fit."""
+    file = read_weights(path)
     try:
-        yield
-    except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
-    except Exception as error:  # safetensors, zipfile and pickle raise a dozen kinds
-        cause = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(f"{path} cannot be read: cut short, damaged or no such file format "
-                        f"({type(error).__name__}: {cause})") from None
-
-
-@contextlib.contextmanager
-def whole(folder):
-    """A temporary folder to fill, which takes the place of `folder` once it is filled, and else goes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        build = Path(temporary) / "whole"
-        build.mkdir()
-        yield build
-        shutil.rmtree(folder, ignore_errors=True)
-        build.replace(folder)
-
-
-class WeightFile(NamedTuple):
-    """The named tensors of one .safetensors or torch.save file, memory-mapped."""
-    path: Path
-    shapes: dict  # name -> tuple
-    get: Callable  # name -> tensor as stored, on the CPU; perhaps the file's own pages, so do not write to it
-
-
-def read_weights(path):
-    """-> WeightFile; UserError in one line for a file that is missing, empty, damaged or something else."""
-    with one_line(path):
-        try:
-            with open(path, "rb") as file:
-                head = file.read(64).lstrip().lower()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        if not head:
-            raise UserError(f"{path} is empty")
-        if head.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a git-LFS pointer, not the weights; run `git lfs pull` beside it")
-        if head.startswith((b"<!doctype", b"<html")):
-            raise UserError(f"{path} is a web page, not weights; download it again")
-        if str(path).endswith(".safetensors"):
-            file = safetensors.safe_open(path, "pt")
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            return WeightFile(path, shapes, file.get_tensor)
-        # torch maps zip files only; those of torch < 1.6 are read whole
-        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-            raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors alone")
-        return WeightFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
-
-
-def refuse_mismatch(path, what, came, expected):
-    """UserError where two {name: shape} differ; one line with the file, what came and what was expected."""
-    both = [name for name in expected if name in came and came[name] != expected[name]]
-    wrong = {"missing": [repr(name) for name in expected if name not in came],
-             "unknown": [repr(name) for name in came if name not in expected],
-             "mis-shaped": [f"{name!r} {came[name]} instead of {expected[name]}" for name in both]}
-    said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-            for kind, names in wrong.items() if names]
-    if said:
-        raise UserError(f"{path} does not fit {what}: {len(came)} tensors came, {len(expected)} expected; "
-                        + "; ".join(said))
-
-
-def put_tensor(module, name, tensor, dtype=None, device=None):
-    """Put a copy of tensor where module has `name`, cast and moved; module may be on the meta device.
-    dtype, device: None keeps the module's own (for meta, the CPU). A parameter is replaced, not written to:
-    load before an optimizer is built."""
-    owner, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner)
-    old = getattr(owner, leaf)
-    if tensor.is_floating_point() != old.is_floating_point():
-        raise UserError(f"{name!r} is {tensor.dtype}, expected {old.dtype}")
-    tensor = tensor.to(device or ("cpu" if old.is_meta else old.device),
-                       dtype if dtype and old.is_floating_point() else old.dtype, copy=True)
-    setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
-
-
-def load_weights(module, path, dtype=None, device=None):
-    """Fill module from a file, a path or WeightFile, and return it; every name and shape must agree, else
-    UserError. Tensor by tensor, as put_tensor, so no second copy of the network ever exists."""
-    file = path if isinstance(path, WeightFile) else read_weights(path)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    refuse_mismatch(file.path, type(module).__name__, file.shapes, expected)
-    with one_line(file.path):
-        for name in expected:
-            put_tensor(module, name, file.get(name), dtype, device)
-    return module
+        with torch.device("meta"):
+            network = kind.from_shapes(file.shapes)
+    except Exception as error:  # tensors of any names and shapes
+        raise UserError(f"{path} holds no {kind.__name__}: {type(error).__name__} {error} "
+                        f"among its {len(file.shapes)} tensors") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    check_names_and_shapes(path, kind.__name__, file.shapes, expected)
+    return network, file
 
 
 def load_network(kind, path, dtype, device):
     """A frozen UMT5, WanVAE or DINOv2 as wide and deep as the file holds it."""
-    file = read_weights(path)
-    try:
-        with torch.device("meta"):
-            net = kind.from_shapes(file.shapes)
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not what its name says: "
-                        f"{error} among its {len(file.shapes)} tensors") from None
-    return load_weights(net, file, dtype, device).requires_grad_(False).eval()
-
-
-def layers_of(shapes):
-    """How many blocks a network has whose tensors bear these names."""
-    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    network, file = open_network(kind, path)
+    return load_weights(network, file, dtype, device).requires_grad_(False).eval()
 
 
 def stream_blocks(module, device):
     """For cards that cannot hold a network: module.blocks stay where they are, on the CPU, and visit the
     device one at a time; everything else moves there."""
-    inside = {p for block in module.blocks for p in block.parameters()}
+    inside = set(module.blocks.parameters())
     for p in module.parameters():
         if p not in inside:
             p.data = p.data.to(device)
@@ -168,18 +70,27 @@ def stream_blocks(module, device):
 class Tokenizer:
     """sentencepiece model file -> ids and mask, with Wan's cleaning: HTML unescaped twice,
     white space collapsed, </s> last."""
+    max_len = 512  # Wan cuts a text here
 
-    def __init__(self, path, max_len=512):
-        with one_line(path):
+    def __init__(self, path):
+        with as_user_error(path):
+            if not Path(path).is_file():  # a pipe would never end
+                raise UserError(f"{path}: no such file")
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.max_len = max_len
+        self.reported = set()
 
     def __call__(self, texts):
         """A list of B strings -> ids, mask int64 [B, S]; S is the longest one's length, at most max_len,
-        padded with 0."""
-        rows = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
-        rows = [ids[: self.max_len - 1] + [self.model.eos_id()] for ids in self.model.encode(rows)]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        padded with 0. Says which texts are cut."""
+        texts = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
+        rows = []
+        for text, ids in zip(texts, self.model.encode(texts)):
+            if len(ids) >= self.max_len and text not in self.reported:
+                self.reported.add(text)
+                print(f"cut to the first {self.max_len - 1} of {len(ids)} tokens, as Wan does: "
+                      f"{text[:60]!r}...", file=sys.stderr, flush=True)
+            rows.append(torch.tensor(ids[: self.max_len - 1] + [self.model.eos_id()]))
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
@@ -266,7 +177,8 @@ class UMT5(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes):
-        return cls(*shapes["token_embedding.weight"], shapes["blocks.0.ffn.fc1.weight"][0],
+        vocab, dim = shapes["token_embedding.weight"]
+        return cls(vocab, dim, shapes["blocks.0.ffn.fc1.weight"][0],
                    shapes["blocks.0.pos_embedding.embedding.weight"][1], layers_of(shapes))
 
     def forward(self, ids, mask):
@@ -279,15 +191,6 @@ class UMT5(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------------- ViT
-class LayerScale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class ViTAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -299,65 +202,43 @@ class ViTAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class ViTMLP(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class ViTBlock(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = (nn.LayerNorm(dim, eps=1e-6), ViTAttention(dim, num_heads),
-                                           LayerScale(dim))
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim, eps=1e-6), ViTMLP(dim), LayerScale(dim)
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), ViTAttention(dim, num_heads)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)})  # layer scale
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(),
+                                             fc2=nn.Linear(4 * dim, dim)))
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)})
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, dim, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-
-    def forward(self, image):
-        return self.proj(image)
-
-
-# released sizes: 175, 175 and 343 tensors; levels are four evenly spread blocks, the last one included
-DINOV2 = {
-    "s": dict(dim=384, num_layers=12, num_heads=6, levels=(2, 5, 8, 11)),  # 22,056,576 parameters
-    "b": dict(dim=768, num_layers=12, num_heads=12, levels=(2, 5, 8, 11)),  # 86,580,480
-    "l": dict(dim=1024, num_layers=24, num_heads=16, levels=(5, 11, 17, 23)),  # 304,368,640
-}
+        x = x + self.attn(self.norm1(x)) * self.ls1["gamma"]
+        return x + self.mlp(self.norm2(x)) * self.ls2["gamma"]
 
 
 class DINOv2(nn.Module):
     """DINOv2 ViT (Oquab et al. 2023), key names of the released dinov2_vit*14_pretrain.pth;
-    defaults are ViT-L/14 at 518 pixels."""
+    defaults are ViT-L/14 at 518 pixels.
 
-    def __init__(self, dim=1024, num_layers=24, num_heads=16, patch=14, image_size=518,
-                 levels=(5, 11, 17, 23)):
+    levels  the blocks whose outputs are the result; None: the middle one and the last"""
+
+    def __init__(self, dim=1024, num_layers=24, num_heads=16, patch=14, image_size=518, levels=None):
         super().__init__()
-        self.patch, self.levels = patch, levels
+        self.levels = levels or (num_layers // 2 - 1, num_layers - 1)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # unused here, in the released files
-        self.patch_embed = PatchEmbed(dim, patch)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     @classmethod
     def from_shapes(cls, shapes):
-        """Heads are 64 wide in all released sizes; levels are the middle and the last block."""
+        """Heads are 64 wide in all released sizes."""
         dim, _, _, patch = shapes["patch_embed.proj.weight"]
-        layers, side = layers_of(shapes), math.isqrt(shapes["pos_embed"][1] - 1)
-        return cls(dim, layers, dim // 64, patch, side * patch, levels=(layers // 2 - 1, layers - 1))
+        side = math.isqrt(shapes["pos_embed"][1] - 1)
+        return cls(dim, layers_of(shapes), max(dim // 64, 1), patch, side * patch)
 
     def positions(self, h, w):
         """The position embedding [1, 1 + h*w, D], bicubically resized to h x w patches;
@@ -374,7 +255,7 @@ class DINOv2(nn.Module):
     def forward(self, image):
         """image [B, 3, H, W], ImageNet-normalised, sides a multiple of the patch -> the chosen layers'
         outputs [B, levels, 1 + H*W/patch^2, dim], CLS first, before the final norm."""
-        x = self.patch_embed(image)
+        x = self.patch_embed["proj"](image)
         h, w = x.shape[2:]
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
         x = tokens + self.positions(h, w)
@@ -480,7 +361,9 @@ class VAEResample(nn.Module):
         else:
             frames = F.pad(frames, (0, 1, 0, 1))
         x = self.resample["1"](frames).unflatten(0, (len(x), -1)).transpose(1, 2)
-        return self.in_time(x, cache) if not self.up and self.time_conv is not None else x
+        if not self.up and self.time_conv is not None:
+            x = self.in_time(x, cache)
+        return x
 
 
 class VAECoder(nn.Module):
@@ -488,25 +371,32 @@ class VAECoder(nn.Module):
 
     def __init__(self, dim, z_dim, up):
         super().__init__()
-        widths = ((4, 4), (2, 4), (2, 2), (1, 1)) if up else ((1, 1), (1, 2), (2, 4), (4, 4))
+        levels = ((4, 4), (2, 4), (2, 2), (1, 1)) if up else ((1, 1), (1, 2), (2, 4), (4, 4))
+        first, last = (4 * dim, dim) if up else (dim, 4 * dim)
         layers = nn.ModuleList()
-        for level, (a, b) in enumerate(widths):
-            layers += [VAEResidual((b if i else a) * dim, b * dim) for i in range(3 if up else 2)]
+        for level, (dim_in, dim_out) in enumerate(levels):
+            layers.append(VAEResidual(dim_in * dim, dim_out * dim))
+            layers += [VAEResidual(dim_out * dim, dim_out * dim) for _ in range(2 if up else 1)]
             if level < 3:
-                layers.append(VAEResample(b * dim, up, temporal=level < 2 if up else level > 0))
+                layers.append(VAEResample(dim_out * dim, up, temporal=level < 2 if up else level > 0))
         middle = nn.ModuleList((VAEResidual(4 * dim, 4 * dim), VAEAttention(4 * dim),
                                 VAEResidual(4 * dim, 4 * dim)))
-        self.conv1 = CausalConv3d(z_dim if up else 3, widths[0][0] * dim, 3)
+        self.conv1 = CausalConv3d(z_dim if up else 3, first, 3)
         self.up, self.middle = up, middle
         self.add_module("upsamples" if up else "downsamples", layers)
-        self.head = nn.ModuleDict({"0": VAENorm(widths[-1][1] * dim, 3),
-                                   "2": CausalConv3d(widths[-1][1] * dim, 3 if up else 2 * z_dim, 3)})
+        self.head = nn.ModuleDict({"0": VAENorm(last, 3),
+                                   "2": CausalConv3d(last, 3 if up else 2 * z_dim, 3)})
 
     def forward(self, x, cache):
         x = self.conv1(x, cache)
         for layer in (*self.middle, *self.upsamples) if self.up else (*self.downsamples, *self.middle):
             x = layer(x, cache)
         return self.head["2"](F.silu(self.head["0"](x)), cache)
+
+
+def check_tile(tile):
+    if tile is not None and (tile % 8 or tile < 32):
+        raise UserError(f"VAE tile {tile}: expected a multiple of 8 pixels, 32 or more")
 
 
 def tile_windows(length, tile, scale):
@@ -548,7 +438,7 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes):
-        return cls(shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0])
+        return cls(shapes["encoder.conv1.weight"][0])
 
     def statistics(self, device):
         """mean, std, each [z_dim, 1, 1, 1]; no buffers, which would stay on the meta device."""
@@ -556,16 +446,16 @@ class WanVAE(nn.Module):
 
     def stream(self, net, x, out, cuts, tile):
         """Fill out with net over x, cut in time before the frames `cuts` and in space into tiles."""
-        if tile is not None and (tile % 8 or tile < 32):
-            raise UserError(f"VAE tile {tile}: expected a multiple of 8 pixels, 32 or more")
+        check_tile(tile)
         height, width = (min(sides) for sides in zip(x.shape[3:], out.shape[3:]))
-        i, o = x.shape[3] // height, out.shape[3] // height  # 8 on the side of the pixels, else 1
+        in_scale, out_scale = x.shape[3] // height, out.shape[3] // height  # 8 for pixels, 1 for latents
         tile = tile // 8 if tile else max(height, width)
-        for (y0, y1, fade_y), (x0, x1, fade_x) in itertools.product(tile_windows(height, tile, o),
-                                                                    tile_windows(width, tile, o)):
-            window = x[..., y0 * i : y1 * i, x0 * i : x1 * i].tensor_split(cuts, dim=2)
-            target, done, cache = out[..., y0 * o : y1 * o, x0 * o : x1 * o], 0, {}
-            for piece in window:
+        for (y0, y1, fade_y), (x0, x1, fade_x) in itertools.product(tile_windows(height, tile, out_scale),
+                                                                    tile_windows(width, tile, out_scale)):
+            window = x[..., y0 * in_scale : y1 * in_scale, x0 * in_scale : x1 * in_scale]
+            target = out[..., y0 * out_scale : y1 * out_scale, x0 * out_scale : x1 * out_scale]
+            done, cache = 0, {}
+            for piece in window.tensor_split(cuts, dim=2):
                 y = net(piece.to(self.conv1.weight), cache).to(out)
                 target[:, :, done : done + y.shape[2]] += y * (fade_y[:, None] * fade_x).to(out)
                 done += y.shape[2]
@@ -599,15 +489,99 @@ class WanVAE(nn.Module):
         return out.clamp_(-1, 1)
 
 
-# -------------------------------------------------------------------------------------------------- toy codec
-class ToyCodec:
-    """Space to depth: the toy's exactly invertible VAE, 4x4 pixels to one latent of 48 channels,
-    every frame its own."""
-    stride = 4
+# ---------------------------------------------------------------------------------------------- all of Wan's
+# Wan's own, for the unconditional branch of guidance
+NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
+                   "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+                   "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+                   "杂乱的背景，三条腿，背景人很多，倒着走")
+# side of the ViT's picture: 8 x 8 patches of 14, so that two people's tokens fit next to a caption
+MFI_PIXELS = 112
+
+
+class WanEncoders:
+    """Wan's frozen networks from its checkpoint folder, with the methods of toy.ToyEncoders. All files are
+    checked at once, but for the weights in them. A network is loaded when it is first needed and dropped for
+    the next one, so at most one is in memory; every width is read from the files.
+
+    folder    holds models_t5_*, google/umt5-xxl/spiece.model, Wan2.1_VAE.* and, for MFI,
+              dinov2_vit*14_pretrain.*
+    dtype     of umT5 and the ViT; the VAE is float32, as Wan runs it
+    offload   umT5's blocks stay on the CPU and visit the device one by one
+    tile      side in pixels of the squares that the VAE works on; None: the whole picture
+    need_vit  a missing ViT is an error now, not when features() needs it
+    """
+    FILES = {UMT5: "models_t5_*", WanVAE: "Wan2.1_VAE.*", DINOv2: "dinov2_vit*14_pretrain.*"}
+    name = "wan"
+    files = ()  # a checkpoint needs no copies of these
+    latent_dtype = torch.bfloat16
+    mask_block = 16  # pixels of a token: 2 latents of 8
+
+    def __init__(self, folder, device, dtype=torch.float32, offload=False, tile=None, need_vit=False):
+        check_tile(tile)
+        self.folder, self.device, self.dtype = Path(folder), device, dtype
+        self.offload, self.tile, self.network = offload, tile, None
+        self.tokenizer = Tokenizer(self.folder / "google/umt5-xxl/spiece.model")
+        paths = [(kind, self.path(kind, need_vit or kind is not DINOv2)) for kind in self.FILES]
+        networks = [open_network(kind, path)[0] for kind, path in paths if path]
+        vocab, pieces = networks[0].token_embedding.num_embeddings, len(self.tokenizer.model)
+        if pieces > vocab:
+            raise UserError(f"{self.folder}: the tokenizer has {pieces} pieces, the UMT5 {vocab}")
+
+    def path(self, kind, needed=True):
+        """The file of that network; UserError, or None, where there is none."""
+        found = sorted(self.folder.glob(self.FILES[kind]))
+        if needed and not found:
+            raise UserError(f"{self.folder} holds no {kind.__name__} ({self.FILES[kind]}); "
+                            "see README.md, With real Wan weights")
+        return found[0] if found else None
+
+    def drop(self):
+        """Free the network in memory."""
+        self.network = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def load(self, kind):
+        """The network of that kind, on the device; any other is dropped first."""
+        if type(self.network) is not kind:
+            self.drop()
+            streamed = self.offload and kind is UMT5
+            dtype = torch.float32 if kind is WanVAE else self.dtype
+            self.network = load_network(kind, self.path(kind), dtype, "cpu" if streamed else self.device)
+            if streamed:
+                stream_blocks(self.network, self.device)
+        return self.network
+
+    @staticmethod
+    def latent_shape(frames, size):
+        """Frames and (H, W) in pixels -> the shape of what encode gives for one video."""
+        height, width = size
+        return 16, (frames + 3) // 4, height // 8, width // 8
+
+    @torch.no_grad()
+    def text(self, captions):
+        """Captions -> tokens [B, S, E] float32, zero beyond each one's length. One by one: padding costs
+        memory."""
+        network = self.load(UMT5)
+        tokens = [network(*(a.to(self.device) for a in self.tokenizer([caption])))[0].float()
+                  for caption in captions]
+        return nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+
+    @torch.no_grad()
+    def features(self, image):
+        """Frontal references [B, 3, H, W] in -1..1 -> [B, 2 levels, 65, width]: the middle and the last
+        layer's states of the picture's middle square."""
+        side = min(image.shape[2:])
+        top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
+        square = F.interpolate(image[:, :, top:top + side, left:left + side], (MFI_PIXELS, MFI_PIXELS),
+                               mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        network = self.load(DINOv2)
+        return network(((square + 1) / 2 - mean).div(std).to(self.device, self.dtype)).float()
 
     def encode(self, video):
-        """[B, 3, F, H, W] in -1..1 -> [B, 48, F, H/4, W/4]; errors where H or W is no multiple of 4."""
-        return F.pixel_unshuffle(video.transpose(1, 2), self.stride).transpose(1, 2)
+        return self.load(WanVAE).encode(video, tile=self.tile)
 
     def decode(self, latent):
-        return F.pixel_shuffle(latent.transpose(1, 2), self.stride).transpose(1, 2)
+        return self.load(WanVAE).decode(latent, tile=self.tile)
