@@ -43,6 +43,7 @@ def run_script(main, less_memory=""):
     def fail(message, code=1):
         print(f"{script}: {' '.join(str(message).split())}", file=sys.stderr)
         sys.exit(code)
+    advice = f"; try {less_memory}" if less_memory else ""
     try:
         for argument in sys.argv[1:]:
             if not is_text(argument):
@@ -51,13 +52,14 @@ def run_script(main, less_memory=""):
     except KeyboardInterrupt:
         fail("stopped", 130)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        fail(f"out of memory ({'. '.join(str(error).split('. ')[:2])}){less_memory and '; try ' + less_memory}")
+        cause = ". ".join(str(error).split(". ")[:2])
+        fail(f"out of memory{cause and f' ({cause})'}{advice}")
     except (UserError, OSError, safetensors.SafetensorError) as error:
         fail(error)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # how torch says it on a CPU
             raise
-        fail(f"out of memory{less_memory and '; try ' + less_memory}")
+        fail(f"out of memory{advice}")
 
 
 def is_text(value):
@@ -103,8 +105,8 @@ def is_seed(value):
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def temporary_name(path):
-    return path.with_name(f".unfinished-{os.getpid()}-{path.name}")
+def temporary_name(path, suffix=""):
+    return path.with_name(f".unfinished-{os.getpid()}-{path.name}{suffix}")
 
 
 def remove(path):
@@ -117,8 +119,9 @@ def remove(path):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Yield a name beside `path` to write to; on success the new file replaces `path`, on failure it goes."""
-    path = Path(path)
+    """Yield a name beside `path` to write to; on success the new file replaces `path`, on failure it goes.
+    Where `path` is a link, what it leads to is replaced, as if it were written in place."""
+    path = Path(os.path.realpath(path))
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -132,18 +135,21 @@ def atomic_file(path):
 @contextlib.contextmanager
 def atomic_folder(folder):
     """Yield a new folder to fill; on success it replaces `folder`, on failure it is deleted."""
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(folder)
+    temporary, old = temporary_name(folder), temporary_name(folder, "-old")
     remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        remove(folder)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        if os.path.lexists(folder):
+            os.replace(folder, old)  # not deleted first: that takes long, and a kill would leave neither
         os.replace(temporary, folder)
+        remove(old)
     finally:
         remove(temporary)
 
@@ -168,7 +174,9 @@ def lock(folder, wait=False):
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         for left in list(folder.rglob(".unfinished-*")):
-            remove(left)
+            owner = re.match(r"\.unfinished-(\d+)-", left.name)
+            if owner and (owner[1] == str(os.getpid()) or not Path("/proc", owner[1]).exists()):
+                remove(left)  # but not what a running script writes here without the lock
         yield
 
 
@@ -251,7 +259,8 @@ def read_weights(path):
             return WeightFile(path, shapes, file.get_tensor)
         # torch maps zip files only; those of torch < 1.6 are read whole
         tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        if not isinstance(tensors, dict) or not all(
+                isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()):
             raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors only")
         return WeightFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
 
@@ -296,7 +305,7 @@ def load_weights(module, file, dtype=None, device=None):
 
 def layers_of(shapes):
     """How many blocks a network has whose tensors bear these names."""
-    return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    return len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
 
 
 # ------------------------------------------------------------------------------------------------ Wan's files
@@ -335,7 +344,7 @@ def wan_files(path):
         return [path]
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        if any(Path(shard).name != shard for shard in shards):
+        if any(Path(shard).name != shard or shard in ("", "..") for shard in shards):
             raise ValueError("a shard lies outside its folder")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no index of shards ({type(error).__name__}: {error})") from None
@@ -374,6 +383,7 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None):
     files    further files that the checkpoint needs, copied into it
     """
     folder = Path(folder)
+    check_replaceable(folder)
     with atomic_folder(folder) as build:
         for name, state in tensors.items():
             save_tensors(build / f"{name}.safetensors", state)
@@ -383,7 +393,17 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None):
         (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
     if keep:
         for old in steps_in(folder.parent)[:-keep]:
-            remove(old)
+            os.replace(old, temporary_name(old))  # a kill must not leave half of it under its name
+            remove(temporary_name(old))
+
+
+def check_replaceable(folder):
+    """UserError where a checkpoint saved at `folder` would destroy what is there and is none.
+    A training asks for all its names before its first step."""
+    folder = Path(folder)
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / "checkpoint.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint and would be replaced by one: move it away")
 
 
 def sha256_of(path):
@@ -415,6 +435,18 @@ def find_checkpoint(path):
     return newest
 
 
+def find_valid(folder):
+    """The newest checkpoint of a stage's folder whose files are all as they were written, or None. Names
+    those that are not."""
+    for step in reversed(steps_in(folder)):
+        try:
+            check_files(step)
+            return step
+        except UserError as error:
+            print(f"{error}; going on from the one before, if there is one", file=sys.stderr)
+    return None
+
+
 def parent_of(folder):
     """What a stage's checkpoint.json records of the checkpoint that it started from."""
     return read_meta(folder)["sha256"].get("ema.safetensors")
@@ -432,7 +464,8 @@ def read_meta(folder):
                     "config", "sha256"):
                 raise ValueError(f"{name} is {str(meta.get(name))[:40]!r}")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete its folder, or use another checkpoint") from None
+        raise UserError(f"{path} is damaged ({error}): "
+                        "delete its folder, or use another checkpoint") from None
     return meta
 
 
