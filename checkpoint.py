@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def number(kind, low, high, expected):
+def in_range(kind, low, high, expected):
     """A type for add_argument: an int or float from low to high, both included, never nan."""
     def read(text):
         try:
@@ -91,12 +91,12 @@ def number(kind, low, high, expected):
     return read
 
 
-count = number(int, 1, 10**7, "a whole number from 1 to 10 million")
-seed_number = number(int, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1")
-positive = number(float, 1e-30, 1e6, "a number above 0, at most a million")
-not_negative = number(float, 0, 1e6, "a number from 0 to a million")
-fraction = number(float, 0, math.nextafter(1, 0), "a number from 0 to below 1")
-frame_rate = number(int, 1, 240, "1 to 240 frames a second")
+count = in_range(int, 1, 10**7, "a whole number from 1 to 10 million")
+seed_number = in_range(int, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1")
+positive = in_range(float, 1e-30, 1e6, "a number above 0, at most a million")
+not_negative = in_range(float, 0, 1e6, "a number from 0 to a million")
+fraction = in_range(float, 0, math.nextafter(1, 0), "a number from 0 to below 1")
+frame_rate = in_range(int, 1, 240, "1 to 240 frames a second")
 
 
 def is_seed(value):

@@ -1,676 +1,45 @@
-"""What HarmoView trains on: the toy world, procedural heads with exact ground truth for any identity in any
-clip; its cache, encoded by the toy's networks or by Wan's; datasets; the benchmark; video files.
+"""What a training step is made of: which views it gets, region masks, and batches from a cache of latents;
+pictures, videos and contact sheets.
 
-A Clip says in names what happens; render_clips turns clips and identities into videos, caption(clip) into
-words. Re-rendering a clip with somebody else is the same call with another identity, which is how eval.py
-measures identity without a face network.
-
-  python data.py toy --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
+Clips are encoded once by frozen networks that are handed in (encoders.WanEncoders or toy.ToyEncoders), so
+the training loop reads latents only. The toy and Wan have the same cache.
 """
-import argparse
-import functools
-import hashlib
 import math
-import random
-import tempfile
+import textwrap
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import safetensors.torch
-import sentencepiece
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from encoders import UMT5, DINOv2, Tokenizer, ToyCodec, WanVAE, load_network, stream_blocks, whole
-from rope import VIEWS, UserError, run_script
-
-BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
-BENCHMARK_SEED, TRAIN_SEED = 52_000, 1
-
-# ---------------------------------------------------------------------------------------------- the toy world
-# Every name below appears in captions word for word; u runs from 0 to 1 over the clip, angles in degrees.
-TAU = 2 * math.pi
-MOTIONS = {  # name: u -> (yaw, pitch, roll); yaw > 0 looks to the picture's right edge, pitch > 0 looks up.
-    # words of their own: a random umT5 shows word order only faintly ("turns from left to right": -0.4 dB)
-    "sweeps rightwards": lambda u: (180 * u - 90, 0 * u, 0 * u),
-    "sweeps leftwards": lambda u: (90 - 180 * u, 0 * u, 0 * u),
-    "looks around": lambda u: (75 * (TAU * u).sin(), 0 * u, 0 * u),
-    "turns away": lambda u: (180 * u, 0 * u, 0 * u),
-    "nods": lambda u: (0 * u, 25 * (TAU * u).sin(), 0 * u),
-    "tilts the head": lambda u: (0 * u, 0 * u, 25 * (TAU * u).sin()),
-}
-SWEEPS = ("sweeps rightwards", "sweeps leftwards", "looks around", "turns away")  # these show sides or back
-MOUTHS = {"the mouth closed": lambda u: 0 * u, "the mouth open": lambda u: 0 * u + 1,
-          "the mouth opening": lambda u: u}
-# head radius, start and end
-ZOOMS = {"a close-up": (0.70, 0.70), "a medium shot": (0.58, 0.58), "a slow zoom in": (0.54, 0.72)}
-LIGHTS = {  # direction towards the light (x right, y up, z to the viewer) and its colour
-    "soft light": ((0.0, 0.4, 1.0), (1.0, 1.0, 1.0)),
-    "light from the left": ((-1.0, 0.3, 0.5), (1.0, 1.0, 1.0)),
-    "light from the right": ((1.0, 0.3, 0.5), (1.0, 1.0, 1.0)),
-    "warm light": ((0.2, 0.8, 0.7), (1.0, 0.86, 0.66)),
-}
-SHIRTS = {"red": (0.80, 0.16, 0.18), "blue": (0.16, 0.32, 0.78), "green": (0.13, 0.55, 0.30),
-          "yellow": (0.93, 0.78, 0.20), "white": (0.93, 0.93, 0.93), "black": (0.13, 0.13, 0.15)}
-BACKGROUNDS = {  # colour at the bottom and at the top
-    "a blue wall": ((0.42, 0.56, 0.78), (0.50, 0.66, 0.88)),
-    "a green wall": ((0.46, 0.62, 0.46), (0.56, 0.74, 0.56)),
-    "a pink wall": ((0.80, 0.60, 0.64), (0.92, 0.72, 0.76)),
-    "a grey wall": ((0.55, 0.55, 0.57), (0.70, 0.70, 0.72)),
-    "a dark room": ((0.20, 0.20, 0.26), (0.28, 0.28, 0.36)),
-    "a sunset": ((0.96, 0.70, 0.42), (0.60, 0.42, 0.62)),
-}
-VIEW_YAW = {"front": 0.0, "left": -85.0, "right": 85.0, "back": 180.0}
-PATCHES = ("left", "right", "back")  # each seen in the view of that name and never from the front
-
-
-@dataclass(frozen=True)
-class Clip:
-    """What happens in a clip, in the names above; one motion, mouth and shirt per person,
-    the first person on the left."""
-    motions: tuple
-    mouths: tuple
-    shirts: tuple
-    zoom: str
-    light: str
-    background: str
-
-
-def draw_clip(rng, people, motions=tuple(MOTIONS)):
-    """A random Clip with one or two people; rng is a random.Random."""
-    def each(names):
-        return tuple(rng.choice(list(names)) for _ in range(people))
-    return Clip(each(motions), each(MOUTHS), each(SHIRTS), rng.choice(list(ZOOMS)),
-                rng.choice(list(LIGHTS)), rng.choice(list(BACKGROUNDS)))
-
-
-def caption(clip):
-    """The clip in words; nothing that the renderer shows is left out but who the people are."""
-    def person(k):
-        return f"in a {clip.shirts[k]} shirt {clip.motions[k]} with {clip.mouths[k]}"
-    if len(clip.motions) == 1:
-        who = f"one person {person(0)}"
-    else:
-        who = f"two people, the first on the left {person(0)}, the second on the right {person(1)}"
-    return f"{clip.zoom} of {who}, {clip.light}, {clip.background}"
-
-
-def hsv(h, s, v):
-    """Hue, saturation, value in 0..1, each [n] -> RGB [n, 3]."""
-    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h[:, None]) % 6
-    return v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
-
-
-def draw_identities(n, seed):
-    """n identities as a dict of tensors whose first axis is the identity; lengths in head heights,
-    angles in degrees."""
-    g = torch.Generator().manual_seed(seed)
-
-    def between(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=g)
-    tone = between(0, 1, 1)
-    hue = between(0, 1)
-    return {
-        "skin": torch.lerp(torch.tensor([0.36, 0.22, 0.15]), torch.tensor([0.98, 0.82, 0.70]), tone)
-                + between(-0.04, 0.04, 3),
-        "hair": hsv(between(0, 1), between(0.25, 0.9), between(0.15, 0.95)),
-        "eyes": hsv(between(0, 1), between(0.6, 1), between(0.4, 0.9)),
-        "lips": hsv(between(0.9, 1.05), between(0.5, 0.8), between(0.45, 0.85)),
-        "patch_left": hsv(hue, between(0.8, 1), between(0.75, 1)),
-        "patch_right": hsv(hue + between(0.2, 0.45), between(0.8, 1), between(0.75, 1)),
-        "patch_back": hsv(hue + between(0.55, 0.8), between(0.8, 1), between(0.75, 1)),
-        "patch_height": between(-12, 38, 3),
-        "patch_size": between(15, 23, 3),
-        "width": between(0.70, 0.84),
-        "depth": between(0.80, 0.92),
-        "fringe": between(22, 52),  # elevation of the hairline at the front, at the ears and at the nape
-        "sideburn": between(-15, 30),
-        "nape": between(-60, 0),
-        "beard": between(0, 1) < 0.3,
-        "nose": between(0.11, 0.17),
-    }
-
-
-def pick(identities, index):
-    """The identities at an index, or at several, still as a dict of tensors."""
-    index = torch.as_tensor(index).reshape(-1)
-    return {name: value[index] for name, value in identities.items()}
-
-
-def rotation(yaw, pitch, roll):
-    """Head to world, [n, 3, 3] from degrees [n]: roll, then pitch, then yaw."""
-    (cy, sy), (cp, sp), (cr, sr) = ((a.deg2rad().cos(), a.deg2rad().sin()) for a in (yaw, -pitch, roll))
-    zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
-
-    def matrix(*rows):
-        return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
-    return (matrix(cy, zero, sy, zero, one, zero, -sy, zero, cy)
-            @ matrix(one, zero, zero, zero, cp, -sp, zero, sp, cp)
-            @ matrix(cr, -sr, zero, sr, cr, zero, zero, zero, one))
-
-
-def ellipsoid(o, d, centre, radii):
-    """Depth z at which rays o + z*d first meet an ellipsoid, -inf where they miss;
-    o, d, centre and radii are (x, y, z)."""
-    o = [(a - c) / r for a, c, r in zip(o, centre, radii)]
-    d = [a / r for a, r in zip(d, radii)]
-    a, b, c = (sum(x * y for x, y in zip(p, q)) for p, q in ((d, d), (o, d), (o, o)))
-    root = b * b - a * (c - 1)
-    return torch.where(root > 0, (root.clamp(min=0).sqrt() - b) / a, -torch.inf)
-
-
-def render_heads(identity, pose, size, supersample=2):
-    """Ray-cast one head with shoulders an image, orthographic: premultiplied RGB, alpha and head mask,
-    float 0..1.
-
-    identity  dict as from draw_identities, n of them
-    pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), y, scale (of the picture's half
-              side, y up), light and light_colour, shirt [n, 3]
-    returns   rgb [n, 3, size, size], alpha [n, 1, size, size], head [n, 1, size, size] (skin and hair,
-              without the body)
-    """
-    n, s = len(pose["yaw"]), size * supersample
-    axis = (torch.arange(s) + 0.5) / s * 2 - 1
-
-    def column(a):
-        return a[:, None]  # [n] -> [n, 1], to go with rays [n, s*s]
-    X = axis.repeat(s)[None] / column(pose["scale"])
-    Y = (-axis.repeat_interleave(s)[None] - column(pose["y"])) / column(pose["scale"])
-    R = rotation(pose["yaw"], pose["pitch"], pose["roll"])
-    # The ray (X, Y, z) seen from the head: o + z*d, with the head's centre at 0 and its half height 1.
-    o = [column(R[:, 0, i]) * X + column(R[:, 1, i]) * Y for i in range(3)]
-    d = [column(R[:, 2, i]) for i in range(3)]
-    light = F.normalize(pose["light"], dim=1)
-    head_light = torch.einsum("nij,ni->nj", R, light)
-
-    i = {name: column(v) if v.ndim == 1 else v for name, v in identity.items()}
-    width, depth, one = i["width"], i["depth"], torch.ones(n, 1)
-    head, body = (o, d), ((X, Y, 0), (0, 0, 1))
-    ear = (0.10, 0.2, 0.14)
-    parts = {  # name: rays in the frame of the part, its centre and radii there
-        "skull": (*head, (0, 0, 0), (width, one, depth)),
-        "shell": (*head, (0, 0.03, -0.03), (width * 1.09, one * 1.07, depth * 1.09)),
-        "nose": (*head, (0, -0.08, depth), (i["nose"] * 0.8, i["nose"] * 1.2, i["nose"] * 1.2)),
-        "ear_left": (*head, (width, 0, 0), ear), "ear_right": (*head, (-width, 0, 0), ear),
-        "neck": (*body, (0, -1.0, -0.1), (0.4, 0.6, 0.4)),
-        "shoulders": (*body, (0, -1.95, -0.15), (1.05, 0.75, 0.6)),
-    }
-    z = {name: ellipsoid(*part) for name, part in parts.items()}
-
-    def angles(name):
-        """Azimuth (0 front, 90 the side seen in the left view) and elevation in degrees of the ray's point
-        on a part."""
-        x, y, w = ((a + z[name].clamp(min=-9) * b - c) / r for a, b, c, r in zip(*parts[name]))
-        return torch.atan2(x, w).rad2deg(), torch.asin(y.clamp(-1, 1)).rad2deg()
-
-    def spot(az, el, at_az, at_el, size_az, size_el):
-        return ((az - at_az) / size_az) ** 2 + ((el - at_el) / size_el) ** 2 < 1
-    # Hair is the shell above the hairline, which falls from the fringe over the sideburn to the nape.
-    az, el = angles("shell")
-    at_side, at_back = ((az.abs() - 45) / 30).clamp(0, 1), ((az.abs() - 85) / 35).clamp(0, 1)
-    line = i["fringe"] + (i["sideburn"] - i["fringe"]) * at_side + (i["nape"] - i["sideburn"]) * at_back
-    z["shell"] = torch.where(el > line, z["shell"], -torch.inf)
-    nearest, which = torch.stack(list(z.values())).max(dim=0)
-    hit = nearest > -torch.inf
-    on = {name: (which == j) & hit for j, name in enumerate(z)}
-
-    az_skin, el_skin = angles("skull")
-    az = torch.where(on["shell"], az, az_skin)
-    el = torch.where(on["shell"], el, el_skin)
-    skull, shell = on["skull"], on["shell"]
-    skin = skull | on["nose"] | on["ear_left"] | on["ear_right"] | on["neck"]
-    eye = (az_skin.abs() - 26, el_skin - 6)
-    open_mouth = column(pose["mouth"])
-    layers = [  # (where, colour [n, 3] or a grey level); later ones cover earlier ones
-        (hit, pose["shirt"]),
-        (skin, i["skin"]),
-        (on["nose"] | on["neck"], i["skin"] * 0.88),
-        (skull & i["beard"] & (el_skin < -16) & (az_skin.abs() < 72), i["hair"] * 0.8),
-        (skull & spot(*eye, 0, 17, 13, 3.5), i["hair"] * 0.55),
-        (skull & spot(*eye, 0, 0, 13, 9.5), torch.full((n, 3), 0.97)),
-        (skull & spot(*eye, 0, 0, 7.5, 8.5), i["eyes"]),
-        (skull & spot(*eye, 0, 0, 3, 3.5), torch.full((n, 3), 0.05)),
-        (skull & spot(az_skin, el_skin, 0, -33, 21, 5.5 + 8.5 * open_mouth), i["lips"]),
-        (skull & spot(az_skin, el_skin, 0, -33, 14, 9 * open_mouth + 1e-3), torch.full((n, 3), 0.1)),
-        (shell, i["hair"]),
-    ]
-    for p, name in enumerate(PATCHES):
-        from_centre = {"left": az - 119, "right": -az - 119, "back": az.abs() - 180}[name]
-        at, size_of = column(i["patch_height"][:, p]), column(i["patch_size"][:, p])
-        patch = (skull | shell) & spot(from_centre, el, 0, at, 1.2 * size_of, size_of)
-        layers.append((patch, i[f"patch_{name}"]))
-    top = torch.zeros(n, s * s, dtype=torch.int64)
-    for j, (where, _) in enumerate(layers):
-        top[where] = j
-    palette = torch.stack([colour for _, colour in layers], dim=1)  # [n, layers, 3]
-    colour = palette.gather(1, top[..., None].expand(-1, -1, 3))
-
-    shade = torch.zeros(n, s * s)
-    for name, part in parts.items():
-        toward = light if name in ("neck", "shoulders") else head_light
-        normal = [(a + nearest.clamp(min=-9) * b - c) / (r * r) for a, b, c, r in zip(*part)]
-        cosine = (sum(m * column(toward[:, j]) for j, m in enumerate(normal))
-                  / sum(m * m for m in normal).sqrt())
-        shade = torch.where(on[name], cosine.clamp(min=0), shade)
-    colour = colour * (0.55 + 0.5 * shade[..., None]) * pose["light_colour"][:, None]
-    colour = colour.clamp(0, 1) * hit[..., None]
-    channels = torch.cat((colour, hit[..., None], (hit & ~on["shoulders"] & ~on["neck"])[..., None]), dim=-1)
-    channels = F.avg_pool2d(channels.transpose(1, 2).reshape(n, 5, s, s), supersample)
-    return channels[:, :3], channels[:, 3:4], channels[:, 4:]
-
-
-def background(names, size):
-    """Named backgrounds, a list of n -> float [n, 3, H, W] in 0..1: two colours blended from bottom to
-    top, darker in the corners. Smooth on purpose: with brick and checkered walls a small network spends its
-    time on them (head PSNR -1.9 dB)."""
-    y, x = ((torch.arange(side) + 0.5) / side * 2 - 1 for side in size)
-    y, x = -y[:, None], x[None]
-    low, high = (torch.tensor([BACKGROUNDS[name][i] for name in names])[:, :, None, None] for i in (0, 1))
-    return torch.lerp(low, high, (y + 1) / 2) * (1 - 0.08 * (x * x + y * y))
-
-
-def render_in_chunks(identity, pose, size):
-    """render_heads for any number of heads, in calls whose rays fit the CPU's cache; about 2.5x faster."""
-    step = max(1, (1 << 18) // (2 * size) ** 2)
-    parts = [render_heads(*({name: v[i:i + step] for name, v in of.items()} for of in (identity, pose)), size)
-             for i in range(0, len(pose["yaw"]), step)]
-    return tuple(torch.cat(p) for p in zip(*parts))
-
-
-def clip_pose(clips, k, frames):
-    """How person k stands in every frame of n clips: the pose dict of render_heads, every entry [n, frames]
-    or [n, frames, 3]."""
-    u = torch.linspace(0, 1, frames)
-    yaw, pitch, roll = torch.stack([torch.stack(MOTIONS[c.motions[k]](u)) for c in clips], dim=1)
-    start, end = torch.tensor([ZOOMS[c.zoom] for c in clips]).T[..., None]
-
-    def still(rows):
-        return torch.tensor(rows)[:, None].expand(-1, frames, -1)
-    return {
-        "yaw": yaw, "pitch": pitch, "roll": roll,
-        "mouth": torch.stack([MOUTHS[c.mouths[k]](u) for c in clips]),
-        "y": torch.full_like(yaw, 0.06), "scale": torch.lerp(start, end, u),
-        "light": still([LIGHTS[c.light][0] for c in clips]),
-        "light_colour": still([LIGHTS[c.light][1] for c in clips]),
-        "shirt": still([SHIRTS[c.shirts[k]] for c in clips]),
-    }
-
-
-def frame_size(size, people):
-    """(H, W) of a toy clip: a square of `size` pixels for each person, side by side, so that a head is as
-    many tokens large with two people as with one (squeezed into one square, two people cost a network
-    that draws one well hundreds of steps to draw again)."""
-    return size, size * people
-
-
-def render_clips(clips, people, frames, size, poses=None):
-    """Clips with given identities: the ground truth, for whoever is put into them.
-
-    clips    n Clips with equally many people
-    people   one identities dict per person, each of n identities; None leaves that person out
-    poses    {k: entries of person k's pose dict, [n, frames], in the place of the clips' own}
-    returns  video [n, 3, frames, H, W] in -1..1 and head masks [n, people, frames, H, W] in 0..1, where
-             (H, W) is frame_size(size, len(people))
-    """
-    n, (H, W) = len(clips), frame_size(size, len(people))
-    video = background([c.background for c in clips], (H, W))[:, :, None].repeat(1, 1, frames, 1, 1)
-    masks = torch.zeros(n, len(people), frames, H, W)
-    for k, identities in enumerate(people):
-        if identities is None:
-            continue
-        pose = clip_pose(clips, k, frames) | (poses or {}).get(k, {})
-        pose = {name: v.flatten(0, 1) for name, v in pose.items()}
-        who = pick(identities, torch.arange(n).repeat_interleave(frames))
-        rgb, alpha, head = (a.unflatten(0, (n, frames)).transpose(1, 2)  # [n, ., F, S, S]
-                            for a in render_in_chunks(who, pose, size))
-        square = slice(k * size, (k + 1) * size)
-        video[..., square] = rgb + (1 - alpha) * video[..., square]
-        masks[:, k, ..., square] = head[:, 0]
-    return video * 2 - 1, masks
-
-
-def reference_pose(n, seed):
-    """How n people stand in the four VIEWS of their cross-pair references: every entry [n * V] or
-    [n * V, 3]."""
-    V, g = len(VIEWS), torch.Generator().manual_seed(seed)
-
-    def jitter(size_of):
-        return size_of * (2 * torch.rand(n * V, generator=g) - 1)
-    lights, colours = (torch.tensor([light[part] for light in LIGHTS.values()]) for part in (0, 1))
-    shirts = torch.tensor(list(SHIRTS.values()))
-    light = torch.randint(len(LIGHTS), (n * V,), generator=g)
-    return {"yaw": torch.tensor([VIEW_YAW[v] for v in VIEWS]).repeat(n) + jitter(8),
-            "pitch": jitter(6), "roll": jitter(4), "mouth": torch.rand(n * V, generator=g).round(),
-            "light": lights[light], "light_colour": colours[light],
-            "shirt": shirts[torch.randint(len(SHIRTS), (n * V,), generator=g)],
-            "y": torch.full((n * V,), 0.06), "scale": 0.66 + jitter(0.03)}
-
-
-def render_references(identities, seed, size, clips=None, k=0, frames=6):
-    """The four VIEWS of n identities on white, [n, V, 3, size, size] in -1..1.
-
-    Cross-pair (clips is None): each picture has a light, shirt, mouth and slight turn of its own,
-    drawn from seed.
-    In-pair: person k of n clips as it looks in the clip's frame that comes nearest to the view, re-framed;
-    IN_PAIR_MOTIONS come near to IN_PAIR_VIEWS only, and training uses no other.
-    """
-    n, V = len(identities["width"]), len(VIEWS)
-    pose = reference_pose(n, seed)
-    if clips is not None:
-        of_clip = clip_pose(clips, k, frames)
-        nearest = view_distance(of_clip["yaw"]).argmin(dim=2)  # [n, V]
-        pose |= {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in of_clip.items()
-                 if name not in ("y", "scale")}  # framed as a reference
-    who = pick(identities, torch.arange(n).repeat_interleave(V))
-    rgb, alpha, _ = render_in_chunks(who, pose, size)
-    return (rgb + (1 - alpha)).unflatten(0, (n, V)) * 2 - 1
-
-
-def view_distance(yaw):
-    """yaw [n, F] -> degrees between each frame and each view, [n, V, F]."""
-    turn = yaw[:, None] - torch.tensor([VIEW_YAW[v] for v in VIEWS])[:, None]
-    return ((turn + 180) % 360 - 180).abs()
-
-
-# --------------------------------------------------------------------------- the toy's encoders and its cache
-# What configs of model.CONFIGS train on: pixels a side, frames, clips rendered once with one person, with two
-WORLDS = {
-    "tiny": dict(size=32, frames=3, clips=(12, 12)),
-    "toy": dict(size=32, frames=6, clips=(1600, 1600)),
-    "toy64": dict(size=64, frames=13, clips=(4000, 4000)),
-    "1.3b": dict(size=256, frames=17, clips=(512, 512)),  # through Wan's own encoders
-    "14b": dict(size=256, frames=17, clips=(512, 512)),
-}
-TEXT_DIM, VIT_DIM, VIT_LEVELS = 96, 96, (1, 3)
-VIT_SCALE = 2  # the toy's pictures have half the spread of ImageNet-normalised ones
-FROZEN_SEED = 7
-
-
-def latent_shape(channels, frames, size):
-    """(C, T, H, W) of the latents of a clip of (H, W) pixels: Wan's, of 16 channels, or the toy's."""
-    if channels == 16:
-        return channels, (frames + 3) // 4, size[0] // 8, size[1] // 8
-    return channels, frames, size[0] // ToyCodec.stride, size[1] // ToyCodec.stride
-
-
-class ToyEncoders(ToyCodec):
-    """The toy's frozen networks: the classes of encoders.py, small and random from a fixed seed,
-    beside a trained tokenizer.
-
-    folder  holds TOKENIZER
-    """
-    TOKENIZER = "spiece.model"
-
-    def __init__(self, folder, size):
-        self.files = [Path(folder) / self.TOKENIZER]  # what a checkpoint has to hold beside the network
-        self.tokenizer = Tokenizer(self.files[0])
-        with torch.random.fork_rng([]):
-            torch.manual_seed(FROZEN_SEED)
-            self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM,
-                           num_heads=6, num_layers=2)
-            self.vit = DINOv2(dim=VIT_DIM, num_layers=4, num_heads=3, patch=size // 4, image_size=size,
-                              levels=VIT_LEVELS)
-            # attention that looks at near words, or two people's clauses would read alike
-            for block in self.t5.blocks:
-                torch.nn.init.normal_(block.pos_embedding.embedding.weight, std=3)
-                torch.nn.init.normal_(block.attn.q.weight, std=0.5 / TEXT_DIM)
-            torch.nn.init.normal_(self.vit.pos_embed, std=0.5)
-        for net in (self.t5, self.vit):
-            net.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def text(self, captions):
-        """Captions -> rows [B, S, TEXT_DIM], zero beyond each one's length."""
-        ids, mask = self.tokenizer(captions)
-        return self.t5(ids, mask) * mask[..., None]
-
-    @torch.no_grad()
-    def features(self, image):
-        """Frontal references [B, 3, H, W] in -1..1 -> [B, levels, tokens, VIT_DIM]."""
-        return self.vit(VIT_SCALE * image)
-
-    def decode(self, latent):
-        return super().decode(latent).clamp(-1, 1)
-
-
-# Wan's own, for the unconditional branch of guidance
-NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
-                   "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
-                   "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
-                   "杂乱的背景，三条腿，背景人很多，倒着走")
-# side of the ViT's picture: 8 x 8 patches of 14, so that two people's rows fit beside a caption
-MFI_PIXELS = 112
-
-
-class WanEncoders:
-    """Wan's frozen networks from its checkpoint folder, with the methods of ToyEncoders. Each is loaded when
-    it is first needed and dropped for the next one, so at most one is in memory; every width is read from the
-    files.
-
-    folder   holds models_t5_*, google/umt5-xxl/spiece.model, Wan2.1_VAE.* and, for MFI,
-             dinov2_vit*14_pretrain.*
-    dtype    of umT5 and the ViT; the VAE is float32, as Wan runs it
-    offload  umT5's blocks stay on the CPU and visit the device one by one
-    tile     side in pixels of the squares that the VAE works on; None: the whole picture
-    """
-    FILES = {"text encoder": (UMT5, "models_t5_*"), "VAE": (WanVAE, "Wan2.1_VAE.*"),
-             "ViT": (DINOv2, "dinov2_vit*14_pretrain.*")}
-
-    def __init__(self, folder, device, dtype=torch.float32, offload=False, tile=None):
-        self.folder, self.device, self.dtype = Path(folder), device, dtype
-        self.offload, self.tile, self.held = offload, tile, (None, None)
-        self.file("text encoder"), self.file("VAE")  # what is not there, it says before minutes of work
-        path = self.folder / "google/umt5-xxl/spiece.model"
-        if not path.exists():
-            raise UserError(f"{path}: no such file; it comes with Wan's checkpoint")
-        self.tokenizer = Tokenizer(path)
-
-    def file(self, kind):
-        pattern = self.FILES[kind][1]
-        found = sorted(self.folder.glob(pattern))
-        if not found:
-            raise UserError(f"{self.folder} holds no {kind} ({pattern}); "
-                            "see README.md, With real Wan weights")
-        return found[0]
-
-    def drop(self):
-        self.held = (None, None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def network(self, kind):
-        """The network of that kind, loaded and on the device; any other is dropped first."""
-        if self.held[0] != kind:
-            self.drop()
-            streamed = self.offload and kind == "text encoder"
-            net = load_network(self.FILES[kind][0], self.file(kind),
-                               torch.float32 if kind == "VAE" else self.dtype,
-                               "cpu" if streamed else self.device)
-            if streamed:
-                stream_blocks(net, self.device)
-            self.held = kind, net
-        return self.held[1]
-
-    @torch.no_grad()
-    def text(self, captions):
-        """Captions -> rows [B, S, E] float32, zero beyond each one's length. One by one: padding costs
-        memory."""
-        net = self.network("text encoder")
-        rows = [net(*(a.to(self.device) for a in self.tokenizer([caption])))[0].float()
-                for caption in captions]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-    @torch.no_grad()
-    def features(self, image):
-        """Frontal references [B, 3, H, W] in -1..1 -> [B, 2 levels, 65, width]: the middle and the last
-        layer's states of the picture's middle square."""
-        side = min(image.shape[2:])
-        top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
-        square = F.interpolate(image[:, :, top:top + side, left:left + side], (MFI_PIXELS, MFI_PIXELS),
-                               mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        net = self.network("ViT")
-        return net(((square + 1) / 2 - mean).div(std).to(self.device, self.dtype)).float()
-
-    def encode(self, video):
-        return self.network("VAE").encode(video, tile=self.tile)
-
-    def decode(self, latent):
-        return self.network("VAE").decode(latent, tile=self.tile)
-
-
-def toy_clips(n, people, seed, motions=tuple(MOTIONS)):
-    rng = random.Random(f"{seed}-{people}")
-    return [draw_clip(rng, people, motions) for _ in range(n)]
-
-
-def train_tokenizer(path):
-    """A sentencepiece model of the toy's captions with umT5's special ids: pad 0, </s> 1, unknown 2."""
-    captions = [caption(c) for people in (1, 2) for c in toy_clips(2000, people, "tokenizer")]
-    with open(path, "wb") as f:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=f, vocab_size=300, model_type="bpe",
-            hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
-
-
-IN_PAIR_MOTIONS = ("sweeps rightwards", "sweeps leftwards", "looks around")
-IN_PAIR_VIEWS = ("front", "left", "right")  # what each of them shows
-
-
-def code_of(*modules):
-    """A short hash of modules beside this one, for the name of what they made: other code makes another."""
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)
-    return hashlib.sha256(code).hexdigest()[:8]
-
-
-def build_cache(root, size, frames, clips, pairs="cross"):
-    """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
-    Its name holds a fingerprint of the code, since other code draws other clips or encodes them otherwise.
-
-    The folder holds one.safetensors and two.safetensors (video uint8 [n, 3, F, S, S],
-    refs uint8 [n, people, V, 3, S, S], text float16 [n, S, E] with its last row the empty caption's),
-    captions.txt and spiece.model.
-    """
-    code = code_of("data", "encoders")
-    folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
-    if folder.exists():
-        return folder
-    with whole(folder) as build:
-        train_tokenizer(build / ToyEncoders.TOKENIZER)
-        encoders = ToyEncoders(build, size)
-        # sweeps twice as often: they show the views that the references are for
-        motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
-        bar = tqdm(total=sum(clips), desc="rendering the toy world", unit=" clips", disable=None)
-        captions = []
-        for people, name, n in zip((1, 2), ("one", "two"), clips):
-            identities = draw_identities(n * people, TRAIN_SEED + people)
-            todo = toy_clips(n, people, TRAIN_SEED, motions)
-            video, refs = [], []
-            for i in range(0, n, 64):
-                part = todo[i:i + 64]
-                at = torch.arange(i, i + len(part))
-                who = [pick(identities, at + k * n) for k in range(people)]
-                video.append(to_bytes(render_clips(part, who, frames, size)[0]))
-                clip = part if pairs == "in" else None
-                pictures = [render_references(who[k], 10**6 * people + 10**5 * k + i, size, clip, k, frames)
-                            for k in range(people)]
-                refs.append(torch.stack([to_bytes(p) for p in pictures], dim=1))
-                bar.update(len(part))
-            words = [caption(c) for c in todo]
-            captions += words
-            safetensors.torch.save_file({"video": torch.cat(video), "refs": torch.cat(refs),
-                                         "text": encoders.text([*words, ""]).half()},
-                                        build / f"{name}.safetensors")
-        (build / "captions.txt").write_text("\n".join(captions) + "\n")
-        bar.close()
-    return folder
-
-
-@torch.no_grad()
-def encode_cache(folder, encoders, mask=0.0):
-    """What Wan's encoders make of a cache folder, once; returns the folder inside it that holds
-    one.safetensors and two.safetensors (latents [n, 16, f, h, w], refs [n, people, V, 16, h, w],
-    vit [n, people, levels, tokens, width], bf16, text as float16 with its last row the empty caption's).
-
-    mask  fraction of each reference that region masking hides; drawn here once, since the VAE comes after it
-    """
-    done = Path(folder) / f"wan-mask{mask:g}"
-    if done.exists():
-        return done
-    g = torch.Generator().manual_seed(FROZEN_SEED)
-    captions = (Path(folder) / "captions.txt").read_text().splitlines()
-    with whole(done) as build:
-        for name in ("one", "two"):
-            clips = safetensors.torch.load_file(Path(folder) / f"{name}.safetensors")
-            n, people, V = clips["refs"].shape[:3]
-            words, captions = captions[:n], captions[n:]
-            text = encoders.text([*words, ""])  # one network after the other
-            pictures = from_bytes(clips["refs"]).flatten(0, 2)
-            vit = encoders.features(pictures.unflatten(0, (n * people, V))[:, VIEWS.index("front")])
-            if mask:
-                pictures = torch.stack([mask_regions(p, mask, 16, g) for p in pictures])
-            refs = torch.cat([encoders.encode(p[None, :, None])[:, :, 0] for p in pictures])
-            latents = torch.cat([encoders.encode(from_bytes(video)[None]) for video in
-                                 tqdm(clips["video"], desc="encoding", unit=" clips", disable=None)])
-            safetensors.torch.save_file(
-                {"latents": latents.bfloat16(),
-                 "refs": refs.unflatten(0, (n, people, V)).bfloat16().contiguous(),
-                 "vit": vit.unflatten(0, (n, people)).bfloat16().contiguous(), "text": text.half()},
-                build / f"{name}.safetensors")
-        encoders.drop()
-    return done
-
-
-# ---------------------------------------------------------------------------------------------- the benchmark
-def benchmark_cases():
-    """The 100 fixed cases, 60 with one person and 40 with two: [(Clip, identity indices)],
-    all with a motion that sweeps the yaw."""
-    cases = []
-    for people, n in ((1, 60), (2, 40)):
-        rng = random.Random(f"{BENCHMARK_SEED}-{people}")
-        cases += [(draw_clip(rng, people, SWEEPS), tuple(rng.sample(range(BENCHMARK_IDENTITIES), people)))
-                  for _ in range(n)]
-    return cases
-
-
-def benchmark_people():
-    """The 52 held-out identities."""
-    return draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED)
-
-
-def benchmark_truth(number, frames, size):
-    """A case's video as it should be, [3, frames, H, W] in -1..1."""
-    clip, who = benchmark_cases()[number]
-    return render_clips([clip], [pick(benchmark_people(), i) for i in who], frames, size)[0][0]
-
-
-@functools.lru_cache(maxsize=2)
-def benchmark_references(size):
-    """Their cross-pair references, [52, V, 3, size, size] in -1..1."""
-    return render_references(benchmark_people(), BENCHMARK_SEED, size)
-
-
-# ----------------------------------------------------------------------------------- drawing a training batch
-def draw_layout(stage, progress, rng):
-    """What one step trains on: how many people its clips show, and which views of each the network is given.
-
-    stage     a row of train.STAGES
-    progress  0..1 through the stage, which moves the dropout from drop[0] to drop[1]
-    returns   one tuple of view names per person; all samples of a step share it, so every rank does the
-              same work and shapes stay static
+from checkpoint import UserError, atomic_file, atomic_folder, lock, save_tensors, source_hash
+from rope import VIEWS
+
+
+# ------------------------------------------------------------------------------------ which views a step gets
+def draw_views(stage, progress, rng, available=VIEWS):
+    """Which reference views each person of this step gets.
+
+    stage      a row of train.STAGES
+    progress   0..1 through the stage, which moves the dropout from drop[0] to drop[1]
+    available  the views that the training set has
+    returns    one tuple of view names per person; all samples of a step share it, so every rank does the
+               same work and shapes stay static. A person is without views only where all are (all_drop).
     """
     if stage.views == "none" or rng.random() < stage.all_drop:
         return ((),) * rng.choice(stage.people)
-    views = ("front",) if stage.views == "front" else VIEWS
+    views = ("front",) if stage.views == "front" else available
     drop = stage.drop[0] + (stage.drop[1] - stage.drop[0]) * progress
 
     def one_person():
         kept = tuple(v for v in views if rng.random() >= (stage.drop_front if v == "front" else drop))
-        return kept or (rng.choice(views),)  # never empty: leaving everybody out is all_drop's part
+        return kept or (rng.choice(views),)
     return tuple(one_person() for _ in range(rng.choice(stage.people)))
 
 
@@ -684,70 +53,131 @@ def mask_regions(image, fraction, block, generator):
     return torch.where(hidden, torch.zeros(()), image)
 
 
-class LatentData:
-    """Batches from a folder of encode_cache; every sample is drawn from a generator of its own, so that
-    batches are the same for any number of ranks and micro-batches.
+def noise_of(shape, generators):
+    """Normal noise [B, *shape], each sample's from its own torch.Generator."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
-    views         the views that the cache has pictures of; others in a layout become proxies
-    text_dropout  share of the samples that lose their caption
+
+# -------------------------------------------------------------------------------------------------- the cache
+def pack(latent, dtype):
+    """A latent as a cache stores it; uint8 is for latents that are pixels in -1..1."""
+    return to_bytes(latent) if dtype == torch.uint8 else latent.to(dtype)
+
+
+def unpack(stored):
+    return from_bytes(stored) if stored.dtype == torch.uint8 else stored.float()
+
+
+@torch.no_grad()
+def encode_cache(folder, encoders, mask=0.0, variants=4):
+    """Encode a folder of clips once; returns the folder inside it with what Dataset reads.
+
+    folder    holds one.safetensors and two.safetensors (clips with one person and with two: video uint8
+              [n, 3, F, H, W], refs uint8 [n, people, V, 3, h, w]) and captions.txt, a line a clip
+    encoders  WanEncoders or ToyEncoders
+    mask      region masking: this fraction of each reference is hidden before any network sees it
+    variants  differently masked versions of each reference; 1 where nothing is masked
+    Both files then hold latents [n, C, T, H, W] and refs [n, people, variants, V, C, h, w] in the encoders'
+    latent_dtype, vit float16 [n, people, variants, levels, tokens, width] of the frontal references, and
+    text float16 [n + 1, S, E], whose last row is the empty caption.
     """
-    files = ()  # what sampling needs of the folder
+    folder, variants = Path(folder), variants if mask else 1
+    result = folder / f"{encoders.name}-mask{mask:g}x{variants}-{source_hash('data', 'encoders')}"
+    with lock(folder, wait=True):
+        if result.exists():
+            return result
+        captions = (folder / "captions.txt").read_text().splitlines()
+        with atomic_folder(result) as build:
+            for name in ("one", "two"):
+                clips = load_cached(folder / f"{name}.safetensors")
+                n = len(clips["video"])
+                words, captions = captions[:n], captions[n:]
+                save_tensors(build / f"{name}.safetensors",
+                             encode_clips(clips, words, encoders, mask, variants))
+            for file in encoders.files:
+                (build / file.name).write_bytes(file.read_bytes())
+    encoders.drop()
+    return result
 
-    def __init__(self, folder, views=VIEWS, text_dropout=0.1):
-        self.clips = [safetensors.torch.load_file(Path(folder) / f"{people}.safetensors")
-                      for people in ("one", "two")]
-        self.views, self.text_dropout = views, text_dropout
 
-    def batch(self, layout, generators, device):
-        """layout from draw_layout, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
+def encode_clips(clips, captions, encoders, mask, variants):
+    """{"video", "refs"} of encode_cache and a caption a clip -> {"latents", "refs", "vit", "text"}.
+    One network after the other, since the real ones do not fit into memory together."""
+    def references():
+        """The pictures [V, 3, h, w] of every person and variant, the same at every call."""
+        generator = torch.Generator().manual_seed(0)
+        for pictures in clips["refs"].flatten(0, 1):
+            for _ in range(variants):
+                views = from_bytes(pictures)
+                if mask:
+                    views = torch.stack([mask_regions(p, mask, block, generator) for p in views])
+                yield views
+    dtype, block, shape = encoders.latent_dtype, encoders.mask_block, (*clips["refs"].shape[:2], variants)
+    text = encoders.text([*captions, ""])
+    front = VIEWS.index("front")
+    vit = torch.cat([encoders.features(views[front, None]).half() for views in references()])
+    refs = []
+    for views in references():
+        refs.append(torch.cat([pack(encoders.encode(p[None, :, None])[:, :, 0], dtype) for p in views]))
+    bar = tqdm(clips["video"], desc="encoding", unit=" clips", disable=None)
+    latents = torch.cat([pack(encoders.encode(from_bytes(video)[None]), dtype) for video in bar])
+    return {"latents": latents, "refs": torch.stack(refs).unflatten(0, shape),
+            "vit": vit.unflatten(0, shape), "text": text.half()}
+
+
+def load_cached(path):
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete its folder, it is made again") from None
+
+
+class Dataset:
+    """Batches from a folder of encode_cache. Every sample is drawn from a generator of its own, so batches
+    are the same for any number of ranks and micro-batches.
+
+    text_dropout  share of the samples that lose their caption
+    files         what sampling needs of the folder
+    """
+
+    def __init__(self, folder, text_dropout=0.1):
+        self.clips = [load_cached(Path(folder) / f"{people}.safetensors") for people in ("one", "two")]
+        self.files, self.text_dropout = sorted(Path(folder).glob("*.model")), text_dropout
+
+    def batch(self, views, generators, device):
+        """views from draw_views, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
         text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
-        clips = self.clips[len(layout) - 1]
-        n = len(clips["text"]) - 1
+        clips = self.clips[len(views) - 1]
+        n, variants = len(clips["latents"]), clips["refs"].shape[2]
         index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
         no_text = torch.tensor([torch.rand((), generator=g) < self.text_dropout for g in generators])
         text = clips["text"][torch.where(no_text, n, index)].float()
+        variant = torch.zeros_like(index)
+        if variants > 1:
+            variant = torch.tensor([int(torch.randint(variants, (), generator=g)) for g in generators])
         refs, vit = [], []
-        for k, views in enumerate(layout):
-            given = [v for v in views if v in self.views]
-            latents, features = self.person(clips, index, k, given, generators)
+        for k, names in enumerate(views):
+            latents = {v: unpack(clips["refs"][index, k, variant, VIEWS.index(v)]) for v in names}
             refs.append({v: latent.to(device) for v, latent in latents.items()})
-            vit.append(features.to(device) if "front" in given else None)
-        return self.latents(clips, index).to(device), text.to(device), refs, vit
-
-    def latents(self, clips, index):
-        return clips["latents"][index].float()
-
-    def person(self, clips, index, k, views, generators):
-        """Person k's references {view: latent}, and the features of the frontal one."""
-        refs = {v: clips["refs"][index, k, VIEWS.index(v)].float() for v in views}
-        return refs, clips["vit"][index, k].float()
-
-
-class ToyData(LatentData):
-    """The same from a cache folder of build_cache, encoded here.
-
-    mask  fraction of each reference that region masking hides, other blocks in every batch
-    """
-
-    def __init__(self, folder, size, views=VIEWS, mask=0.0, text_dropout=0.1):
-        super().__init__(folder, views, text_dropout)
-        self.encoders, self.mask = ToyEncoders(folder, size), mask
-        self.files = self.encoders.files
-
-    def latents(self, clips, index):
-        return self.encoders.encode(from_bytes(clips["video"][index]))
-
-    def person(self, clips, index, k, views, generators):
-        images = {v: from_bytes(clips["refs"][index, k, VIEWS.index(v)]) for v in views}
-        if self.mask:
-            block = 2 * self.encoders.stride  # one token
-            images = {v: torch.stack([mask_regions(i, self.mask, block, g)
-                                      for i, g in zip(image, generators)]) for v, image in images.items()}
-        refs = {v: self.encoders.encode(image[:, :, None])[:, :, 0] for v, image in images.items()}
-        return refs, self.encoders.features(images["front"]) if "front" in images else None
+            features = clips["vit"][index, k, variant].float().to(device) if "front" in names else None
+            vit.append(features)
+        return unpack(clips["latents"][index]).to(device), text.to(device), refs, vit
 
 
 # ---------------------------------------------------------------------------------------- pictures and videos
+@dataclass
+class Job:
+    """A video to make, and then the video. Pictures and videos are in -1..1."""
+    prompt: str
+    references: list | None  # {view: picture [3, h, w]} per identity, {} for one without; None: plain Wan
+    seed: int = 0
+    size: tuple = None  # (H, W) in pixels
+    files: list = ()  # the references' file names, a list per identity
+    note: str = ""  # printed behind the prompt
+    truth: torch.Tensor | None = None  # [3, F, H, W]
+    video: torch.Tensor | None = None  # [3, F, H, W]
+
+
 def to_bytes(video):
     return ((video + 1) * 127.5).round().clamp(0, 255).byte().contiguous()
 
@@ -764,11 +194,41 @@ def to_image(picture, height, width=None):
     return image.resize((width or height, height), resample)
 
 
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+PICTURE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
+
+
+def read_picture(path, size):
+    """A picture file -> [3, H, W] in -1..1, size (H, W): EXIF orientation, alpha on white, Lanczos fit,
+    white padding."""
+    expected = f"expected a {', '.join(PICTURE_FORMATS)} file"
+    if not Path(path).is_file():
+        problem = "not a file" if Path(path).exists() else "no such file"
+        raise UserError(f"{path}: {problem}; {expected}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURE_FORMATS) as opened:
+                image = ImageOps.exif_transpose(opened)
+                image.load()
+    except Exception as error:  # Pillow's readers raise a dozen kinds
+        raise UserError(f"{path}: not a readable picture ({error}); {expected}") from None
+    if image.mode not in PICTURE_MODES:
+        raise UserError(f"{path}: its pixels are of Pillow's mode {image.mode}, which is not read here; "
+                        "save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):  # convert() would cut these at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = ImageOps.pad(image, size[::-1], Image.Resampling.LANCZOS, color="white")
+    return from_bytes(torch.from_numpy(np.array(image))).permute(2, 0, 1)
+
+
 def write_video(path, video, fps=16, comment=""):
     """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that."""
     _, frames, height, width = video.shape
     grow = max(1, math.ceil(256 / height))
-    with av.open(str(path), "w") as container:
+    with atomic_file(path) as temporary, av.open(str(temporary), "w") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = grow * width, grow * height, "yuv420p"
@@ -778,58 +238,41 @@ def write_video(path, video, fps=16, comment=""):
         container.mux(stream.encode())
 
 
-def is_seed(value):
-    """What every generator here can be seeded with."""
-    return isinstance(value, int) and 0 <= value < 2**63
+def contact_sheet(jobs, tile=112):
+    """Jobs with their videos -> one PIL image, a strip a job.
 
+    Each person is a block of 2 x 2 views on the left, with an empty square for a view that was not given.
+    At most eight evenly spaced frames are on the right, the truth's below them, and the prompt is under both.
+    """
+    font, gap, line_height, most = ImageFont.load_default(13), 6, 17, 8
 
-def probe_writable(folder):
-    """Fail before any work where a folder cannot be written."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from None
-
-
-# -------------------------------------------------------------------------------------------------------- CLI
-NAMES = ("ann", "ben", "cho", "dan")  # the first held-out identities
-
-
-def write_samples(folder, size, frames, fps):
-    """Four clips of four people that training never sees, with their references and captions, as files."""
-    folder = Path(folder)
-    probe_writable(folder)
-    identities = benchmark_people()
-    pictures = render_references(pick(identities, range(len(NAMES))), BENCHMARK_SEED, size)
-    for name, views in zip(NAMES, pictures):
-        for view, picture in zip(VIEWS, views):
-            to_image(picture, size).save(folder / f"{name}_{view}.png")
-    captions = []
-    for number, who in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
-        clip = draw_clip(random.Random(number), len(who), SWEEPS)
-        video, _ = render_clips([clip], [pick(identities, i) for i in who], frames, size)
-        write_video(folder / f"clip{number}.mp4", video[0], fps)
-        captions.append(caption(clip))
-        print(f"{folder}/clip{number}.mp4, {' and '.join(NAMES[i] for i in who)}: {captions[-1]}")
-    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_subparsers(dest="what", required=True)
-    toy = what.add_parser("toy", help="write sample clips, references and captions of the toy world")
-    toy.add_argument("--out", required=True, help="folder to write to")
-    toy.add_argument("--size", type=int, default=128, help="pixels a side")
-    toy.add_argument("--frames", type=int, default=16, help="frames of a clip")
-    toy.add_argument("--fps", type=int, default=8, help="frames per second")
-    args = p.parse_args(argv)
-    if args.size < 16 or args.size % 2 or args.frames < 1 or args.fps < 1:
-        raise UserError(f"--size {args.size} --frames {args.frames} --fps {args.fps}: expected an even size "
-                        "from 16, at least one frame, at least one frame a second")
-    write_samples(args.out, args.size, args.frames, args.fps)
-
-
-if __name__ == "__main__":
-    run_script(main)
+    def width_of(picture):  # [3, H, W], when it is `tile` high
+        return round(tile * picture.shape[2] / picture.shape[1])
+    pictures = [p for job in jobs for views in job.references or () for p in views.values()]
+    block = max([width_of(picture) for picture in pictures], default=tile)  # width of a person's 2 x 2
+    left = max(len(job.references or ()) for job in jobs) * (block + gap) + gap
+    total = left + gap + max(min(most, job.video.shape[1]) * width_of(job.video[:, 0]) for job in jobs)
+    prompts = [textwrap.fill(job.prompt + job.note, (total - 2 * gap) // 7) for job in jobs]
+    videos = [[job.video] if job.truth is None else [job.video, job.truth] for job in jobs]
+    heights = [tile * len(some) + line_height * (prompt.count("\n") + 1) + 2 * gap
+               for some, prompt in zip(videos, prompts)]
+    sheet = Image.new("RGB", (total, sum(heights) + gap), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    for job, some, prompt, height in zip(jobs, videos, prompts, heights):
+        for k, views in enumerate(job.references or ()):
+            for v, view in enumerate(VIEWS):
+                corner = (gap + k * (block + gap) + v % 2 * (block // 2), y + v // 2 * (tile // 2))
+                if view in views:
+                    sheet.paste(to_image(views[view], tile // 2, block // 2), corner)
+                draw.rectangle((*corner, corner[0] + block // 2 - 1, corner[1] + tile // 2 - 1),
+                               outline="#cccccc")
+        for i, video in enumerate(some):
+            step = width_of(video[:, 0])
+            frames = torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).round().long()
+            for c, f in enumerate(frames):
+                sheet.paste(to_image(video[:, f], tile - 1, step - 1), (left + c * step, y + i * tile))
+        if job.truth is not None:
+            draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
+        draw.multiline_text((gap, y + tile * len(some)), prompt, fill="black", font=font)
+        y += height
+    return sheet

@@ -1,47 +1,41 @@
 """The network: Wan's video transformer, which also sees several views of each person it has to show.
 
 HarmoView adds three things to Wan (arXiv 2606.10839; what the paper leaves open is decided in README.md):
-  references    clean latents of each view ride behind the video tokens in self-attention,
+  references    clean latents of each view follow the video tokens in self-attention,
                 placed by Jump-RoPE;
   proxy tokens  a missing view's slot holds learnable tokens, so one to four views are one layout
                 and need no mask;
-  MFI           ViT features of each frontal reference ride in the text context, in rows that Wan
-                leaves as padding.
+  MFI           ViT features of each frontal reference join the text tokens of cross-attention,
+                in rows that Wan leaves as padding.
 Every parameter that Wan has too carries the name it has in the released checkpoints.
 
 Dimension key
   B batch       L tokens        D width            N heads      K head width, D = N*K
   C channels    T H W latent grid of the video, in tokens       h w the same of one reference
-  S text rows   M MFI rows      E text width       V view slots (4)    I identities    P proxy tokens
+  S text tokens M MFI tokens    E text width       V view slots (4)    I identities    P proxy tokens
 """
 import functools
-import hashlib
-import json
-import math
 import os
-import re
-import shutil
-import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from encoders import layers_of, one_line, put_tensor, read_weights, refuse_mismatch, whole
-from kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope, rope_tables
-from rope import VIEWS, UserError, check_layout, reference_positions, video_positions
+from checkpoint import (UserError, as_user_error, check_files, check_names_and_shapes, layers_of,
+                        load_tensors, put_tensor, read_meta, wan_tensors)
+from kernels import qk_norm_rope, rope_tables
+from rope import VIEWS, check_layout, reference_positions, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
-# what --recompute keeps: attention's output costs the most to make again and little to hold
-KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in
-        ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
-        if hasattr(torch.ops.aten, f"_scaled_dot_product_{kind}")]
+# with --recompute, keep attention outputs: expensive to recompute, cheap to store
+SAVED_OPS = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in
+             ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
+             if hasattr(torch.ops.aten, f"_scaled_dot_product_{kind}")]
 SIGMA_MIN = 0.05  # below this noise level an x0 prediction's velocity is no longer divided by sigma
+NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan
 
 
 @dataclass
@@ -53,8 +47,8 @@ class DiTConfig:
     in_dim: int = 16  # latent channels in
     out_dim: int = 16  # latent channels out
     freq_dim: int = 256  # width of the sinusoidal time embedding
-    text_dim: int = 4096  # E: width of the text encoder's rows
-    text_len: int = 512  # S: rows of text context, padding included; MFI's rows are among them
+    text_dim: int = 4096  # E: width of the text encoder's output
+    text_len: int = 512  # S: tokens of text context, padding included; MFI's are among them
     vit_dim: int = 0  # width of the ViT features; 0 builds no MFI
     vit_levels: int = 0  # hidden layers of the ViT that MFI reads
     proxy_tokens: int = 16  # P: learnable tokens for a missing view; 0 leaves the view out
@@ -63,12 +57,34 @@ class DiTConfig:
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
     max_identities: int = 2  # I: people that MFI can tell apart
-    coordinates: int = 0  # planes that tell a token its place, added to the latent's channels; 0 is Wan
+    coord_channels: int = 0  # sin/cos coordinate channels added to the latent (toy 18, Wan 0)
+
+    def __post_init__(self):
+        """Raise UserError for a config that no network can have."""
+        most = {"dim": 2**16, "ffn_dim": 2**18, "num_layers": 1000}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise UserError(f"config {field.name} is {value!r}; expected {field.type.__name__}")
+            if field.type is int and not 0 <= value <= most.get(field.name, 10**4):
+                raise UserError(f"config {field.name} is {value}; "
+                                f"expected 0 to {most.get(field.name, 10**4)}")
+        if not self.num_heads or not self.dim or self.dim % (2 * self.num_heads):
+            raise UserError(f"dim {self.dim} is not a multiple of 2 x {self.num_heads} heads: "
+                            "rotary rotates pairs")
+        if self.prediction not in ("velocity", "x0"):
+            raise UserError(f"prediction {self.prediction!r}; expected velocity or x0")
+        check_layout(self.rope_layout, self.rope_jump)
+
+    @property
+    def is_wan(self):
+        """Does it work on the latents of Wan's VAE (else on the toy's)."""
+        return self.in_dim == 16
 
 
 TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
-           proxy_tokens=4, prediction="x0", coordinates=18)
-# two levels of 65 rows (DINOv2-L at 112 pixels): two people fit beside a caption of 252 tokens
+           proxy_tokens=4, prediction="x0", coord_channels=18)
+# two levels of 65 tokens (DINOv2-L at 112 pixels): two people fit next to a caption of 252 tokens
 WAN = dict(vit_dim=1024, vit_levels=2)
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
@@ -78,7 +94,6 @@ CONFIGS = {
     "1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **WAN),
     "14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, **WAN),
 }
-OWN = ("proxies", "mfi.")  # how the names of HarmoView's own parameters start; Wan has all the others
 
 
 def sinusoid(t, dim):
@@ -88,25 +103,20 @@ def sinusoid(t, dim):
     return torch.cat((angle.cos(), angle.sin()), dim=1).float()
 
 
-def normal_(tensor, std):
-    """Normal values, in place; nothing on meta, where drawing them would import torch._dynamo (3 s)."""
-    return tensor if tensor.is_meta else nn.init.normal_(tensor, std=std)
-
-
-def float32(sequential, x):
+def in_float32(sequential, x):
     """Run Linears and activations in float32, whatever dtype their weights are stored in."""
     for m in sequential:
         x = F.linear(x, m.weight.float(), m.bias.float()) if isinstance(m, nn.Linear) else m(x)
     return x
 
 
-@functools.lru_cache
-def say_once(message):
-    print(message, file=sys.stderr)
-
-
 def uses_bf16(device, precision="auto"):
-    """auto: bf16 on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
+    """Are matmuls in bf16? auto: what the environment variable HARMOVIEW_PRECISION says ("bf16" or "fp32"),
+    else yes on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
+    if precision == "auto":
+        precision = os.environ.get("HARMOVIEW_PRECISION", "auto")
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"HARMOVIEW_PRECISION={precision}: expected bf16 or fp32")
     if precision == "auto":
         return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return precision == "bf16"
@@ -154,29 +164,32 @@ class Attention(nn.Module):
         return self.o(y.transpose(1, 2).flatten(2))
 
 
+def modulate(x, shift, scale, eps):
+    """LayerNorm of x float32 [B, L, D] without weights, then x * (1 + scale) + shift, both [B, 1, D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn = Attention(c.dim, c.num_heads, c.eps)
-        self.norm3 = nn.LayerNorm(c.dim, c.eps)  # only its weights are used; Wan's norm1 and norm2 have none
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)  # Wan's norm1 and norm2 have no weights
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
-        self.modulation = nn.Parameter(normal_(torch.empty(1, 6, c.dim), c.dim**-0.5))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim))
 
     def forward(self, x, time, context, rope):
         """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D]."""
-        modulation = (self.modulation.float() + time).unbind(1)  # [B, D] each
+        modulation = (self.modulation.float() + time).chunk(6, dim=1)  # [B, 1, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
-        dtype, eps = context.dtype, self.norm3.eps
-        # norm3 has weights of its own in the place of a modulation, and what follows it has no gate
-        shift_ca = self.norm3.bias.float().expand_as(shift_sa)
-        scale_ca = (self.norm3.weight.float() - 1).expand_as(scale_sa)
-        h = norm_modulate(x, shift_sa, scale_sa, eps, dtype)
-        y = self.self_attn(h, h, rope)
-        x, h = gate_residual_norm_modulate(x, y, gate_sa, shift_ca, scale_ca, eps, dtype)
-        y = self.cross_attn(h, context)
-        x, h = gate_residual_norm_modulate(x, y, None, shift_ffn, scale_ffn, eps, dtype)
-        return x + self.ffn(h) * gate_ffn[:, None]
+        dtype, norm3 = context.dtype, self.norm3
+        h = modulate(x, shift_sa, scale_sa, norm3.eps).to(dtype)
+        x = x + gate_sa * self.self_attn(h, h, rope)
+        # before cross-attention: norm3 is affine, not modulated, and its residual has no gate
+        h = F.layer_norm(x, x.shape[-1:], norm3.weight.float(), norm3.bias.float(), norm3.eps).to(dtype)
+        x = x + self.cross_attn(h, context)
+        h = modulate(x, shift_ffn, scale_ffn, norm3.eps).to(dtype)
+        return x + gate_ffn * self.ffn(h)
 
 
 class Head(nn.Module):
@@ -184,19 +197,19 @@ class Head(nn.Module):
         super().__init__()
         self.eps = c.eps
         self.head = nn.Linear(c.dim, c.out_dim * PATCH * PATCH)
-        self.modulation = nn.Parameter(normal_(torch.empty(1, 2, c.dim), c.dim**-0.5))
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim))
 
     def forward(self, x, time):
         """x float32 [B, L, D], time float32 [B, D] -> [B, L, PATCH*PATCH*C]."""
-        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)
-        return self.head(norm_modulate(x, shift, scale, self.eps, self.head.weight.dtype))
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)  # [B, 1, D] each
+        return self.head(modulate(x, shift, scale, self.eps).to(self.head.weight.dtype))
 
 
 class MFI(nn.Module):
-    """Multi-level Feature Injection: hidden states of a frozen ViT as further rows of the text context.
+    """Multi-level Feature Injection: hidden states of a frozen ViT as further tokens of the text context.
 
-    Everything that can move a row away from zero starts at zero, and Wan pads its text with zero rows and
-    attends to them, so a network that has just been given an MFI is bit for bit the base model.
+    Everything that can move a token away from zero starts at zero. Wan pads its text with zeros and attends
+    to them, so a network that has just been given an MFI is bit for bit the base model.
     """
 
     def __init__(self, c):
@@ -207,18 +220,18 @@ class MFI(nn.Module):
         self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
 
     def init_weights(self):
-        """HarmoView.init_own calls it: when the network is made, and when Wan's weights lack these."""
+        """When the network is made, and after Wan's weights, which lack these."""
         self.norm.reset_parameters()
         for p in (self.proj.weight, self.proj.bias, self.identity, self.level):
             nn.init.zeros_(p)
 
     def forward(self, features, k):
-        """features [B, levels, tokens, vit_dim] of identity k -> rows [B, levels*tokens, E]."""
+        """features [B, levels, tokens, vit_dim] of identity k -> tokens [B, levels*tokens, E]."""
         n = self.norm
-        rows = F.layer_norm(features.float(), n.normalized_shape, n.weight.float(), n.bias.float(), n.eps)
-        rows = self.proj(rows.to(self.proj.weight.dtype))
-        rows = rows + self.identity[k] + self.level[:, None]
-        return rows.flatten(1, 2)
+        tokens = F.layer_norm(features.float(), n.normalized_shape, n.weight.float(), n.bias.float(), n.eps)
+        tokens = self.proj(tokens.to(self.proj.weight.dtype))
+        tokens = tokens + self.identity[k] + self.level[:, None]
+        return tokens.flatten(1, 2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -233,8 +246,8 @@ def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device)
 
 
 @functools.lru_cache(maxsize=64)
-def place_planes(n, T, H, W, device):
-    """n planes [n, T, H, W], sines and cosines of a token's place. Rotary tells distances; finding places
+def coordinate_planes(n, T, H, W, device):
+    """n channels [n, T, H, W], sines and cosines of a latent's place. Rotary tells distances; finding places
     from those costs a network from scratch more steps than the toy has (+1 dB after 250 steps)."""
     # h and w in the same unit, so that a square of a wider picture looks like a square picture
     axes = torch.linspace(-1, 1, T), *(2 * torch.arange(size) / max(1, H - 1) - 1 for size in (H, W))
@@ -248,10 +261,7 @@ class HarmoView(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.dim % (2 * c.num_heads):
-            raise UserError(f"dim {c.dim} is no multiple of 2 x {c.num_heads} heads: rotary turns pairs")
-        check_layout(c.rope_layout, c.rope_jump)
-        channels = c.in_dim + c.coordinates
+        channels = c.in_dim + c.coord_channels
         self.patch_embedding = nn.Conv3d(channels, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH))
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"),
                                             nn.Linear(c.dim, c.dim))
@@ -259,13 +269,13 @@ class HarmoView(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
-        # HarmoView's own
+        # new in HarmoView
         self.proxies = (nn.Parameter(torch.empty(len(VIEWS), c.proxy_tokens, c.dim))
                         if c.proxy_tokens else None)
         self.mfi = MFI(c) if c.vit_dim else None
-        self.recompute = False  # activations of a block again in its backward pass, instead of holding them
+        self.recompute = False  # activation checkpointing: recompute blocks in backward, store little
         self.init_weights()
-        self.init_own()
+        self.init_new()
 
     def init_weights(self):
         """For training from scratch: every block starts as the identity with open gates (+0.5 dB on the toy
@@ -286,10 +296,10 @@ class HarmoView(nn.Module):
         nn.init.zeros_(self.head.modulation)
         nn.init.zeros_(self.head.head.weight)
 
-    def init_own(self):
-        """HarmoView's own parameters, which no Wan checkpoint holds."""
+    def init_new(self):
+        """The parameters that HarmoView adds, which no Wan checkpoint holds."""
         if self.proxies is not None:
-            normal_(self.proxies, std=0.02)
+            self.proxies.data = 0.02 * torch.randn_like(self.proxies)
         if self.mfi is not None:
             self.mfi.init_weights()
 
@@ -307,7 +317,7 @@ class HarmoView(nn.Module):
         """
         c = self.config
         self.check(x, text, refs, vit)
-        context = self.text_embedding(self.context(text, vit))  # [B, S, D]
+        context = self.text_embedding(self.text_and_mfi(text, vit))  # [B, S, D]
         tokens = self.embed(x)  # [B, D, T, H, W] in tokens
         grid = tokens.shape[2:]
         tokens = tokens.flatten(2).transpose(1, 2)  # [B, L, D]
@@ -320,13 +330,13 @@ class HarmoView(nn.Module):
                        c.dim // c.num_heads, x.device)
 
         with torch.autocast(x.device.type, enabled=False):  # time and modulation stay in float32
-            time = float32(self.time_embedding, sinusoid(t, c.freq_dim))  # [B, D]
-            time6 = float32(self.time_projection, time).unflatten(1, (6, -1))  # [B, 6, D]
+            time = in_float32(self.time_embedding, sinusoid(t, c.freq_dim))  # [B, D]
+            time6 = in_float32(self.time_projection, time).unflatten(1, (6, -1))  # [B, 6, D]
         tokens = tokens.float()
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, time6, context, rope, use_reentrant=False,
-                                    context_fn=lambda: create_selective_checkpoint_contexts(KEPT))
+                                    context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
             else:
                 tokens = block(tokens, time6, context, rope)
         out = self.head(tokens[:, :video_len], time).float()  # [B, L, 4C]
@@ -347,31 +357,28 @@ class HarmoView(nn.Module):
     def flops(self, tokens):
         """Of one forward of one sample with that many tokens, references included: two for every weight and
         token, and 4 L S D an attention."""
-        c, rows = self.config, self.config.text_len
+        c, S = self.config, self.config.text_len
         linear = 6 * c.dim**2 + 2 * c.dim * c.ffn_dim  # q k v o, cross-attention's q and o, FFN
-        attention = 4 * tokens * (tokens + rows) * c.dim
-        return c.num_layers * (2 * tokens * linear + 4 * rows * c.dim**2 + attention)
+        attention = 4 * tokens * (tokens + S) * c.dim
+        return c.num_layers * (2 * tokens * linear + 4 * S * c.dim**2 + attention)
 
     def embed(self, latent):
         """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""
-        if self.config.coordinates:
+        if self.config.coord_channels:
             B, _, T, H, W = latent.shape
-            place = place_planes(self.config.coordinates, T, H, W, latent.device)
-            latent = torch.cat((latent, place.expand(B, -1, -1, -1, -1)), dim=1)
+            planes = coordinate_planes(self.config.coord_channels, T, H, W, latent.device)
+            latent = torch.cat((latent, planes.expand(B, -1, -1, -1, -1)), dim=1)
         return self.patch_embedding(latent.to(self.patch_embedding.weight.dtype))
 
-    def context(self, text, vit):
-        """Text rows, zero padding, MFI rows: [B, S, E]. Cross-attention has no positions,
-        so only the padding is given up."""
-        given = enumerate(vit or ()) if self.mfi is not None else ()
-        rows = [self.mfi(features, k) for k, features in given if features is not None]
-        mfi = torch.cat(rows, dim=1) if rows else text[:, :0]
-        padding = self.config.text_len - text.shape[1] - mfi.shape[1]
-        if padding < 0:
-            say_once(f"captions of {text.shape[1]} rows leave no padding for MFI's {mfi.shape[1]}: "
-                     f"the context grows from {self.config.text_len} rows "
-                     f"to {self.config.text_len - padding}")
-        return torch.cat((F.pad(text, (0, 0, 0, max(0, padding))), mfi.to(text.dtype)), dim=1)
+    def text_and_mfi(self, text, vit):
+        """Text, zero padding, MFI tokens: [B, S, E]. MFI replaces padding, so the length stays text_len; only
+        a caption so long that it leaves MFI no room makes it longer. Cross-attention has no positions."""
+        mfi = []
+        if self.mfi is not None and vit is not None:
+            mfi = [self.mfi(features, k) for k, features in enumerate(vit) if features is not None]
+        padding = self.config.text_len - text.shape[1] - sum(tokens.shape[1] for tokens in mfi)
+        text = F.pad(text, (0, 0, 0, max(0, padding)))
+        return torch.cat([text, *(tokens.to(text.dtype) for tokens in mfi)], dim=1)
 
     def embed_references(self, refs, batch, ref_hw):
         """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions;
@@ -389,28 +396,31 @@ class HarmoView(nn.Module):
 
     def check(self, x, text, refs, vit):
         """Raise UserError, with what came and what fits, before anything is computed."""
-        c = self.config
+        c, B = self.config, len(x)
         if x.ndim != 5 or x.shape[1] != c.in_dim or x.shape[3] % PATCH or x.shape[4] % PATCH:
             raise UserError(f"latents are {list(x.shape)}; "
                             f"expected [B, {c.in_dim}, T, H, W] with even H and W")
         if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
             raise UserError(f"text is {list(text.shape)}; expected [B, at most {c.text_len}, {c.text_dim}]")
-        for features in vit or () if self.mfi is not None else ():
-            if features is not None and features.shape[:2] + features.shape[3:] != (
-                    x.shape[0], c.vit_levels, c.vit_dim):
-                raise UserError(f"vit features are {list(features.shape)}; "
-                                f"expected [{x.shape[0]}, {c.vit_levels}, tokens, {c.vit_dim}]")
-        for name, entries in (("refs", refs), ("vit", vit)):
-            if entries is not None and len(entries) > c.max_identities:
+        for name, entries in (("refs", refs or ()), ("vit", vit or ())):
+            if len(entries) > c.max_identities:
                 raise UserError(f"{name} holds {len(entries)} identities; "
                                 f"this model holds {c.max_identities}")
-        latents = [(view, latent) for views in refs or () for view, latent in views.items()]
-        for view, latent in latents:
-            if view not in VIEWS:
-                raise UserError(f"unknown view {view!r}; expected one of {', '.join(VIEWS)}")
-            if latent.shape[:2] != x.shape[:2] or latent.shape != latents[0][1].shape or latent.ndim != 4:
-                raise UserError(f"reference {view!r} is {list(latent.shape)}; expected "
-                                f"[{x.shape[0]}, {c.in_dim}, h, w], the same h and w for every reference")
+        sizes = {latent.shape[2:] for views in refs or () for latent in views.values()}
+        for views in refs or ():
+            for view, latent in views.items():
+                if view not in VIEWS:
+                    raise UserError(f"unknown view {view!r}; expected one of {', '.join(VIEWS)}")
+                if latent.ndim != 4 or latent.shape[:2] != x.shape[:2] or len(sizes) > 1:
+                    raise UserError(f"reference {view!r} is {list(latent.shape)}; expected "
+                                    f"[{B}, {c.in_dim}, h, w], the same h and w for every reference")
+        if self.mfi is None:
+            return
+        for features in vit or ():
+            if features is not None and (*features.shape[:2], *features.shape[3:]) != (
+                    B, c.vit_levels, c.vit_dim):
+                raise UserError(f"vit features are {list(features.shape)}; "
+                                f"expected [{B}, {c.vit_levels}, tokens, {c.vit_dim}]")
 
 
 def unpatchify(x, grid):
@@ -421,116 +431,10 @@ def unpatchify(x, grid):
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, PATCH * H, PATCH * W)
 
 
-# ------------------------------------------------------------------------------------------------------ speed
-def random_inputs(config, shape, batch, device):
-    """x, t, text, refs, vit for timing: one person with all views. shape (C, T, H, W): a video's latents."""
-    def normal(*sizes):
-        return torch.randn(batch, *sizes, device=device)
-    refs = [{view: normal(shape[0], *shape[2:]) for view in VIEWS}]
-    vit = [normal(config.vit_levels, 17, config.vit_dim)] if config.vit_dim else None
-    return normal(*shape), torch.full((batch,), 500.0, device=device), normal(64, config.text_dim), refs, vit
-
-
-def peak_memory():
-    """GiB that this process held at most: of the GPU's memory, or of the CPU's; nan on Windows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def report_speed(step, model, shape, batch, passes, device):
-    """Time step() and print a table. Model TFLOP/s: passes * HarmoView.flops of the tokens a second, where
-    a forward is one pass and its backward two; recomputation is not counted. Fills the model with noise: a
-    GPU multiplies the zeros that a new one starts with faster."""
-    from torch.utils.benchmark import Timer  # half a second, and nothing else needs it
-    c, gpu = model.config, device.type == "cuda"
-
-    for p in model.parameters():
-        nn.init.normal_(p.data, std=0.02)
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()  # of making the model in float32
-
-    def seconds(fn, n):  # torch's timer calls it twice to warm up, and waits for the GPU
-        return Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads()).timeit(n).mean
-    took = seconds(step, 5)
-    held = peak_memory()
-    C, T, H, W = shape
-    tokens = (T + len(VIEWS)) * (H // PATCH) * (W // PATCH)
-    rate = passes * batch * model.flops(tokens) / took / 1e12
-    n, dtype = 8192 if gpu else 1024, torch.bfloat16 if uses_bf16(device) else torch.float32
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12
-    q = torch.empty(1, c.num_heads, tokens, c.dim // c.num_heads, device=device, dtype=dtype)
-    plain = not gpu and tokens <= 1024  # attend's own matmuls
-    backend = "matmuls" if plain else torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name
-    print(f"{batch} x {tokens:,} tokens, attention by {backend}: {took:.3g} seconds a step, "
-          f"{batch * tokens / took:,.0f} tokens/s")
-    print(f"{rate:.3g} model TFLOP/s, {rate / matmul:.0%} of this machine's {dtype} matmul ({matmul:.3g})"
-          + (f", {rate / 989:.0%} of an H200's 989" if gpu else "") + f"\npeak memory {held:.1f} GiB")
-
-
-# ---------------------------------------------------------------------------------------- Wan's checkpoints
-DIFFUSERS_NAMES = [(re.compile(pattern), ours) for pattern, ours in (
-    (r"^condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
-    (r"^condition_embedder\.time_proj", "time_projection.1"),
-    (r"^scale_shift_table", "head.modulation"), (r"\.scale_shift_table", ".modulation"),
-    (r"^proj_out", "head.head"),
-    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_([qkv])\.", r".\1."), (r"\.to_out\.0\.", ".o."),
-    (r"\.norm2\.", ".norm3."),  # diffusers numbers the norms in order of use; Wan's norm2 has no weights
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."))]
-
-
-def original_name(name):
-    """A tensor's name in diffusers' layout -> its name in Wan's own."""
-    for pattern, ours in DIFFUSERS_NAMES:
-        name = pattern.sub(ours, name)
-    return name
-
-
-def wan_files(path):
-    """A weight file, its index, or a folder with either -> the files that hold the network."""
-    path = Path(path)
-    if path.is_dir():
-        if (path / "high_noise_model").is_dir():
-            raise UserError(f"{path} holds two experts: give its high_noise_model or low_noise_model")
-        path = path / "transformer" if (path / "transformer").is_dir() else path  # diffusers' pipelines
-        indexes, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
-        if not indexes and len(files) != 1:
-            raise UserError(f"{path}: {len(files)} .safetensors files and no index; expected the folder of a "
-                            "Wan text-to-video transformer: one file, or shards with their .index.json")
-        path = indexes[0] if indexes else files[0]
-    if path.name.endswith(".index.json"):
-        try:
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}: no index of shards ({type(error).__name__}: {error})") from None
-        return [path.with_name(shard) for shard in shards]
-    return [path]
-
-
-def wan_tensors(path):
-    """{name in Wan's own layout: (WeightFile, name there)} of a checkpoint in either layout, in any number of
-    files."""
-    tensors = {}
-    for file in map(read_weights, wan_files(path)):
-        diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.shapes)
-        for name in file.shapes:
-            ours = original_name(name) if diffusers else name
-            if ours in tensors:
-                raise UserError(f"{file.path}: {name!r} came before, in {tensors[ours][0].path}")
-            tensors[ours] = file, name
-    return tensors
-
-
+# ---------------------------------------------------------------------------------------------------- loading
 def wan_config(path):
     """The DiTConfig of a Wan checkpoint, read from its tensors' shapes; heads are 128 wide in all of them."""
-    shapes = {name: file.shapes[theirs] for name, (file, theirs) in wan_tensors(path).items()}
+    shapes = {name: file.shapes[stored] for name, (file, stored) in wan_tensors(path).items()}
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         return DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_heads=dim // 128,
@@ -539,111 +443,48 @@ def wan_config(path):
                          freq_dim=shapes["time_embedding.0.weight"][1],
                          text_dim=shapes["text_embedding.0.weight"][1], **WAN)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path} is no Wan transformer: {error} among its {len(shapes)} tensors") from None
+        raise UserError(f"{path} is not a Wan transformer: {error} "
+                        f"among its {len(shapes)} tensors") from None
 
 
 def load_wan(model, path):
-    """Fill model's base network from a released checkpoint -> the names of its own parameters that the file
+    """Fill model's base network from a released checkpoint -> the names of the new parameters that the file
     does not hold (a plain Wan file holds none of them).
 
-    path  a file, a folder of one file or of shards with their index, in Wan's or in diffusers' layout, any
+    path  a file, a folder of one file or of shards with their index, with Wan's or diffusers' names, any
           dtype. One tensor at a time is cast to the model's dtype; model may be on the meta device.
     Raises UserError for anything else: a missing, unknown, doubled or mis-shaped tensor, a damaged file.
     """
     tensors = wan_tensors(path)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    absent = [name for name in shapes if name.startswith(OWN) and name not in tensors]
-    refuse_mismatch(path, f"a network of width {model.config.dim} and {model.config.num_layers} layers",
-                    {name: file.shapes[theirs] for name, (file, theirs) in tensors.items()},
-                    {name: shape for name, shape in shapes.items() if name not in absent})
+    absent = [name for name in shapes if name.startswith(NEW_PREFIXES) and name not in tensors]
+    found = {name: file.shapes[stored] for name, (file, stored) in tensors.items()}
+    expected = {name: shape for name, shape in shapes.items() if name not in absent}
+    network = f"a network of width {model.config.dim} and {model.config.num_layers} layers"
+    check_names_and_shapes(path, network, found, expected)
     if absent and model.get_parameter(absent[0]).is_meta:
         for name in absent:
             put_tensor(model, name, torch.empty(shapes[name]))
-        model.init_own()
-    for name, (file, theirs) in tensors.items():
-        with one_line(file.path):
-            put_tensor(model, name, file.get(theirs))
+        model.init_new()
+    for name, (file, stored) in tensors.items():
+        with as_user_error(file.path):
+            put_tensor(model, name, file.get(stored))
     return absent
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-def save_checkpoint(folder, tensors, meta, files=(), keep=None):
-    """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest
-    `keep` steps beside it, where a number is given.
-
-    tensors  {"model": state dict, ...}, one safetensors file each
-    meta     JSON-able; "sha256" of every file is added
-    files    further files that the checkpoint needs, copied into it
-    """
-    folder = Path(folder)
-    with whole(folder) as build:
-        for name, state in tensors.items():
-            state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            safetensors.torch.save_file(state, build / f"{name}.safetensors")
-        for file in files:
-            shutil.copy(file, build)
-        sha256 = {f.name: sha256_of(f) for f in sorted(build.iterdir())}
-        (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
-        for f in build.iterdir():
-            with open(f, "rb") as opened:
-                os.fsync(opened.fileno())
-    if keep:
-        for old in sorted(folder.parent.glob("step-*"), key=step_of)[:-keep]:
-            shutil.rmtree(old)
-
-
-def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def step_of(folder):
-    return int(folder.name.split("-")[1])
-
-
-def find_checkpoint(path):
-    """The checkpoint folder at `path`, or the newest one below it (of a stage, or of a run's last stage),
-    or None."""
-    path = Path(path)
-    if (path / "checkpoint.json").exists():
-        return path
-    found = [f.parent for at in ("step-*", "stage*/step-*") for f in path.glob(f"{at}/checkpoint.json")]
-    return max(found, key=lambda folder: (folder.parent.name, step_of(folder)), default=None)
-
-
-def read_meta(folder):
-    """What checkpoint.json of a checkpoint folder holds."""
-    try:
-        meta = json.loads((Path(folder) / "checkpoint.json").read_text())
-        config, kinds = dict(meta["config"]), {f.name: f.type for f in fields(DiTConfig)}
-        dict(meta["sha256"]), int(meta.get("step", 0))  # of the kinds that others read them as
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}/checkpoint.json is damaged ({error}): use another checkpoint") from None
-    if unknown := config.keys() ^ kinds:
-        raise UserError(f"{folder}: its config and this version's differ in {', '.join(sorted(unknown))}")
-    if wrong := [f"{name} {value!r}" for name, value in config.items() if not isinstance(value, kinds[name])]:
-        raise UserError(f"{folder}/checkpoint.json is damaged ({', '.join(wrong)}): use another checkpoint")
-    return meta
-
-
-def load_tensors(folder, name):
-    """One tensor file of a checkpoint folder, checked against the sha256 that was written beside it."""
-    path = Path(folder) / f"{name}.safetensors"
-    expected = read_meta(folder)["sha256"].get(path.name)
-    if not path.exists() or sha256_of(path) != expected:
-        raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): "
-                        "use another checkpoint")
-    return safetensors.torch.load_file(path)
-
-
 def load_checkpoint(folder, weights="ema"):
-    """A checkpoint folder -> HarmoView with its "ema" (or "model") weights, and what checkpoint.json holds.
-    Raises UserError for a damaged file, and for keys or shapes that do not fit its config."""
+    """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights, and what
+    checkpoint.json holds. Raises UserError for a damaged file, and for keys or shapes that do not fit."""
     meta = read_meta(folder)
-    with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
-        model = HarmoView(DiTConfig(**meta["config"]))
     try:
-        model.load_state_dict(load_tensors(folder, weights), assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
+        with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
+            model = HarmoView(DiTConfig(**meta["config"]))
+    except (TypeError, UserError) as error:
+        raise UserError(f"{folder}/checkpoint.json does not fit this version ({error})") from None
+    check_files(folder, *(name for name in meta["sha256"] if not name.endswith(".safetensors")))
+    tensors = load_tensors(folder, weights)
+    check_names_and_shapes(f"{folder}/{weights}.safetensors", "its config",
+                           {name: tuple(t.shape) for name, t in tensors.items()},
+                           {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    model.load_state_dict(tensors, assign=True)
     return model, meta

@@ -17,7 +17,7 @@ RD_GAP = 1  # Mv2ID's temporal offset o; the paper gives no number
 
 
 def _jump(k, v, r, T, H, W, jump):
-    """Jump-RoPE (HarmoView): identity k owns the times from T + jump*(k+1) on, so dropping a view moves nobody."""
+    """Jump-RoPE (HarmoView): identity k owns the times from T + jump*(k+1) on; a dropped view moves nobody."""
     if jump < len(VIEWS):
         raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
                         "they would overlap")
@@ -93,8 +93,8 @@ def rope_table(positions, head_dim, theta=1e4):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate adjacent pairs (2i, 2i+1) of x [B, L, N, K] by the angles of cos, sin [L, K // 2]; same shape and
-    dtype. In complex numbers: on a CPU 4.5 times faster than even and odd halves."""
+    """Rotate adjacent pairs (2i, 2i+1) of x [B, L, N, K] by the angles of cos, sin [L, K // 2]; same shape
+    and dtype. In complex numbers: on a CPU 4.5 times faster than even and odd halves."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))  # [B, L, N, K/2]
     rotated = pairs * torch.complex(cos, sin).to(pairs.dtype)[:, None]
