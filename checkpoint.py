@@ -99,14 +99,21 @@ fraction = in_range(float, 0, math.nextafter(1, 0), "a number from 0 to below 1"
 frame_rate = in_range(int, 1, 240, "1 to 240 frames a second")
 
 
+def nonempty(text):
+    """A type for add_argument: any text but an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def is_seed(value):
     """What every generator here can be seeded with."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def temporary_name(path, suffix=""):
-    return path.with_name(f".unfinished-{os.getpid()}-{path.name}{suffix}")
+def temporary_name(path, state="unfinished"):
+    return path.with_name(f".{state}-{os.getpid()}-{path.name}")
 
 
 def remove(path):
@@ -137,7 +144,7 @@ def atomic_folder(folder):
     """Yield a new folder to fill; on success it replaces `folder`, on failure it is deleted."""
     folder = Path(os.path.abspath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = temporary_name(folder), temporary_name(folder, "-old")
+    temporary, old = temporary_name(folder), temporary_name(folder, "replaced")
     remove(temporary)
     temporary.mkdir()
     try:
@@ -147,7 +154,7 @@ def atomic_folder(folder):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         if os.path.lexists(folder):
-            os.replace(folder, old)  # not deleted first: that takes long, and a kill would leave neither
+            os.replace(folder, old)  # lock() brings it back where a kill comes before the next line
         os.replace(temporary, folder)
         remove(old)
     finally:
@@ -173,10 +180,14 @@ def lock(folder, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
-        for left in list(folder.rglob(".unfinished-*")):
-            owner = re.match(r"\.unfinished-(\d+)-", left.name)
-            if owner and (owner[1] == str(os.getpid()) or not Path("/proc", owner[1]).exists()):
-                remove(left)  # but not what a running script writes here without the lock
+        for left in list(folder.rglob(".*-*-*")):
+            match = re.fullmatch(r"\.(?P<state>unfinished|replaced)-(?P<owner>\d+)-(?P<name>.+)", left.name)
+            if not match or match["owner"] != str(os.getpid()) and Path("/proc", match["owner"]).exists():
+                continue  # the user's, or of a running script, which may write here without the lock
+            if match["state"] == "replaced" and not os.path.lexists(left.with_name(match["name"])):
+                os.replace(left, left.with_name(match["name"]))
+            else:
+                remove(left)
         yield
 
 
@@ -200,6 +211,8 @@ def check_outputs(outputs, inputs):
             raise UserError(f"{path} is one of the inputs and would be overwritten: choose another --out")
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder, expected the name of a file to write: choose another --out")
+        temporary_name(Path(path)).touch()  # a name that is too long, say, is an error now
+        temporary_name(Path(path)).unlink()
 
 
 def read_lines(path):

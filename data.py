@@ -4,7 +4,9 @@ pictures, videos and contact sheets.
 Clips are encoded once by frozen networks that are handed in (encoders.WanEncoders or toy.ToyEncoders), so
 the training loop reads latents only. The toy and Wan have the same cache.
 """
+import json
 import math
+import re
 import textwrap
 import warnings
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import UserError, atomic_file, atomic_folder, lock, save_tensors, source_hash
+from checkpoint import (UserError, atomic_file, atomic_folder, is_seed, is_text, lock, save_tensors,
+                        source_hash)
 from rope import VIEWS
 
 
@@ -222,6 +225,74 @@ def read_picture(path, size):
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.pad(image, size[::-1], Image.Resampling.LANCZOS, color="white")
     return from_bytes(torch.from_numpy(np.array(image))).permute(2, 0, 1)
+
+
+def view_of(argument):
+    """"left=path" or a path with one view's word in its name -> (view, path)."""
+    name, found, path = argument.partition("=")
+    if found and name in VIEWS:
+        return name, path
+    words = [word for word in re.findall("[a-z]+", Path(argument).stem.lower()) if word in VIEWS]
+    if len(words) != 1:
+        raise UserError(f"{argument}: which view is it? Its name says {' and '.join(words) or 'none'}; "
+                        f"name the file or write view=path with one of {', '.join(VIEWS)}, "
+                        f"for example front={argument}")
+    return words[0], argument
+
+
+def read_references(people, size):
+    """Picture files, a list per person -> [{view: [3, H, W]}]. size: (H, W)"""
+    references = []
+    for files in people:
+        views = {}
+        for view, path in map(view_of, files):
+            if view in views:
+                raise UserError(f"{path}: a second {view} view of the same person; "
+                                "give one picture a view, and one --refs a person")
+            views[view] = read_picture(path, size)
+        references.append(views)
+    return references
+
+
+def read_jobs(path, seed):
+    """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...}, the
+    last two optional -> Jobs, their pictures not read yet. seed: of lines without one."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable text file ({error})") from None
+    jobs = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                jobs.append(read_job(line, seed))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(f'{path} line {n}: expected {{"prompt": "...", "refs": [["front.png", ...], '
+                                f'...], "seed": 0}}, the last two optional; got {line[:60]} ({error})'
+                                ) from None
+    if not jobs:
+        raise UserError(f"{path} holds no prompt; expected one JSON object a line")
+    return jobs
+
+
+def read_job(line, seed):
+    """A line of read_jobs -> Job. Raises ValueError or TypeError where it is anything else."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError("not an object")
+    if unknown := sorted(entry.keys() - {"prompt", "refs", "seed"}):
+        raise ValueError(f"unknown key {unknown[0]!r}")
+    if not is_text(entry.get("prompt")) or not entry["prompt"].strip():
+        raise ValueError("no prompt")
+    if entry.get("seed") is not None:
+        seed = entry["seed"]
+    if not is_seed(seed):
+        raise ValueError(f"seed {seed!r}")
+    people = entry.get("refs") or []
+    for files in people:
+        if not isinstance(files, list) or not files or not all(map(is_text, files)):
+            raise ValueError("refs is not a list of lists of file names")
+    return Job(entry["prompt"], None, seed, files=people)
 
 
 def write_video(path, video, fps=16, comment=""):

@@ -17,6 +17,7 @@ Dimension key
 import functools
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from checkpoint import (UserError, as_user_error, check_files, check_names_and_shapes, layers_of,
-                        load_tensors, put_tensor, read_meta, wan_tensors)
+                        load_tensors, put_tensor, read_meta, read_weights, wan_tensors)
 from kernels import qk_norm_rope, rope_tables
 from rope import VIEWS, check_layout, reference_positions, video_positions
 
@@ -447,6 +448,19 @@ def wan_config(path):
                         f"among its {len(shapes)} tensors") from None
 
 
+def match_wan(model, path):
+    """Compare model's names and shapes with a Wan checkpoint's, reading no weights -> its tensors, as from
+    wan_tensors, and the names of the new parameters that it does not hold. Raises UserError."""
+    tensors = wan_tensors(path)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    absent = [name for name in shapes if name.startswith(NEW_PREFIXES) and name not in tensors]
+    network = f"a network of width {model.config.dim} and {model.config.num_layers} layers"
+    check_names_and_shapes(path, network,
+                           {name: file.shapes[stored] for name, (file, stored) in tensors.items()},
+                           {name: shape for name, shape in shapes.items() if name not in absent})
+    return tensors, absent
+
+
 def load_wan(model, path):
     """Fill model's base network from a released checkpoint -> the names of the new parameters that the file
     does not hold (a plain Wan file holds none of them).
@@ -455,16 +469,10 @@ def load_wan(model, path):
           dtype. One tensor at a time is cast to the model's dtype; model may be on the meta device.
     Raises UserError for anything else: a missing, unknown, doubled or mis-shaped tensor, a damaged file.
     """
-    tensors = wan_tensors(path)
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    absent = [name for name in shapes if name.startswith(NEW_PREFIXES) and name not in tensors]
-    found = {name: file.shapes[stored] for name, (file, stored) in tensors.items()}
-    expected = {name: shape for name, shape in shapes.items() if name not in absent}
-    network = f"a network of width {model.config.dim} and {model.config.num_layers} layers"
-    check_names_and_shapes(path, network, found, expected)
+    tensors, absent = match_wan(model, path)
     if absent and model.get_parameter(absent[0]).is_meta:
         for name in absent:
-            put_tensor(model, name, torch.empty(shapes[name]))
+            put_tensor(model, name, torch.empty(model.get_parameter(name).shape))
         model.init_new()
     for name, (file, stored) in tensors.items():
         with as_user_error(file.path):
@@ -472,9 +480,9 @@ def load_wan(model, path):
     return absent
 
 
-def load_checkpoint(folder, weights="ema"):
-    """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights, and what
-    checkpoint.json holds. Raises UserError for a damaged file, and for keys or shapes that do not fit."""
+def check_checkpoint(folder, weights="ema"):
+    """The network of a checkpoint folder of train.py, on the meta device. Its config is compared with the
+    shapes in the file and with this version; no weights are read. Raises UserError."""
     meta = read_meta(folder)
     try:
         with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
@@ -482,9 +490,15 @@ def load_checkpoint(folder, weights="ema"):
     except (TypeError, UserError) as error:
         raise UserError(f"{folder}/checkpoint.json does not fit this version ({error})") from None
     check_files(folder, *(name for name in meta["sha256"] if not name.endswith(".safetensors")))
-    tensors = load_tensors(folder, weights)
-    check_names_and_shapes(f"{folder}/{weights}.safetensors", "its config",
-                           {name: tuple(t.shape) for name, t in tensors.items()},
+    file = read_weights(Path(folder) / f"{weights}.safetensors")
+    check_names_and_shapes(file.path, "the config in checkpoint.json", file.shapes,
                            {name: tuple(p.shape) for name, p in model.state_dict().items()})
-    model.load_state_dict(tensors, assign=True)
-    return model, meta
+    return model
+
+
+def load_checkpoint(folder, weights="ema"):
+    """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights, and what
+    checkpoint.json holds. Raises UserError for a damaged file, and for keys or shapes that do not fit."""
+    model = check_checkpoint(folder, weights)
+    model.load_state_dict(load_tensors(folder, weights), assign=True)
+    return model, read_meta(folder)
