@@ -1,42 +1,20 @@
 import re
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Dinov2Config, Dinov2Model, UMT5Config, UMT5EncoderModel
 
-import data
-from encoders import (
-    DINOV2,
-    UMT5,
-    DINOv2,
-    RelativeBias,
-    Tokenizer,
-    ToyCodec,
-    WanVAE,
-    load_weights,
-    read_weights,
-    tile_windows,
-)
-from rope import UserError
+import encoders
+import toy
+from checkpoint import UserError, load_weights, read_weights
+from encoders import UMT5, DINOv2, RelativeBias, Tokenizer, WanEncoders, WanVAE, tile_windows
+from test_checkpoint import LiveBytes, randomise
 
-
-@torch.no_grad()
-def randomise(net, seed=0):
-    """Every parameter away from its starting value, at sizes that keep activations near one."""
-    torch.manual_seed(seed)
-    for name, p in net.named_parameters():
-        if p.ndim > 1 and not name.endswith("gamma"):
-            p.copy_(torch.randn_like(p) / p[0].numel() ** 0.5)
-        else:
-            p.copy_((0 if name.endswith("bias") else 1) + 0.1 * torch.randn_like(p))
-    return net.eval()
+CPU = torch.device("cpu")
 
 
 def error(a, b):
@@ -45,33 +23,10 @@ def error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are still alive, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, set()
-
-    def freed(self, key, size):
-        self.now -= size
-        self.seen.discard(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(out)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.seen and storage.device.type == "cpu":
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        return out
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "spiece.model"
-    data.train_tokenizer(path)
+    toy.train_tokenizer(path)
     return Tokenizer(path)
 
 
@@ -82,14 +37,26 @@ def test_tokenizer_cleans_ends_and_pads(tokenizer):
     assert not ids[mask == 0].any()
     assert tokenizer.model.decode(ids[2, : mask[2].sum() - 1].tolist()) == "a close-up"
     assert torch.equal(tokenizer(["a  close-up "])[0], tokenizer(["a close-up"])[0])
-    cut, _ = Tokenizer.__call__(
-        type("T", (), {"model": tokenizer.model, "max_len": 4})(), ["a close-up of one person"]
-    )
-    assert cut.shape == (1, 4) and cut[0, -1] == 1
+
+
+def test_a_text_is_cut_where_wan_cuts_it_and_that_is_said_once(tokenizer, monkeypatch, capsys):
+    full, _ = tokenizer(["a close-up of one person"])
+    length = full.shape[1]
+    assert Tokenizer.max_len == 512 and not capsys.readouterr().err
+    monkeypatch.setattr(tokenizer, "max_len", length)
+    assert torch.equal(tokenizer(["a close-up of one person"])[0], full) and not capsys.readouterr().err
+    monkeypatch.setattr(tokenizer, "max_len", length - 1)
+    for text in ("a close-up of one person", "a  close-up of\none person"):
+        cut, mask = tokenizer([text])
+        assert mask.all() and torch.equal(cut[0, :-1], full[0, : length - 2]) and cut[0, -1] == 1
+    text = "'a close-up of one person'"
+    line = f"cut to the first {length - 2} of {length - 1} tokens, as Wan does: {text}...\n"
+    assert capsys.readouterr().err == line
 
 
 def test_every_toy_caption_survives_the_tokenizer(tokenizer):
-    captions = [data.caption(c) for people in (1, 2) for c in data.toy_clips(50, people, "test")]
+    clips = toy.draw_clips(50, 1, "test") + toy.draw_clips(50, 2, "test")
+    captions = [toy.caption(clip) for clip in clips]
     ids, mask = tokenizer(captions)
     assert not (ids[mask == 1] == tokenizer.model.unk_id()).any()
     assert [
@@ -126,24 +93,25 @@ def test_vit_gives_the_chosen_layers():
     net.levels = (2,)
     assert torch.equal(net(image)[:, 0], states[:, 1])
     assert net(torch.randn(1, 3, 48, 32)).shape == (1, 1, 25, 32)  # other sizes: the position grid is resized
+    assert DINOv2(8, num_layers=6, num_heads=1).levels == (2, 5)  # the middle one and the last
 
 
 def test_toy_codec_is_exactly_invertible():
-    codec, video = ToyCodec(), torch.randn(2, 3, 5, 16, 24)
+    codec, video = toy.ToyCodec(), torch.randn(2, 3, 5, 16, 24)
     latent = codec.encode(video)
     assert latent.shape == (2, 48, 5, 4, 6) and torch.equal(codec.decode(latent), video)
     assert torch.equal(codec.encode(video[:, :, 2:3])[:, :, 0], latent[:, :, 2])  # every frame is its own
 
 
 def test_the_toys_frozen_networks_are_the_same_everywhere(tmp_path):
-    data.train_tokenizer(tmp_path / "spiece.model")
+    toy.train_tokenizer(tmp_path / "spiece.model")
     torch.manual_seed(1)
-    a = data.ToyEncoders(tmp_path, 32)
+    a = toy.ToyEncoders(tmp_path, 32)
     torch.manual_seed(2)
-    b = data.ToyEncoders(tmp_path, 32)
+    b = toy.ToyEncoders(tmp_path, 32)
     rows = a.text(["a close-up of one person", ""])
     assert torch.equal(rows, b.text(["a close-up of one person", ""]))
-    assert rows.shape[::2] == (2, data.TEXT_DIM) and not rows[1, 1:].any()
+    assert rows.shape[::2] == (2, toy.TEXT_DIM) and not rows[1, 1:].any()
     image = torch.zeros(1, 3, 32, 32)
     assert torch.equal(a.features(image), b.features(image))
 
@@ -152,7 +120,7 @@ def test_the_toys_frozen_networks_are_the_same_everywhere(tmp_path):
 def test_full_sizes_are_the_released_ones():
     """Tensors and parameters of Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and DINOv2 S, B, L."""
     with torch.device("meta"):
-        nets = [WanVAE(), UMT5(), *(DINOv2(**DINOV2[size]) for size in "sbl")]
+        nets = [WanVAE(), UMT5(), DINOv2(384, 12, 6), DINOv2(768, 12, 12), DINOv2()]
     counts = [(len(net.state_dict()), sum(p.numel() for p in net.parameters())) for net in nets]
     assert counts == [
         (194, 126_892_531),
@@ -449,172 +417,141 @@ def test_dinov2_positions_are_bicubic_at_the_releases_scale(h, w):
         assert error(ours[1:].double(), expected) <= 1e-5
 
 
-# ----------------------------------------------------------------------------------------------- weight files
-def small():
-    return randomise(UMT5(vocab=40, dim=16, ffn_dim=24, num_heads=2, num_layers=2))
-
-
-def write(path, state):
-    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_files_load_as_saved_with_a_cast(tmp_path, suffix, dtype):
-    source = small()
-    path = write(tmp_path / f"net{suffix}", source.state_dict())
-    with torch.device("meta"):
-        meta = UMT5(vocab=40, dim=16, ffn_dim=24, num_heads=2, num_layers=2)
-    for net in (meta, UMT5(vocab=40, dim=16, ffn_dim=24, num_heads=2, num_layers=2).requires_grad_(False)):
-        frozen = not net.norm.weight.requires_grad
-        assert load_weights(net, path, dtype) is net
-        for name, p in net.named_parameters():
-            assert torch.equal(p, source.get_parameter(name).to(dtype or torch.float32)), name
-            assert p.requires_grad != frozen
-    path.write_bytes(b"\0" * 10)  # what was loaded does not live in the file
-    net(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3))
-
-
-def test_reader_and_old_files(tmp_path):
-    state = small().state_dict()
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for path in (tmp_path / "old.pth", write(tmp_path / "new.safetensors", state)):
-        file = read_weights(path)
-        assert set(file.shapes) == set(state) and file.shapes["norm.weight"] == (16,)
-        assert torch.equal(file.get("token_embedding.weight"), state["token_embedding.weight"])
-
-
+# ---------------------------------------------------------------------------------------------- all of Wan's
 def test_vae_and_dinov2_load_from_meta(tmp_path, vae):
     for make in (lambda: WanVAE(dim=8), lambda: DINOv2(32, 1, 2, image_size=28, levels=(0,))):
-        source = randomise(make())
-        path = write(tmp_path / "net.pth", source.state_dict())
+        source, path = randomise(make()), tmp_path / "net.pth"
+        torch.save(source.state_dict(), path)
         with torch.device("meta"):
             net = make()
-        load_weights(net, path)
+        load_weights(net, read_weights(path))
         assert not any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers()))
         if isinstance(net, WanVAE):
             latent = torch.randn(1, 16, 2, 1, 1)
             assert torch.equal(net.decode(latent), source.decode(latent))
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_loading_never_holds_two_networks(tmp_path, suffix):
-    source = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
-    path = write(tmp_path / f"net{suffix}", source.state_dict())
-    with torch.device("meta"):
-        net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+TEXT_ENCODER, VAE = "models_t5_x.safetensors", "Wan2.1_VAE.safetensors"
+VIT = "dinov2_vits14_pretrain.safetensors"
+
+
+@pytest.fixture(scope="module")
+def wan_networks():
+    return {
+        TEXT_ENCODER: randomise(UMT5(vocab=300, dim=32, ffn_dim=48, num_heads=4, num_layers=2)),
+        VAE: randomise(WanVAE(dim=8)),
+        VIT: randomise(DINOv2(64, 4, 1, image_size=56)),
+    }
+
+
+@pytest.fixture
+def wan_folder(wan_networks, tokenizer, tmp_path):
+    """Laid out as Wan's checkpoint, every network small and random."""
+    path = tmp_path / "google/umt5-xxl/spiece.model"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(tokenizer.model.serialized_model_proto())
+    for name, network in wan_networks.items():
+        save_file(network.state_dict(), tmp_path / name)
+    return tmp_path
+
+
+def test_wans_encoders_are_their_networks_one_at_a_time(wan_folder, wan_networks):
     with LiveBytes() as live:
-        load_weights(net, path, torch.float64)
-    size = sum(p.nbytes for p in net.parameters())
-    mapped = size // 2 if suffix == ".pth" else 0  # all of the float32 file's tensors exist, but in its pages
-    assert size <= live.peak - mapped <= size * 1.1
-    old = [weakref.ref(p) for p in net.parameters()]
-    load_weights(net, path, torch.float32)
-    assert not any(p() for p in old)
-    file = read_weights(path)
-    at, maps = file.get("0.weight").data_ptr(), Path("/proc/self/maps")
-    if maps.exists():  # Linux: the tensor lies in the file's own pages
-        spans = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(path) in line]
-        assert any(int(start, 16) <= at < int(end, 16) for start, end in spans)
+        wan = WanEncoders(wan_folder, CPU, tile=32, need_vit=True)
+    assert live.peak < 1000 and wan.network is None  # shapes only, no weights
+    text = wan.text(["a person", ""])
+    ids, mask = wan.tokenizer(["a person"])
+    assert torch.equal(text[:1], wan_networks[TEXT_ENCODER](ids, mask)) and not text[1, 1:].any()
+    first = weakref.ref(wan.network)
+    image = torch.rand(2, 3, 112, 112) * 2 - 1
+    states = wan.features(image)
+    assert first() is None and states.shape == (2, 2, 65, 64)
+    mean, std = torch.tensor(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))[..., None, None]
+    with torch.no_grad():
+        assert error(states, wan_networks[VIT](((image + 1) / 2 - mean) / std)) <= 1e-5
+    second = weakref.ref(wan.network)
+    video = torch.rand(1, 3, 5, 40, 64) * 2 - 1
+    latent = wan.encode(video)
+    assert second() is None and latent.shape[1:] == wan.latent_shape(5, (40, 64))
+    assert torch.equal(latent, wan_networks[VAE].encode(video, tile=32))
+    assert torch.equal(wan.decode(latent), wan_networks[VAE].decode(latent, tile=32))
+    last = weakref.ref(wan.network)
+    wan.drop()
+    assert last() is None and wan.network is None
+    assert (wan.name, wan.files, wan.latent_dtype, wan.mask_block) == ("wan", (), torch.bfloat16, 16)
 
 
-def broken_files(folder):
-    """name -> (file, what the one line says)."""
-    state, cases = small().state_dict(), {}
-    good = {
-        suffix: write(folder / f"good{suffix}", state).read_bytes() for suffix in (".safetensors", ".pth")
-    }
-
-    def case(name, content, says):
-        (folder / name).write_bytes(content)
-        cases[name] = says
-
-    for suffix, content in good.items():
-        case(f"empty{suffix}", b"", "is empty")
-        case(f"lfs{suffix}", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git-LFS")
-        case(f"html{suffix}", b"\n<!DOCTYPE html><html>", "web page")
-        case(f"html2{suffix}", b"<HTML><body>", "web page")
-        for at in (1, 7, 9, 100, len(content) // 2, len(content) - 1):
-            case(f"cut{at}{suffix}", content[:at], "cannot be read")
-        case(f"noise{suffix}", bytes(range(256)) * 40, "cannot be read")
-    case("swapped.safetensors", good[".pth"], "cannot be read")
-    case("swapped.pth", good[".safetensors"], "cannot be read")
-    entry = '{"a":{"dtype":"%s","shape":%s,"data_offsets":%s}}'
-    hostile = {
-        "huge": b"\xff" * 8 + b"{}",
-        "list": b"[]",
-        "json": b'{"a":',
-        "dtype": (entry % ("Q7", "[1]", "[0,4]")).encode(),
-        "negative": (entry % ("F32", "[-1]", "[0,4]")).encode(),
-        "beyond": (entry % ("F32", "[9]", "[0,36]")).encode(),
-        "overflow": (entry % ("F32", "[4294967296,4294967296,4]", "[0,4]")).encode(),
-        "backwards": (entry % ("F32", "[1]", "[4,0]")).encode(),
-    }
-    for name, header in hostile.items():
-        content = header if name == "huge" else len(header).to_bytes(8, "little") + header + bytes(4)
-        case(f"{name}.safetensors", content, "cannot be read")
-    for name, value in {"code": {"a": print}, "list": [1], "nested": {"model": state}, "number": 3}.items():
-        torch.save(value, folder / f"{name}.pth")
-        cases[f"{name}.pth"] = "cannot be read" if name == "code" else "expected a dict of tensors"
-
-    for suffix in good:
-
-        def altered(name, says, suffix=suffix, **changes):
-            new = {key: value for key, value in {**state, **changes}.items() if value is not None}
-            write(folder / f"{name}{suffix}", new)
-            cases[f"{name}{suffix}"] = says
-
-        fc2 = "blocks.1.ffn.fc2.weight"
-        altered("missing", "21 tensors came, 22 expected; 1 missing ('norm.weight')", **{"norm.weight": None})
-        altered("extra", "23 tensors came, 22 expected; 1 unknown ('bias')", bias=torch.zeros(3))
-        altered(
-            "renamed",
-            "22 tensors came, 22 expected; 1 missing ('norm.weight'); 1 unknown ('norm.gamma')",
-            **{"norm.weight": None, "norm.gamma": torch.ones(16)},
-        )
-        altered(
-            "transposed",
-            f"1 mis-shaped ('{fc2}' (24, 16) instead of (16, 24))",
-            **{fc2: state[fc2].T.contiguous()},
-        )
-        altered(
-            "integers", "is torch.int64, expected torch.float32", **{"norm.weight": torch.ones(16).long()}
-        )
-        blank = dict.fromkeys(state)
-        altered(
-            "other",
-            "22 missing ('token_embedding.weight', 'blocks.0.norm1.weight', '",
-            x=torch.ones(1),
-            **blank,
-        )
-    cases["absent.pth"] = "No such file"
-    (folder / "folder.pth").mkdir()
-    cases["folder.pth"] = "Is a directory"
-    return cases
+def test_offloaded_blocks_give_the_same_text(wan_folder):
+    text = WanEncoders(wan_folder, CPU).text(["a person"])
+    assert torch.equal(WanEncoders(wan_folder, CPU, offload=True).text(["a person"]), text)
 
 
-def test_every_bad_file_gives_one_clear_line(tmp_path):
-    for name, says in broken_files(tmp_path).items():
-        with pytest.raises(UserError) as caught:
-            load_weights(small(), tmp_path / name)
-        line = str(caught.value)
-        assert says in line and name in line and "\n" not in line and len(line) < 600, line
+def forbid(*_, **__):
+    raise AssertionError("weights were read")
 
 
-def test_mutated_safetensors_never_surprise(tmp_path):
-    """Any flipped byte of the header: the network loads, or one UserError."""
-    good, path = (
-        write(tmp_path / "good.safetensors", small().state_dict()).read_bytes(),
-        tmp_path / "bad.safetensors",
-    )
-    torch.manual_seed(0)
-    refused = 0
-    for at in torch.randint(0, 8 + int.from_bytes(good[:8], "little"), (150,)).tolist():
-        path.write_bytes(good[:at] + bytes([good[at] ^ int(torch.randint(1, 256, ()))]) + good[at + 1 :])
-        try:
-            load_weights(small(), path)
-        except UserError as error:
-            assert "\n" not in str(error)
-            refused += 1
-    assert refused > 100
+@pytest.mark.parametrize("file", [TEXT_ENCODER, VAE, VIT])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        ("cut", "cannot be read"),
+        ("pointer", "git-LFS"),
+        ("another network", "holds no (UMT5|WanVAE|DINOv2): KeyError"),
+        ("a tensor less", "does not fit (UMT5|WanVAE|DINOv2): .* 1 missing"),
+        ("a tensor more", "does not fit (UMT5|WanVAE|DINOv2): .* 1 unknown"),
+        ("another shape", "does not fit (UMT5|WanVAE|DINOv2): .* 1 mis-shaped"),
+        ("a billion blocks", "does not fit (UMT5|WanVAE|DINOv2): .* unknown"),
+    ],
+)
+def test_a_damaged_file_of_wan_is_refused_before_any_weights_are_read(
+    wan_folder, wan_networks, file, damage, says, monkeypatch
+):
+    monkeypatch.setattr(encoders, "load_network", forbid)
+    path, state = wan_folder / file, dict(wan_networks[file].state_dict())
+    last = list(state)[-1]
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "pointer":
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    else:
+        if damage == "another network":
+            state = {"x": torch.ones(1)}
+        elif damage == "a tensor less":
+            del state[last]
+        elif damage == "a tensor more":
+            state["more"] = torch.ones(1)
+        elif damage == "another shape":
+            state[last] = torch.ones(3, 5)
+        else:
+            state["blocks.999999999.x"] = torch.ones(1)
+        save_file(state, path)
+    with pytest.raises(UserError, match=says) as caught:
+        WanEncoders(wan_folder, CPU)
+    assert file in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [TEXT_ENCODER, VAE, VIT, "google/umt5-xxl/spiece.model"])
+def test_a_missing_file_of_wan_is_refused_at_once_if_it_is_needed(wan_folder, file):
+    (wan_folder / file).unlink()
+    with pytest.raises(UserError, match="holds no (UMT5|WanVAE|DINOv2) .*README|spiece.model: no such file"):
+        WanEncoders(wan_folder, CPU, need_vit=True)
+    if file == VIT:
+        wan = WanEncoders(wan_folder, CPU)
+        assert len(wan.text(["x"])) == 1
+        with pytest.raises(UserError, match="holds no DINOv2 .*README"):
+            wan.features(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("tile", [0, 24, 100, -8])
+def test_a_bad_tile_is_refused_before_any_file_is_opened(tmp_path, tile):
+    with pytest.raises(UserError, match=f"tile {tile}: expected a multiple of 8"):
+        WanEncoders(tmp_path, CPU, tile=tile)
+
+
+def test_a_damaged_tokenizer_and_one_of_another_text_encoder_are_refused(wan_folder, monkeypatch):
+    save_file(UMT5(9, 32, 48, 4, 2).state_dict(), wan_folder / TEXT_ENCODER)
+    with pytest.raises(UserError, match="the tokenizer has 300 pieces, the UMT5 9"):
+        WanEncoders(wan_folder, CPU)
+    (wan_folder / "google/umt5-xxl/spiece.model").write_bytes(b"\0" * 99)
+    with pytest.raises(UserError, match="spiece.model cannot be read"):
+        WanEncoders(wan_folder, CPU)
