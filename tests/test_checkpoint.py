@@ -190,6 +190,15 @@ def test_numbers_are_finite_and_within_bounds(kind, accepted):
     assert values == accepted and all(math.isfinite(value) for value in values.values())
 
 
+@pytest.mark.parametrize("text", ["", " ", "\n\u2028"])
+def test_an_empty_text_is_refused(text):
+    parser = Parser()
+    parser.add_argument("--prompt", type=checkpoint.nonempty)
+    assert parser.parse_args(["--prompt", " a "]).prompt == " a "
+    with pytest.raises(UserError, match="^--prompt: is empty$"):
+        parser.parse_args(["--prompt", text])
+
+
 @pytest.mark.parametrize("value", [0, 1, 2**63 - 1])
 def test_a_seed_is_a_whole_number(value):
     assert checkpoint.is_seed(value)
@@ -373,13 +382,19 @@ def test_no_output_is_an_input(tmp_path):
     (tmp_path / "there").symlink_to(tmp_path)
     photo, link, other = tmp_path / "ann.png", tmp_path / "link.png", tmp_path / "new.png"
     roundabout = tmp_path / "there" / ".." / tmp_path.name / "ann.png"
+    before = names(tmp_path)
     check_outputs([other], [photo, link])
+    assert names(tmp_path) == before
     for output, source in ((photo, photo), (link, photo), (photo, link), (roundabout, link)):
         with pytest.raises(UserError, match="is one of the inputs .*choose another --out"):
             check_outputs([other, output], [source])
     for folder in (tmp_path, tmp_path / "there", "", ".", "/", ".."):
         with pytest.raises(UserError, match="is a folder, expected the name of a file"):
             check_outputs([folder], [photo])
+    for impossible in (tmp_path / ("x" * 300), tmp_path / "nowhere" / "new.png", photo / "new.png"):
+        with pytest.raises((OSError, UserError)):
+            check_outputs([impossible], [photo])
+    assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -605,6 +620,19 @@ def test_the_newest_checkpoint_is_found_by_number(tmp_path):
     newest = tmp_path / "stage1" / "step-000010"
     for place in (tmp_path, tmp_path / "stage1", newest):
         assert find_checkpoint(place) == newest
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, capsys):
+    assert checkpoint.find_valid(tmp_path) is None
+    first, second, third = (save(tmp_path / f"step-{step:06d}") for step in (9, 10, 11))
+    assert checkpoint.find_valid(tmp_path) == third and not capsys.readouterr().err
+    (third / "checkpoint.json").write_text("{")
+    (second / "model.safetensors").write_bytes(b"")
+    assert checkpoint.find_valid(tmp_path) == first
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and str(third) in lines[0] and str(second / "model.safetensors") in lines[1]
+    (first / "ema.safetensors").unlink()
+    assert checkpoint.find_valid(tmp_path) is None
 
 
 def parent(folder):
