@@ -35,14 +35,16 @@ def run(*command, cwd, fails=False):
 def call(script, *arguments, cwd):
     """`python SCRIPT` in `cwd`, but in this process, as importing torch takes seconds -> what it printed."""
     arguments = [str(a) for a in arguments]
-    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         sys.argv = [str(ROOT / script), *arguments]
         with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()) as said:
             importlib.import_module(Path(script).stem).main(arguments)
     finally:
         sys.argv = before
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return said.getvalue()
 
 
@@ -63,16 +65,16 @@ def wan(tmp_path_factory):
     import safetensors.torch
     import torch
 
-    import data
+    import toy
     from encoders import UMT5, DINOv2, WanVAE
-    from model import OWN, DiTConfig, HarmoView
+    from model import NEW_PREFIXES, DiTConfig, HarmoView
 
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("wan")
     for name, parts in (("2.1", ["."]), ("2.2", ["high_noise_model", "low_noise_model"])):
         folder = root / name
         (folder / "google/umt5-xxl").mkdir(parents=True)
-        data.train_tokenizer(folder / "google/umt5-xxl/spiece.model")
+        toy.train_tokenizer(folder / "google/umt5-xxl/spiece.model")
         networks = {
             "models_t5_umt5-xxl-enc-bf16.pth": UMT5(vocab=300, dim=32, ffn_dim=48, num_heads=4, num_layers=2),
             "Wan2.1_VAE.pth": WanVAE(dim=8),
@@ -85,7 +87,7 @@ def wan(tmp_path_factory):
             tensors = {k: torch.randn_like(v) / v.shape[-1] ** 0.5 for k, v in network.state_dict().items()}
             (folder / part).mkdir(exist_ok=True)
             safetensors.torch.save_file(
-                {k: v for k, v in tensors.items() if not k.startswith(OWN)},
+                {k: v for k, v in tensors.items() if not k.startswith(NEW_PREFIXES)},
                 folder / part / "diffusion_pytorch_model.safetensors",
             )
     return root

@@ -1,0 +1,204 @@
+"""Speed and memory of the network, on random latents and random weights; nothing is downloaded.
+
+  python bench.py forward --config 1.3b       times a forward: seconds, tokens/s, model TFLOP/s, peak memory
+  python bench.py train --config 1.3b --recompute --compile       the same of a training step
+  python bench.py dry-run --ckpt 1.3b         memory by phase and FLOPs of a video, from shapes only
+
+On a new GPU run, in this order and each under ten minutes (LOG.md has what was expected of an H200):
+  python kernels.py --out out/kernels.json
+  python bench.py train --config 1.3b --frames 81 --size 480x832 --recompute --compile
+  python bench.py forward --config 14b --frames 81 --size 480x832 --compile
+  pytest && torchrun train.py --stage all && python eval.py
+"""
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+import data
+import sample
+import toy
+import train
+from checkpoint import Parser, UserError, count, nonempty, run_script
+from encoders import UMT5, DINOv2, WanEncoders, WanVAE
+from kernels import use_fused
+from model import CONFIGS, NEW_PREFIXES, PATCH, HarmoView, autocast, uses_bf16
+from rope import VIEWS
+
+GIB = 2**30
+H200_TFLOPS = 989  # its peak in bf16
+
+
+def random_inputs(config, shape, batch, device):
+    """x, t, text, refs, vit for timing: one person with all views. shape (C, T, H, W): a video's latents."""
+    def normal(*sizes):
+        return torch.randn(batch, *sizes, device=device)
+    refs = [{view: normal(shape[0], *shape[2:]) for view in VIEWS}]
+    vit = [normal(config.vit_levels, 17, config.vit_dim)] if config.vit_dim else None
+    return normal(*shape), torch.full((batch,), 500.0, device=device), normal(64, config.text_dim), refs, vit
+
+
+def peak_memory():
+    """GiB that this process held at most: of the GPU's memory, or of the CPU's; nan on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
+
+
+def seconds(fn, calls):
+    """Mean of `calls` calls; torch's timer warms up with two more, and waits for the GPU."""
+    return Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads()).timeit(calls).mean
+
+
+def report_speed(step, model, shape, batch, passes, device, dtype):
+    """Time step() and print a table.
+
+    passes  1 for inference, 3 for training (backward costs two forwards); model TFLOP/s are passes times
+            HarmoView.flops a second, recomputation is not counted
+    """
+    gpu = device.type == "cuda"
+    for p in model.parameters():  # a GPU multiplies the zeros that a new model starts with faster
+        torch.nn.init.normal_(p.data, std=0.02)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()  # making the model in float32 does not count
+    took, memory = seconds(step, 5), peak_memory()
+    C, T, H, W = shape
+    tokens = (T + len(VIEWS)) * (H // PATCH) * (W // PATCH)
+    rate = passes * batch * model.flops(tokens) / took / 1e12
+    n = 8192 if gpu else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12
+    print(f"{batch} x {tokens:,} tokens: {took:.3g} seconds a step, {batch * tokens / took:,.0f} tokens/s")
+    print(f"{rate:.3g} model TFLOP/s, {rate / matmul:.0%} of this machine's {dtype} matmul ({matmul:.3g})"
+          + (f", {rate / H200_TFLOPS:.0%} of an H200's {H200_TFLOPS}" if gpu else ""))
+    print(f"peak memory {memory:.1f} GiB")
+
+
+def time_network(args, training):
+    """Forwards, or whole training steps: forward, backward, clipping and optimizers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, world = CONFIGS[args.config], toy.WORLDS[args.config]
+    dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
+    frames, size = args.frames or world["frames"], args.size or (world["size"], world["size"])
+    codec = WanEncoders if config.is_wan else toy.ToyEncoders
+    if not all(side and side % codec.mask_block == 0 for side in size):
+        raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {codec.mask_block}, "
+                        "the pixels of a token")
+    shape = codec.latent_shape(frames, size)
+    print(use_fused(False if args.no_fused else None))
+    with device:
+        model = HarmoView(config)
+    model.recompute = args.recompute
+    if args.compile:
+        model.compile_blocks()
+    x, t, text, refs, vit = random_inputs(config, shape, args.batch, device)
+    if not training:
+        model.to(dtype)
+
+        @torch.no_grad()
+        def step():
+            with autocast(device, args.precision):
+                model(x, t, text, refs, vit)
+    else:
+        recipe = train.TRAIN_RECIPES[args.config]
+        optimizers = train.make_optimizers(model, Namespace(
+            optimizer="adamw" if config.is_wan else "muon", muon_lr=recipe["muon_lr"],
+            adamw_lr=recipe["adamw_lr"], weight_decay=0.01))
+        noise = torch.randn_like(x)
+
+        def step():
+            with autocast(device, args.precision):
+                train.loss_of(model, (x, text, refs, vit), t / 1000, noise).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    report_speed(step, model, shape, args.batch, 3 if training else 1, device, dtype)
+
+
+def dry_run(args):
+    """Print modules, parameters, memory by phase and FLOPs a step, from shapes only."""
+    if args.ckpt in CONFIGS:
+        config, experts, kind = CONFIGS[args.ckpt], 1, "wan2.1"
+    elif Path(args.ckpt).exists():
+        found = sample.find(args.ckpt)
+        config, experts, kind = found.config, len(found.networks), found.kind
+    else:
+        raise UserError(f"--ckpt {args.ckpt}: no such folder; give one, or one of {', '.join(CONFIGS)}")
+    if not config.is_wan:
+        raise UserError(f"--ckpt {args.ckpt}: the dry run is for Wan's sizes; the toy runs in seconds")
+    recipe, frames, (H, W) = sample.SAMPLE_RECIPES[kind], args.frames or 81, args.size or (480, 832)
+    with torch.device("meta"):
+        networks = {"transformer": HarmoView(config), "umT5": UMT5(), "VAE": WanVAE(), "ViT": DINOv2()}
+    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+    new = sum(p.numel() for name, p in networks["transformer"].named_parameters()
+              if name.startswith(NEW_PREFIXES))
+    notes = {"transformer": f", {new:,} of them HarmoView's own; x {experts} expert(s)"}
+    for name, n in parameters.items():
+        print(f"{name:12}{n:>16,} parameters{notes.get(name, '')}")
+
+    people = [[data.view_of(file)[0] for file in files] for files in args.refs or ()]
+    per_frame = (H // 16) * (W // 16)  # tokens of one latent frame or reference
+    video = (frames + 3) // 4 * per_frame
+    views = sum(len(names) for names in people)
+    without = video + len(people) * len(VIEWS) * config.proxy_tokens  # with every slot as proxies
+    tokens = without + views * (per_frame - config.proxy_tokens)
+    scale = recipe["guide_text"][0]
+    weights = sample.guidance_weights(scale, recipe["guide_refs"] if people else scale)
+    tflop = [networks["transformer"].flops(n) / 1e12
+             for weight, n in zip(weights, (tokens, without, without)) if weight]
+    print(f"{frames} frames of {H}x{W}: {video:,} tokens, with references {tokens:,}")
+
+    streamed = {"transformer": 0, "umT5": 0}  # parameters that --offload keeps off the GPU
+    if args.offload:
+        streamed = {name: sum(p.numel() for p in networks[name].blocks[1:].parameters()) for name in streamed}
+    hidden = tokens * (3 * 4 * config.dim + 2 * (4 * config.dim + 2 * config.ffn_dim))
+    # four frames at the VAE's full width, of which it holds 10 and 12.5 (measured on a CPU)
+    pixels = 4 * 4 * 96 * min(H, args.tile or H) * min(W, args.tile or W)
+    phases = {"umT5, bf16": 2 * (parameters["umT5"] - streamed["umT5"]),
+              "VAE encode, float32": 4 * parameters["VAE"] + 10 * pixels, "ViT, bf16": 2 * parameters["ViT"],
+              "denoising, bf16": 2 * (parameters["transformer"] - streamed["transformer"]) + hidden,
+              "VAE decode, float32": 4 * parameters["VAE"] + 12.5 * pixels}
+    print("expected memory, one phase after the other (weights exact, activations estimated):")
+    for phase, size in phases.items():
+        print(f"  {phase:22}{size / GIB:6.1f} GiB")
+    print(f"{tflop[0]:,.0f} TFLOP a forward, {len(tflop)} forwards a step with guidance, "
+          f"{sum(tflop):,.0f} TFLOP a step, {recipe['steps']} steps")
+
+
+def main(argv=None):
+    p = Parser(description=__doc__)
+    what = p.add_subparsers(dest="what", required=True, metavar="train|forward|dry-run")
+    for name, help in (("train", "time training steps"), ("forward", "time forwards")):
+        speed = what.add_parser(name, help=help).add_argument
+        speed("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS")
+        speed("--frames", type=count, help="frames of the clips (default: the config's)")
+        speed("--size", type=sample.picture_size, help="HEIGHTxWIDTH of the clips (default: the config's)")
+        speed("--batch", type=count, default=1, help="samples of a forward")
+        speed("--recompute", action="store_true", help="as in train.py")
+        speed("--compile", action="store_true", help="as in train.py")
+        speed("--no-fused", action="store_true", help="as in train.py")
+        speed("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as train.py's")
+    dry = what.add_parser("dry-run", help="memory and FLOPs of sample.py at Wan's sizes").add_argument
+    dry("--ckpt", type=nonempty, default="1.3b", help="a preset of model.CONFIGS, or a folder as in sample.py")
+    dry("--refs", nargs="+", action="append", type=nonempty, metavar="PICTURE",
+        help="names of one person's views, such as a_front.png; the files are not read")
+    dry("--frames", type=count, help="frames (default 81)")
+    dry("--size", type=sample.picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
+    dry("--offload", action="store_true", help="as in sample.py")
+    dry("--tile", type=count, help="as in sample.py")
+    args = p.parse_args(argv)
+    if args.what == "dry-run":
+        return dry_run(args)
+    time_network(args, args.what == "train")
+
+
+if __name__ == "__main__":
+    run_script(main, "--recompute, a smaller --batch or fewer --frames")
