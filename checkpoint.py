@@ -161,6 +161,17 @@ def atomic_folder(folder):
         remove(temporary)
 
 
+def is_running(pid):
+    """Is that another process that has not ended."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return pid != os.getpid()
+
+
 @contextlib.contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process and delete what killed ones left unfinished below it.
@@ -182,8 +193,8 @@ def lock(folder, wait=False):
         print(os.getpid(), end="", file=file, flush=True)
         for left in list(folder.rglob(".*-*-*")):
             match = re.fullmatch(r"\.(?P<state>unfinished|replaced)-(?P<owner>\d+)-(?P<name>.+)", left.name)
-            if not match or match["owner"] != str(os.getpid()) and Path("/proc", match["owner"]).exists():
-                continue  # the user's, or of a running script, which may write here without the lock
+            if not match or is_running(int(match["owner"])):
+                continue  # the user's, or of another script, which may write here without the lock
             if match["state"] == "replaced" and not os.path.lexists(left.with_name(match["name"])):
                 os.replace(left, left.with_name(match["name"]))
             else:
@@ -211,8 +222,11 @@ def check_outputs(outputs, inputs):
             raise UserError(f"{path} is one of the inputs and would be overwritten: choose another --out")
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder, expected the name of a file to write: choose another --out")
-        temporary_name(Path(path)).touch()  # a name that is too long, say, is an error now
-        temporary_name(Path(path)).unlink()
+        try:  # a name that is too long, say, is an error now
+            temporary_name(Path(path)).touch()
+            temporary_name(Path(path)).unlink()
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}): choose another --out") from None
 
 
 def read_lines(path):
@@ -278,17 +292,21 @@ def read_weights(path):
         return WeightFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
 
 
-def check_names_and_shapes(path, what, found, expected):
-    """UserError where two {name: shape} differ: one line with the file and both values."""
-    both = [name for name in expected if name in found and found[name] != expected[name]]
-    wrong = {"missing": [repr(name) for name in expected if name not in found],
-             "unknown": [repr(name) for name in found if name not in expected],
-             "mis-shaped": [f"{name!r} {found[name]} instead of {expected[name]}" for name in both]}
+def check_fit(module, file, may_lack=()):
+    """UserError, one line with the differences, where a WeightFile's names and shapes are not module's;
+    returns the names that only module has, which all begin with one of `may_lack`. Reads no weights."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    absent = [name for name in expected if name.startswith(tuple(may_lack)) and name not in file.shapes]
+    both = [name for name in expected if name in file.shapes and file.shapes[name] != expected[name]]
+    wrong = {"missing": [repr(name) for name in expected if name not in file.shapes and name not in absent],
+             "unknown": [repr(name) for name in file.shapes if name not in expected],
+             "mis-shaped": [f"{name!r} {file.shapes[name]} instead of {expected[name]}" for name in both]}
     parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
              for kind, names in wrong.items() if names]
     if parts:
-        raise UserError(f"{path} does not fit {what}: {len(found)} tensors came, {len(expected)} expected; "
-                        + "; ".join(parts))
+        raise UserError(f"{file.path} does not fit {type(module).__name__}: {len(file.shapes)} tensors came, "
+                        f"{len(expected) - len(absent)} expected; " + "; ".join(parts))
+    return absent
 
 
 def put_tensor(module, name, tensor, dtype=None, device=None):
@@ -305,13 +323,12 @@ def put_tensor(module, name, tensor, dtype=None, device=None):
     setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
 
-def load_weights(module, file, dtype=None, device=None):
-    """Fill module from a WeightFile and return it; every name and shape must agree, else UserError.
+def load_weights(module, file, dtype=None, device=None, may_lack=()):
+    """Fill module from a WeightFile and return it; names and shapes must agree as check_fit says.
     Tensor by tensor, as put_tensor, so no second copy of the network ever exists."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_names_and_shapes(file.path, type(module).__name__, file.shapes, expected)
-    with as_user_error(file.path):
-        for name in expected:
+    check_fit(module, file, may_lack)
+    for name in file.shapes:
+        with as_user_error(file.path):
             put_tensor(module, name, file.get(name), dtype, device)
     return module
 
@@ -364,18 +381,22 @@ def wan_files(path):
     return [path.with_name(shard) for shard in shards]
 
 
-def wan_tensors(path):
-    """{name in Wan's own style: (WeightFile, name there)} of a checkpoint in either style, in any number of
-    files."""
-    tensors = {}
-    for file in map(read_weights, wan_files(path)):
+def read_wan(path):
+    """A checkpoint with either kind of names, in any number of files -> WeightFile with Wan's own names."""
+    files, sources, shapes = [read_weights(file) for file in wan_files(path)], {}, {}
+    for file in files:
         diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.shapes)
         for name in file.shapes:
             ours = original_name(name) if diffusers else name
-            if ours in tensors:
-                raise UserError(f"{file.path}: {name!r} came before, in {tensors[ours][0].path}")
-            tensors[ours] = file, name
-    return tensors
+            if ours in sources:
+                raise UserError(f"{file.path}: {name!r} came before, in {sources[ours][0].path}")
+            sources[ours], shapes[ours] = (file, name), file.shapes[name]
+
+    def get(name):
+        file, stored = sources[name]
+        with as_user_error(file.path):
+            return file.get(stored)
+    return WeightFile(path, shapes, get)
 
 
 # -------------------------------------------------------------------------------------------- our checkpoints
@@ -405,7 +426,8 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None):
         sha256 = {f.name: sha256_of(f) for f in sorted(build.iterdir())}
         (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
     if keep:
-        for old in steps_in(folder.parent)[:-keep]:
+        others = [step for step in steps_in(folder.parent) if step != folder]
+        for old in others[:max(0, len(others) + 1 - keep)]:
             os.replace(old, temporary_name(old))  # a kill must not leave half of it under its name
             remove(temporary_name(old))
 
@@ -472,11 +494,12 @@ def read_meta(folder):
         meta = json.loads(path.read_text())
         kinds = {"config": dict, "sha256": dict, "world": dict, "flags": dict, "step": int, "stage": int,
                  "name": str, "preset": str, "finished": bool, "wan": str}
-        for name, kind in kinds.items():
-            if name in meta and not isinstance(meta[name], kind) or name not in meta and name in (
-                    "config", "sha256"):
-                raise ValueError(f"{name} is {str(meta.get(name))[:40]!r}")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        for name in ("config", "sha256", *meta):
+            if name in kinds and not isinstance(meta[name], kinds[name]):
+                raise ValueError(f"{name} is {str(meta[name])[:40]!r}")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the folder of a checkpoint") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): "
                         "delete its folder, or use another checkpoint") from None
     return meta

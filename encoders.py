@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import UserError, as_user_error, check_names_and_shapes, layers_of, load_weights, read_weights
+from checkpoint import UserError, as_user_error, check_fit, layers_of, load_weights, read_weights
 
 
 # ---------------------------------------------------------------------------------------- loading, offloading
@@ -34,8 +34,7 @@ def open_network(kind, path):
     except Exception as error:  # tensors of any names and shapes
         raise UserError(f"{path} holds no {kind.__name__}: {type(error).__name__} {error} "
                         f"among its {len(file.shapes)} tensors") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    check_names_and_shapes(path, kind.__name__, file.shapes, expected)
+    check_fit(network, file)
     return network, file
 
 

@@ -24,8 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from checkpoint import (UserError, as_user_error, check_files, check_names_and_shapes, layers_of,
-                        load_tensors, put_tensor, read_meta, read_weights, wan_tensors)
+from checkpoint import (UserError, check_files, check_fit, layers_of, load_tensors, load_weights, put_tensor,
+                        read_meta, read_wan, read_weights)
 from kernels import qk_norm_rope, rope_tables
 from rope import VIEWS, check_layout, reference_positions, video_positions
 
@@ -62,14 +62,11 @@ class DiTConfig:
 
     def __post_init__(self):
         """Raise UserError for a config that no network can have."""
-        most = {"dim": 2**16, "ffn_dim": 2**18, "num_layers": 1000}
         for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type:
-                raise UserError(f"config {field.name} is {value!r}; expected {field.type.__name__}")
-            if field.type is int and not 0 <= value <= most.get(field.name, 10**4):
-                raise UserError(f"config {field.name} is {value}; "
-                                f"expected 0 to {most.get(field.name, 10**4)}")
+            value, most = getattr(self, field.name), 1000 if field.name == "num_layers" else 2**18
+            if type(value) is not field.type or field.type is int and not 0 <= value <= most:
+                raise UserError(f"config {field.name} is {str(value)[:40]}; expected {field.type.__name__}, "
+                                f"at most {most}")
         if not self.num_heads or not self.dim or self.dim % (2 * self.num_heads):
             raise UserError(f"dim {self.dim} is not a multiple of 2 x {self.num_heads} heads: "
                             "rotary rotates pairs")
@@ -407,19 +404,18 @@ class HarmoView(nn.Module):
             if len(entries) > c.max_identities:
                 raise UserError(f"{name} holds {len(entries)} identities; "
                                 f"this model holds {c.max_identities}")
-        sizes = {latent.shape[2:] for views in refs or () for latent in views.values()}
+        first = None
         for views in refs or ():
             for view, latent in views.items():
+                first = latent if first is None else first
                 if view not in VIEWS:
                     raise UserError(f"unknown view {view!r}; expected one of {', '.join(VIEWS)}")
-                if latent.ndim != 4 or latent.shape[:2] != x.shape[:2] or len(sizes) > 1:
+                if latent.ndim != 4 or latent.shape[:2] != x.shape[:2] or latent.shape != first.shape:
                     raise UserError(f"reference {view!r} is {list(latent.shape)}; expected "
                                     f"[{B}, {c.in_dim}, h, w], the same h and w for every reference")
-        if self.mfi is None:
-            return
         for features in vit or ():
-            if features is not None and (*features.shape[:2], *features.shape[3:]) != (
-                    B, c.vit_levels, c.vit_dim):
+            expected = [B, c.vit_levels, c.vit_dim]
+            if features is not None and self.mfi and [*features.shape[:2], *features.shape[3:]] != expected:
                 raise UserError(f"vit features are {list(features.shape)}; "
                                 f"expected [{B}, {c.vit_levels}, tokens, {c.vit_dim}]")
 
@@ -435,7 +431,7 @@ def unpatchify(x, grid):
 # ---------------------------------------------------------------------------------------------------- loading
 def wan_config(path):
     """The DiTConfig of a Wan checkpoint, read from its tensors' shapes; heads are 128 wide in all of them."""
-    shapes = {name: file.shapes[stored] for name, (file, stored) in wan_tensors(path).items()}
+    shapes = read_wan(path).shapes
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         return DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_heads=dim // 128,
@@ -449,40 +445,31 @@ def wan_config(path):
 
 
 def match_wan(model, path):
-    """Compare model's names and shapes with a Wan checkpoint's, reading no weights -> its tensors, as from
-    wan_tensors, and the names of the new parameters that it does not hold. Raises UserError."""
-    tensors = wan_tensors(path)
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    absent = [name for name in shapes if name.startswith(NEW_PREFIXES) and name not in tensors]
-    network = f"a network of width {model.config.dim} and {model.config.num_layers} layers"
-    check_names_and_shapes(path, network,
-                           {name: file.shapes[stored] for name, (file, stored) in tensors.items()},
-                           {name: shape for name, shape in shapes.items() if name not in absent})
-    return tensors, absent
+    """UserError where a Wan checkpoint's names or shapes are not model's; reads no weights. Returns the names
+    of the parameters that HarmoView adds and the checkpoint does not hold."""
+    return check_fit(model, read_wan(path), NEW_PREFIXES)
 
 
 def load_wan(model, path):
-    """Fill model's base network from a released checkpoint -> the names of the new parameters that the file
-    does not hold (a plain Wan file holds none of them).
+    """Fill model's base network from a released checkpoint; returns what match_wan does (a plain Wan file
+    holds none of the new parameters).
 
     path  a file, a folder of one file or of shards with their index, with Wan's or diffusers' names, any
           dtype. One tensor at a time is cast to the model's dtype; model may be on the meta device.
     Raises UserError for anything else: a missing, unknown, doubled or mis-shaped tensor, a damaged file.
     """
-    tensors, absent = match_wan(model, path)
+    absent = match_wan(model, path)
     if absent and model.get_parameter(absent[0]).is_meta:
         for name in absent:
             put_tensor(model, name, torch.empty(model.get_parameter(name).shape))
         model.init_new()
-    for name, (file, stored) in tensors.items():
-        with as_user_error(file.path):
-            put_tensor(model, name, file.get(stored))
+    load_weights(model, read_wan(path), may_lack=NEW_PREFIXES)
     return absent
 
 
 def check_checkpoint(folder, weights="ema"):
-    """The network of a checkpoint folder of train.py, on the meta device. Its config is compared with the
-    shapes in the file and with this version; no weights are read. Raises UserError."""
+    """The network of a checkpoint folder of train.py, on the meta device. Its config is compared with this
+    version and with the shapes in the file; no weights are read. Raises UserError."""
     meta = read_meta(folder)
     try:
         with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
@@ -490,9 +477,7 @@ def check_checkpoint(folder, weights="ema"):
     except (TypeError, UserError) as error:
         raise UserError(f"{folder}/checkpoint.json does not fit this version ({error})") from None
     check_files(folder, *(name for name in meta["sha256"] if not name.endswith(".safetensors")))
-    file = read_weights(Path(folder) / f"{weights}.safetensors")
-    check_names_and_shapes(file.path, "the config in checkpoint.json", file.shapes,
-                           {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    check_fit(model, read_weights(Path(folder) / f"{weights}.safetensors"))
     return model
 
 

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, count, find_checkpoint, find_valid, fraction, in_range, load_tensors,
-                        lock, not_negative, parent_of, positive, probe_writable, read_lines, read_meta,
-                        remove, run_script, save_checkpoint, seed_number)
+from checkpoint import (Parser, UserError, count, find_checkpoint, find_valid, fraction, in_range,
+                        load_tensors, lock, not_negative, parent_of, positive, probe_writable, read_lines,
+                        read_meta, remove, run_script, save_checkpoint, seed_number)
 from encoders import WanEncoders
 from kernels import use_fused
 from model import CONFIGS, HarmoView, autocast, load_checkpoint, load_wan, uses_bf16
@@ -211,7 +211,6 @@ class World:
     rank: int
     size: int
     device: torch.device
-    local_size: int = 1  # processes on this machine
 
     @classmethod
     def join(cls):
@@ -229,7 +228,7 @@ class World:
                 sys.exit(0)
             if rank == 0:
                 print(f"{gpus} of {size} processes train: each needs a GPU of its own")
-            size = local_size = gpus
+            size = gpus
         device = torch.device("cuda", local) if gpus else torch.device("cpu")
         if gpus:
             torch.cuda.set_device(device)
@@ -237,7 +236,7 @@ class World:
             torch.set_num_threads(max(1, cores() // local_size))
         if size > 1:
             dist.init_process_group("nccl" if gpus else "gloo", rank=rank, world_size=size)
-        return cls(rank, size, device, local_size)
+        return cls(rank, size, device)
 
     def barrier(self):
         if self.size > 1:

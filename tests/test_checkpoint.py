@@ -38,7 +38,7 @@ from checkpoint import (
     run_script,
     save_checkpoint,
     wan_files,
-    wan_tensors,
+    read_wan,
 )
 from encoders import UMT5
 
@@ -690,7 +690,7 @@ def test_a_shard_index_of_junk_or_with_a_way_out_is_one_line(index, tmp_path):
 def test_a_shard_that_cannot_be_opened_is_one_line(shard, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(UserError) as caught:
-        wan_tensors(tmp_path)
+        read_wan(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -702,11 +702,12 @@ def test_shards_and_both_styles_of_names_are_read(tmp_path):
         save_file({name: torch.ones(1) for name in tensors}, tmp_path / shard)
         weight_map |= dict.fromkeys(tensors, shard)
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    tensors = wan_tensors(tmp_path)
-    assert set(tensors) == {"head.head.weight", "head.head.bias", "blocks.0.self_attn.q.weight"}
+    file = read_wan(tmp_path)
+    assert set(file.shapes) == {"head.head.weight", "head.head.bias", "blocks.0.self_attn.q.weight"}
+    assert all(torch.equal(file.get(name), torch.ones(1)) for name in file.shapes)
     save_file({"proj_out.weight": torch.ones(1)}, tmp_path / "2.safetensors")
     with pytest.raises(UserError, match="'proj_out.weight' came before, in .*1.safetensors"):
-        wan_tensors(tmp_path)
+        read_wan(tmp_path)
 
 
 def test_a_folder_of_wan_without_one_network_says_what_is_expected(tmp_path):

@@ -3,15 +3,14 @@ import itertools
 import pytest
 import torch
 
+from checkpoint import UserError
 from rope import (
     LAYOUTS,
     VIEWS,
-    UserError,
     apply_rope,
     axis_pairs,
     reference_positions,
     rope_table,
-    run_script,
     video_positions,
 )
 
@@ -144,10 +143,3 @@ def test_bad_input(arguments, says):
         reference_positions(*arguments, **GRID, proxy_tokens=4)
     with pytest.raises(UserError, match="jump 3 is smaller"):
         reference_positions("jump", [()], **GRID, proxy_tokens=4, jump=3)
-
-
-def test_out_of_memory_is_one_line():
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 1")
-    with pytest.raises(SystemExit, match="CUDA out of memory. Tried to allocate 2.00 GiB; .*--recompute"):
-        run_script(main)

@@ -1,0 +1,79 @@
+"""The rules of the house: each file's lines, who imports whom, and the packages. To change a rule is to change
+this page, on purpose."""
+
+import ast
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+# lines that a file may have, and our own files that it may import
+FILES = {
+    "rope": (100, "checkpoint"),
+    "model": (420, "rope kernels checkpoint"),
+    "data": (450, "rope checkpoint"),
+    "train": (610, "model data toy encoders kernels rope checkpoint"),
+    "sample": (460, "model data toy encoders kernels rope checkpoint"),
+    "kernels": (380, "rope checkpoint"),
+    "encoders": (565, "checkpoint"),
+    "checkpoint": (330, ""),
+    "toy": (560, "data encoders rope checkpoint"),
+    "eval": (600, "sample toy data rope checkpoint"),
+    "claims": (190, "eval checkpoint"),
+    "bench": (180, "model train sample data toy encoders kernels rope checkpoint"),
+}
+METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
+PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
+TEST_PACKAGES = {"pytest", "diffusers", "transformers"}
+
+
+def imported(path):
+    """The first words of all modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def lines(name):
+    return len((ROOT / f"{name}.py").read_text().splitlines())
+
+
+def test_every_file_has_its_place():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_keeps_to_its_lines(name):
+    assert lines(name) <= 1.05 * FILES[name][0]
+
+
+def test_the_method_is_read_in_one_sitting():
+    assert sum(map(lines, METHOD)) <= 2050
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_in_one_direction(name):
+    ours = imported(ROOT / f"{name}.py") & set(FILES)
+    assert ours <= set(FILES[name][1].split())
+    assert not any(name in FILES[other][1].split() for other in ours)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("images/*.py")])
+def test_nothing_else_is_imported(path):
+    tests = {p.stem for p in ROOT.glob("tests/*.py")} if path.parent.name == "tests" else set()
+    allowed = set(FILES) | PACKAGES | set(sys.stdlib_module_names) | (tests and tests | TEST_PACKAGES)
+    images = {p.stem for p in ROOT.glob("images/*.py")} if tests else set()
+    assert imported(path) <= allowed | images
+
+
+def test_the_requirements_are_the_packages():
+    def names(file):
+        return {re.split(r"[=;]", line)[0].strip() for line in (ROOT / file).read_text().splitlines()}
+
+    assert names("requirements.txt") == PACKAGES - {"PIL"} | {"pillow"}
+    assert names("tests/requirements.txt") == TEST_PACKAGES | {"ruff"}
