@@ -1,9 +1,7 @@
-"""The toy world: procedural heads with exact ground truth for any identity in any clip. It is what everything
-here runs on with nothing downloaded.
+"""The toy world: drawn heads with exact ground truth for any identity in any clip. It needs no download.
 
-A Clip says in names what happens; render_clips turns clips and identities into videos, caption(clip) into
-words. Rendering a clip again with somebody else is the same call with another identity, which is how eval.py
-measures identity without a face network.
+A Clip says in names what happens; render_clips makes videos of clips and identities, caption(clip) words.
+Another identity in the same call shows somebody else; so eval.py measures identity without a face network.
 
   python toy.py --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
 """
@@ -18,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 from checkpoint import (Parser, UserError, atomic_file, atomic_folder, frame_rate, in_range, lock,
                         probe_writable, run_script, save_tensors, source_hash)
+from data import Job, to_bytes, to_image, write_video
 from encoders import UMT5, DINOv2, Tokenizer
 from rope import VIEWS
 
@@ -29,15 +27,14 @@ BENCHMARK_SEED, TRAIN_SEED = 52_000, 1
 
 # ---------------------------------------------------------------------------------------------- the toy world
 # Every name below appears in captions word for word; u runs from 0 to 1 over the clip, angles in degrees.
-TAU = 2 * math.pi
 MOTIONS = {  # name: u -> (yaw, pitch, roll); yaw > 0 looks to the picture's right edge, pitch > 0 looks up.
     # words of their own: a random umT5 shows word order only faintly ("turns from left to right": -0.4 dB)
     "sweeps rightwards": lambda u: (180 * u - 90, 0 * u, 0 * u),
     "sweeps leftwards": lambda u: (90 - 180 * u, 0 * u, 0 * u),
-    "looks around": lambda u: (75 * (TAU * u).sin(), 0 * u, 0 * u),
+    "looks around": lambda u: (75 * (math.tau * u).sin(), 0 * u, 0 * u),
     "turns away": lambda u: (180 * u, 0 * u, 0 * u),
-    "nods": lambda u: (0 * u, 25 * (TAU * u).sin(), 0 * u),
-    "tilts the head": lambda u: (0 * u, 0 * u, 25 * (TAU * u).sin()),
+    "nods": lambda u: (0 * u, 25 * (math.tau * u).sin(), 0 * u),
+    "tilts the head": lambda u: (0 * u, 0 * u, 25 * (math.tau * u).sin()),
 }
 SWEEPS = ("sweeps rightwards", "sweeps leftwards", "looks around", "turns away")  # these show sides or back
 MOUTHS = {"the mouth closed": lambda u: 0 * u, "the mouth open": lambda u: 0 * u + 1,
@@ -66,8 +63,7 @@ PATCHES = ("left", "right", "back")  # each seen in the view of that name and ne
 
 @dataclass(frozen=True)
 class Clip:
-    """What happens in a clip, in the names above; one motion, mouth and shirt per person,
-    the first person on the left."""
+    """What happens in a clip, in the names above; one motion, mouth and shirt a person, from the left."""
     motions: tuple
     mouths: tuple
     shirts: tuple
@@ -76,23 +72,28 @@ class Clip:
     background: str
 
 
-def draw_clip(rng, people, motions=tuple(MOTIONS)):
+def draw_clip(rng, n_people, motions=tuple(MOTIONS)):
     """A random Clip with one or two people; rng is a random.Random."""
     def each(names):
-        return tuple(rng.choice(list(names)) for _ in range(people))
+        return tuple(rng.choice(list(names)) for _ in range(n_people))
     return Clip(each(motions), each(MOUTHS), each(SHIRTS), rng.choice(list(ZOOMS)),
                 rng.choice(list(LIGHTS)), rng.choice(list(BACKGROUNDS)))
+
+
+def draw_clips(n, n_people, seed, motions=tuple(MOTIONS)):
+    """n random Clips with that many people; seed is a number or a word."""
+    rng = random.Random(f"{seed}-{n_people}")
+    return [draw_clip(rng, n_people, motions) for _ in range(n)]
 
 
 def caption(clip):
     """The clip in words; nothing that the renderer shows is left out but who the people are."""
     def person(k):
         return f"in a {clip.shirts[k]} shirt {clip.motions[k]} with {clip.mouths[k]}"
-    if len(clip.motions) == 1:
-        who = f"one person {person(0)}"
-    else:
-        who = f"two people, the first on the left {person(0)}, the second on the right {person(1)}"
-    return f"{clip.zoom} of {who}, {clip.light}, {clip.background}"
+    people = f"one person {person(0)}"
+    if len(clip.motions) == 2:
+        people = f"two people, the first on the left {person(0)}, the second on the right {person(1)}"
+    return f"{clip.zoom} of {people}, {clip.light}, {clip.background}"
 
 
 def hsv(h, s, v):
@@ -102,8 +103,7 @@ def hsv(h, s, v):
 
 
 def draw_identities(n, seed):
-    """n identities as a dict of tensors whose first axis is the identity; lengths in head heights,
-    angles in degrees."""
+    """n identities, a dict of tensors [n, ...]; lengths in head heights, angles in degrees."""
     g = torch.Generator().manual_seed(seed)
 
     def between(low, high, *shape):
@@ -119,22 +119,19 @@ def draw_identities(n, seed):
         "patch_left": hsv(hue, between(0.8, 1), between(0.75, 1)),
         "patch_right": hsv(hue + between(0.2, 0.45), between(0.8, 1), between(0.75, 1)),
         "patch_back": hsv(hue + between(0.55, 0.8), between(0.8, 1), between(0.75, 1)),
-        "patch_height": between(-12, 38, 3),
-        "patch_size": between(15, 23, 3),
-        "width": between(0.70, 0.84),
-        "depth": between(0.80, 0.92),
+        "patch_height": between(-12, 38, 3), "patch_size": between(15, 23, 3),
+        "width": between(0.70, 0.84), "depth": between(0.80, 0.92),
         "fringe": between(22, 52),  # elevation of the hairline at the front, at the ears and at the nape
         "sideburn": between(-15, 30),
         "nape": between(-60, 0),
-        "beard": between(0, 1) < 0.3,
-        "nose": between(0.11, 0.17),
+        "beard": between(0, 1) < 0.3, "nose": between(0.11, 0.17),
     }
 
 
 def pick(identities, index):
     """The identities at an index, or at several, still as a dict of tensors."""
     index = torch.as_tensor(index).reshape(-1)
-    return {name: value[index] for name, value in identities.items()}
+    return {name: tensor[index] for name, tensor in identities.items()}
 
 
 def rotation(yaw, pitch, roll):
@@ -150,8 +147,7 @@ def rotation(yaw, pitch, roll):
 
 
 def ellipsoid(o, d, centre, radii):
-    """Depth z at which rays o + z*d first meet an ellipsoid, -inf where they miss;
-    o, d, centre and radii are (x, y, z)."""
+    """Depth z where rays o + z*d first meet an ellipsoid, -inf where they miss; all are (x, y, z)."""
     o = [(a - c) / r for a, c, r in zip(o, centre, radii)]
     d = [a / r for a, r in zip(d, radii)]
     a, b, c = (sum(x * y for x, y in zip(p, q)) for p, q in ((d, d), (o, d), (o, o)))
@@ -160,30 +156,25 @@ def ellipsoid(o, d, centre, radii):
 
 
 def render_heads(identity, pose, size, supersample=2):
-    """Ray-cast one head with shoulders an image, orthographic: premultiplied RGB, alpha and head mask,
-    float 0..1.
+    """Ray-cast one head with shoulders a picture, orthographic.
 
     identity  dict as from draw_identities, n of them
     pose      dict of [n] tensors yaw, pitch, roll (degrees), mouth (0..1), y, scale (of the picture's half
               side, y up), light and light_colour, shirt [n, 3]
-    returns   rgb [n, 3, size, size], alpha [n, 1, size, size], head [n, 1, size, size] (skin and hair,
-              without the body)
+    returns   [n, ., size, size] in 0..1: premultiplied rgb, alpha, and head (skin and hair, no body)
     """
     n, s = len(pose["yaw"]), size * supersample
     axis = (torch.arange(s) + 0.5) / s * 2 - 1
-
-    def column(a):
-        return a[:, None]  # [n] -> [n, 1], to go with rays [n, s*s]
-    X = axis.repeat(s)[None] / column(pose["scale"])
-    Y = (-axis.repeat_interleave(s)[None] - column(pose["y"])) / column(pose["scale"])
+    # [n] becomes [n, 1], to go with rays [n, s*s]
+    scale, y, open_mouth = pose["scale"][:, None], pose["y"][:, None], pose["mouth"][:, None]
+    i = {name: tensor[:, None] if tensor.ndim == 1 else tensor for name, tensor in identity.items()}
+    X, Y = axis.repeat(s) / scale, (-axis.repeat_interleave(s) - y) / scale
     R = rotation(pose["yaw"], pose["pitch"], pose["roll"])
     # The ray (X, Y, z) seen from the head: o + z*d, with the head's centre at 0 and its half height 1.
-    o = [column(R[:, 0, i]) * X + column(R[:, 1, i]) * Y for i in range(3)]
-    d = [column(R[:, 2, i]) for i in range(3)]
+    o = [R[:, 0, j, None] * X + R[:, 1, j, None] * Y for j in range(3)]
+    d = [R[:, 2, j, None] for j in range(3)]
     light = F.normalize(pose["light"], dim=1)
     head_light = torch.einsum("nij,ni->nj", R, light)
-
-    i = {name: column(v) if v.ndim == 1 else v for name, v in identity.items()}
     width, depth, one = i["width"], i["depth"], torch.ones(n, 1)
     head, body = (o, d), ((X, Y, 0), (0, 0, 1))
     ear = (0.10, 0.2, 0.14)
@@ -198,8 +189,7 @@ def render_heads(identity, pose, size, supersample=2):
     z = {name: ellipsoid(*part) for name, part in parts.items()}
 
     def angles(name):
-        """Azimuth (0 front, 90 the side seen in the left view) and elevation in degrees of the ray's point
-        on a part."""
+        """Azimuth (0 front, 90 the left view's side) and elevation of the ray's point on a part, degrees."""
         x, y, w = ((a + z[name].clamp(min=-9) * b - c) / r for a, b, c, r in zip(*parts[name]))
         return torch.atan2(x, w).rad2deg(), torch.asin(y.clamp(-1, 1)).rad2deg()
 
@@ -214,34 +204,32 @@ def render_heads(identity, pose, size, supersample=2):
     hit = nearest > -torch.inf
     on = {name: (which == j) & hit for j, name in enumerate(z)}
 
+    skull, shell, not_shirt = on["skull"], on["shell"], hit & ~on["shoulders"]
     az_skin, el_skin = angles("skull")
-    az = torch.where(on["shell"], az, az_skin)
-    el = torch.where(on["shell"], el, el_skin)
-    skull, shell = on["skull"], on["shell"]
-    skin = skull | on["nose"] | on["ear_left"] | on["ear_right"] | on["neck"]
+    az, el = torch.where(shell, az, az_skin), torch.where(shell, el, el_skin)
     eye = (az_skin.abs() - 26, el_skin - 6)
-    open_mouth = column(pose["mouth"])
-    layers = [  # (where, colour [n, 3] or a grey level); later ones cover earlier ones
+    white = torch.ones(n, 3)
+    layers = [  # (where, colour [n, 3]); later ones cover earlier ones
         (hit, pose["shirt"]),
-        (skin, i["skin"]),
+        (not_shirt, i["skin"]),
         (on["nose"] | on["neck"], i["skin"] * 0.88),
         (skull & i["beard"] & (el_skin < -16) & (az_skin.abs() < 72), i["hair"] * 0.8),
         (skull & spot(*eye, 0, 17, 13, 3.5), i["hair"] * 0.55),
-        (skull & spot(*eye, 0, 0, 13, 9.5), torch.full((n, 3), 0.97)),
+        (skull & spot(*eye, 0, 0, 13, 9.5), white * 0.97),
         (skull & spot(*eye, 0, 0, 7.5, 8.5), i["eyes"]),
-        (skull & spot(*eye, 0, 0, 3, 3.5), torch.full((n, 3), 0.05)),
+        (skull & spot(*eye, 0, 0, 3, 3.5), white * 0.05),
         (skull & spot(az_skin, el_skin, 0, -33, 21, 5.5 + 8.5 * open_mouth), i["lips"]),
-        (skull & spot(az_skin, el_skin, 0, -33, 14, 9 * open_mouth + 1e-3), torch.full((n, 3), 0.1)),
+        (skull & spot(az_skin, el_skin, 0, -33, 14, 9 * open_mouth + 1e-3), white * 0.1),
         (shell, i["hair"]),
     ]
     for p, name in enumerate(PATCHES):
         from_centre = {"left": az - 119, "right": -az - 119, "back": az.abs() - 180}[name]
-        at, size_of = column(i["patch_height"][:, p]), column(i["patch_size"][:, p])
-        patch = (skull | shell) & spot(from_centre, el, 0, at, 1.2 * size_of, size_of)
+        height, radius = i["patch_height"][:, p, None], i["patch_size"][:, p, None]
+        patch = (skull | shell) & spot(from_centre, el, 0, height, 1.2 * radius, radius)
         layers.append((patch, i[f"patch_{name}"]))
     top = torch.zeros(n, s * s, dtype=torch.int64)
     for j, (where, _) in enumerate(layers):
-        top[where] = j
+        top.masked_fill_(where, j)
     palette = torch.stack([colour for _, colour in layers], dim=1)  # [n, layers, 3]
     colour = palette.gather(1, top[..., None].expand(-1, -1, 3))
 
@@ -249,80 +237,71 @@ def render_heads(identity, pose, size, supersample=2):
     for name, part in parts.items():
         toward = light if name in ("neck", "shoulders") else head_light
         normal = [(a + nearest.clamp(min=-9) * b - c) / (r * r) for a, b, c, r in zip(*part)]
-        cosine = (sum(m * column(toward[:, j]) for j, m in enumerate(normal))
-                  / sum(m * m for m in normal).sqrt())
+        cosine = sum(m * t for m, t in zip(normal, toward.T[..., None])) / sum(m * m for m in normal).sqrt()
         shade = torch.where(on[name], cosine.clamp(min=0), shade)
     colour = colour * (0.55 + 0.5 * shade[..., None]) * pose["light_colour"][:, None]
     colour = colour.clamp(0, 1) * hit[..., None]
-    channels = torch.cat((colour, hit[..., None], (hit & ~on["shoulders"] & ~on["neck"])[..., None]), dim=-1)
+    channels = torch.cat((colour, hit[..., None], (not_shirt & ~on["neck"])[..., None]), dim=-1)
     channels = F.avg_pool2d(channels.transpose(1, 2).reshape(n, 5, s, s), supersample)
-    return channels[:, :3], channels[:, 3:4], channels[:, 4:]
+    return channels.split((3, 1, 1), dim=1)
 
 
 def background(names, size):
-    """Named backgrounds, a list of n -> float [n, 3, H, W] in 0..1: two colours blended from bottom to
-    top, darker in the corners. Smooth on purpose: with brick and checkered walls a small network spends its
-    time on them (head PSNR -1.9 dB)."""
+    """Named backgrounds, a list of n -> float [n, 3, H, W] in 0..1, darker in the corners.
+    Smooth on purpose: a small network spends its time on brick and checkered walls (head PSNR -1.9 dB)."""
     y, x = ((torch.arange(side) + 0.5) / side * 2 - 1 for side in size)
-    y, x = -y[:, None], x[None]
-    low, high = (torch.tensor([BACKGROUNDS[name][i] for name in names])[:, :, None, None] for i in (0, 1))
-    return torch.lerp(low, high, (y + 1) / 2) * (1 - 0.08 * (x * x + y * y))
+    bottom, top = torch.tensor([BACKGROUNDS[name] for name in names])[..., None, None].unbind(1)
+    return torch.lerp(bottom, top, (1 - y[:, None]) / 2) * (1 - 0.08 * (x * x + y[:, None] ** 2))
 
 
-def render_in_chunks(identity, pose, size):
-    """render_heads for any number of heads, in calls whose rays fit the CPU's cache; about 2.5x faster."""
-    step = max(1, (1 << 18) // (2 * size) ** 2)
-    parts = [render_heads(*({name: v[i:i + step] for name, v in of.items()} for of in (identity, pose)), size)
-             for i in range(0, len(pose["yaw"]), step)]
-    return tuple(torch.cat(p) for p in zip(*parts))
+def render_pictures(identities, pose, size):
+    """render_heads for several pictures of each of n identities: pose has [n, pictures] where render_heads
+    takes [n], and so has what comes back. Calls whose rays fit the CPU's cache are about 2.5x faster."""
+    shape, step = pose["yaw"].shape, max(1, (1 << 18) // (2 * size) ** 2)
+    pose = {name: tensor.flatten(0, 1) for name, tensor in pose.items()}
+    heads = pick(identities, torch.arange(shape[0]).repeat_interleave(shape[1]))
+    chunks = [render_heads(pick(heads, index), pick(pose, index), size)
+              for index in torch.arange(shape.numel()).split(step)]
+    return [torch.cat(chunk).unflatten(0, shape) for chunk in zip(*chunks)]
 
 
 def clip_pose(clips, k, frames):
-    """How person k stands in every frame of n clips: the pose dict of render_heads, every entry [n, frames]
-    or [n, frames, 3]."""
+    """How person k stands in every frame of n clips: render_heads' pose, entries [n, frames, ...]."""
     u = torch.linspace(0, 1, frames)
     yaw, pitch, roll = torch.stack([torch.stack(MOTIONS[c.motions[k]](u)) for c in clips], dim=1)
     start, end = torch.tensor([ZOOMS[c.zoom] for c in clips]).T[..., None]
-
-    def still(rows):
-        return torch.tensor(rows)[:, None].expand(-1, frames, -1)
-    return {
-        "yaw": yaw, "pitch": pitch, "roll": roll,
-        "mouth": torch.stack([MOUTHS[c.mouths[k]](u) for c in clips]),
-        "y": torch.full_like(yaw, 0.06), "scale": torch.lerp(start, end, u),
-        "light": still([LIGHTS[c.light][0] for c in clips]),
-        "light_colour": still([LIGHTS[c.light][1] for c in clips]),
-        "shirt": still([SHIRTS[c.shirts[k]] for c in clips]),
-    }
+    lights = torch.tensor([LIGHTS[c.light] for c in clips])  # [n, 2, 3]
+    shirts = torch.tensor([SHIRTS[c.shirts[k]] for c in clips])
+    light, light_colour, shirt = (a[:, None].expand(-1, frames, -1) for a in (*lights.unbind(1), shirts))
+    return {"yaw": yaw, "pitch": pitch, "roll": roll,
+            "mouth": torch.stack([MOUTHS[c.mouths[k]](u) for c in clips]),
+            "y": torch.full_like(yaw, 0.06), "scale": torch.lerp(start, end, u),
+            "light": light, "light_colour": light_colour, "shirt": shirt}
 
 
-def frame_size(size, people):
-    """(H, W) of a toy clip: a square of `size` pixels for each person, side by side, so that a head is as
-    many tokens large with two people as with one (squeezed into one square, two people cost a network
-    that draws one well hundreds of steps to draw again)."""
-    return size, size * people
+def frame_size(size, n_people):
+    """(H, W) of a toy clip: a square of `size` pixels for each person, side by side. A head is as many tokens
+    large with two people as with one, so a network that draws one well need not learn it again."""
+    return size, size * n_people
 
 
-def render_clips(clips, people, frames, size, poses=None):
+def render_clips(clips, cast, frames, size, poses=None):
     """Render n clips with these identities in them: exact ground truth for anybody.
 
     clips    n Clips with equally many people
-    people   one identities dict per person, each of n identities; None leaves that person out
+    cast     one identities dict per person, each of n identities; None leaves that person out
     poses    {k: entries of person k's pose dict, [n, frames], instead of the clips' own}
-    returns  video [n, 3, frames, H, W] in -1..1 and head masks [n, people, frames, H, W] in 0..1, where
-             (H, W) is frame_size(size, len(people))
+    returns  video [n, 3, frames, *frame_size] in -1..1, head masks [n, people, frames, *frame_size] in 0..1
     """
-    n, (H, W) = len(clips), frame_size(size, len(people))
+    n, (H, W) = len(clips), frame_size(size, len(cast))
     video = background([c.background for c in clips], (H, W))[:, :, None].repeat(1, 1, frames, 1, 1)
-    masks = torch.zeros(n, len(people), frames, H, W)
-    for k, identities in enumerate(people):
+    masks = torch.zeros(n, len(cast), frames, H, W)
+    for k, identities in enumerate(cast):
         if identities is None:
             continue
         pose = clip_pose(clips, k, frames) | (poses or {}).get(k, {})
-        pose = {name: v.flatten(0, 1) for name, v in pose.items()}
-        who = pick(identities, torch.arange(n).repeat_interleave(frames))
-        rgb, alpha, head = (a.unflatten(0, (n, frames)).transpose(1, 2)  # [n, ., F, S, S]
-                            for a in render_in_chunks(who, pose, size))
+        pictures = render_pictures(identities, pose, size)
+        rgb, alpha, head = (picture.transpose(1, 2) for picture in pictures)  # [n, ., F, S, S]
         square = slice(k * size, (k + 1) * size)
         video[..., square] = rgb + (1 - alpha) * video[..., square]
         masks[:, k, ..., square] = head[:, 0]
@@ -330,13 +309,12 @@ def render_clips(clips, people, frames, size, poses=None):
 
 
 def reference_pose(n, seed):
-    """How n people stand in the four VIEWS of their cross-pair references: every entry [n * V] or
-    [n * V, 3]."""
+    """How n people stand in the four VIEWS of their cross-pair references: entries [n * V, ...]."""
     V, g = len(VIEWS), torch.Generator().manual_seed(seed)
 
     def jitter(size_of):
         return size_of * (2 * torch.rand(n * V, generator=g) - 1)
-    lights, colours = (torch.tensor([light[part] for light in LIGHTS.values()]) for part in (0, 1))
+    lights, colours = torch.tensor(list(LIGHTS.values())).unbind(1)
     shirts = torch.tensor(list(SHIRTS.values()))
     light = torch.randint(len(LIGHTS), (n * V,), generator=g)
     return {"yaw": torch.tensor([VIEW_YAW[v] for v in VIEWS]).repeat(n) + jitter(8),
@@ -349,21 +327,18 @@ def reference_pose(n, seed):
 def render_references(identities, seed, size, clips=None, k=0, frames=6):
     """The four VIEWS of n identities on white, [n, V, 3, size, size] in -1..1.
 
-    Cross-pair (clips is None): each picture has a light, shirt, mouth and slight turn of its own,
-    drawn from seed.
-    In-pair: person k of n clips as it looks in the clip's frame that comes nearest to the view, re-framed;
-    IN_PAIR_MOTIONS come near to IN_PAIR_VIEWS only, and training uses no other.
+    Cross-pair (clips is None): each has a light, shirt, mouth and slight turn of its own, drawn from seed.
+    In-pair: person k of n clips as it looks in the clip's frame that comes nearest to the view, re-framed.
     """
-    n, V = len(identities["width"]), len(VIEWS)
-    pose = reference_pose(n, seed)
+    n = len(identities["width"])
+    pose = {name: v.unflatten(0, (n, len(VIEWS))) for name, v in reference_pose(n, seed).items()}
     if clips is not None:
         of_clip = clip_pose(clips, k, frames)
         nearest = view_distance(of_clip["yaw"]).argmin(dim=2)  # [n, V]
-        pose |= {name: v[torch.arange(n)[:, None], nearest].flatten(0, 1) for name, v in of_clip.items()
+        pose |= {name: v[torch.arange(n)[:, None], nearest] for name, v in of_clip.items()
                  if name not in ("y", "scale")}  # framed as a reference
-    who = pick(identities, torch.arange(n).repeat_interleave(V))
-    rgb, alpha, _ = render_in_chunks(who, pose, size)
-    return (rgb + (1 - alpha)).unflatten(0, (n, V)) * 2 - 1
+    rgb, alpha, _ = render_pictures(identities, pose, size)
+    return (rgb + (1 - alpha)) * 2 - 1
 
 
 def view_distance(yaw):
@@ -382,13 +357,10 @@ WORLDS = {
     "14b": dict(size=256, frames=17, clips=(512, 512)),
 }
 TEXT_DIM, VIT_DIM, VIT_LEVELS = 96, 96, (1, 3)
-VIT_SCALE = 2  # the toy's pictures have half the spread of ImageNet-normalised ones
-FROZEN_SEED = 7
 
 
 class ToyCodec:
-    """Space to depth: the toy's exactly invertible VAE, 4x4 pixels to one latent of 48 channels,
-    every frame its own."""
+    """The toy's exactly invertible VAE: 4x4 pixels of a frame become one latent of 48 channels."""
     stride = 4
 
     def encode(self, video):
@@ -405,12 +377,8 @@ class ToyCodec:
 
 
 class ToyEncoders(ToyCodec):
-    """The toy's frozen networks, with the members of encoders.WanEncoders: the classes of encoders.py, small
-    and random from a fixed seed, and a trained tokenizer.
-
-    folder  holds TOKENIZER
-    size    pixels a side of the reference pictures
-    """
+    """The toy's frozen networks: those of encoders.py, small and random from a fixed seed. Its members are
+    WanEncoders'. folder holds the trained TOKENIZER; the reference pictures are squares of `size` pixels."""
     TOKENIZER = "spiece.model"
     name = "toy"
     latent_dtype = torch.uint8  # in a cache: latents are pixels, so 8 bits hold them exactly
@@ -420,7 +388,7 @@ class ToyEncoders(ToyCodec):
         self.files = [Path(folder) / self.TOKENIZER]  # what a checkpoint has to hold with the network
         self.tokenizer = Tokenizer(self.files[0])
         with torch.random.fork_rng([]):
-            torch.manual_seed(FROZEN_SEED)
+            torch.manual_seed(7)
             self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM,
                            num_heads=6, num_layers=2)
             self.vit = DINOv2(dim=VIT_DIM, num_layers=4, num_heads=3, patch=size // 4, image_size=size,
@@ -442,7 +410,7 @@ class ToyEncoders(ToyCodec):
     @torch.no_grad()
     def features(self, image):
         """Frontal references [B, 3, H, W] in -1..1 -> [B, levels, tokens, VIT_DIM]."""
-        return self.vit(VIT_SCALE * image)
+        return self.vit(2 * image)  # the toy's pictures have half the spread of ImageNet-normalised ones
 
     def decode(self, latent):
         return super().decode(latent).clamp(-1, 1)
@@ -451,81 +419,71 @@ class ToyEncoders(ToyCodec):
         """Nothing to free: they are small."""
 
 
-def draw_clips(n, people, seed, motions=tuple(MOTIONS)):
-    """n random Clips with that many people; seed is a number or a word."""
-    rng = random.Random(f"{seed}-{people}")
-    return [draw_clip(rng, people, motions) for _ in range(n)]
-
-
 def train_tokenizer(path):
     """A sentencepiece model of the toy's captions with umT5's special ids: pad 0, </s> 1, unknown 2."""
-    captions = [caption(c) for people in (1, 2) for c in draw_clips(2000, people, "tokenizer")]
-    with open(path, "wb") as f:
+    clips = draw_clips(2000, 1, "tokenizer") + draw_clips(2000, 2, "tokenizer")
+    with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=f, vocab_size=300, model_type="bpe",
+            sentence_iterator=map(caption, clips), model_writer=file, vocab_size=300, model_type="bpe",
             hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
 
 
 # -------------------------------------------------------------------------------------------- training clips
 IN_PAIR_MOTIONS = ("sweeps rightwards", "sweeps leftwards", "looks around")
-IN_PAIR_VIEWS = ("front", "left", "right")  # what each of them shows
+IN_PAIR_VIEWS = ("front", "left", "right")  # each of them shows these and no back
 
 
 def render_cache(root, size, frames, clips, pairs="cross"):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
+    It holds what data.encode_cache reads and spiece.model.
 
     clips  how many with one person and with two
     pairs  "cross": references with a light, shirt and pose of their own; "in": frames of the clip itself
-    The folder holds one.safetensors and two.safetensors (video uint8 [n, 3, F, H, W], refs uint8
-    [n, people, V, 3, size, size]), captions.txt, a line a clip, and spiece.model. Its name holds a
-    fingerprint of the code, since other code draws other clips.
     """
     code = source_hash("data", "toy")
     folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
+    # sweeps twice as often: they show the views that the references are for
+    motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
     with lock(root, wait=True):
         if folder.exists():
             return folder
         with atomic_folder(folder) as build:
             train_tokenizer(build / ToyEncoders.TOKENIZER)
-            # sweeps twice as often: they show the views that the references are for
-            motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
-            captions = []
-            with tqdm(total=sum(clips), desc="rendering the toy world", unit=" clips", disable=None) as bar:
-                for people, name, n in zip((1, 2), ("one", "two"), clips):
-                    drawn = draw_clips(n, people, TRAIN_SEED, motions)
-                    captions += [caption(clip) for clip in drawn]
-                    save_tensors(build / f"{name}.safetensors",
-                                 render_training(drawn, people, size, frames, pairs, bar))
-            (build / "captions.txt").write_text("\n".join(captions) + "\n")
+            captions = ""
+            for n_people, name, n in zip((1, 2), ("one", "two"), clips):
+                part = draw_clips(n, n_people, TRAIN_SEED, motions)
+                tensors = render_training(part, n_people, size, frames, pairs)
+                save_tensors(build / f"{name}.safetensors", tensors)
+                captions += "".join(f"{caption(clip)}\n" for clip in part)
+            (build / "captions.txt").write_text(captions)
     return folder
 
 
-def render_training(clips, people, size, frames, pairs, bar):
+def render_training(clips, n_people, size, frames, pairs):
     """Clips that show identities of their own, and their references: {"video", "refs"} as in render_cache."""
     n = len(clips)
-    identities = draw_identities(n * people, TRAIN_SEED + people)
-    video, refs = [], []
-    for i in range(0, n, 64):
-        part = clips[i:i + 64]
-        index = torch.arange(i, i + len(part))
-        cast = [pick(identities, index + k * n) for k in range(people)]
-        video.append(data.to_bytes(render_clips(part, cast, frames, size)[0]))
-        pictures = [render_references(cast[k], 10**6 * people + 10**5 * k + i, size,
-                                      part if pairs == "in" else None, k, frames) for k in range(people)]
-        refs.append(torch.stack([data.to_bytes(p) for p in pictures], dim=1))
-        bar.update(len(part))
-    return {"video": torch.cat(video), "refs": torch.cat(refs)}
+    identities = draw_identities(n * n_people, TRAIN_SEED + n_people)
+    videos, pictures = [], []
+    for i in tqdm(range(0, n, 64), desc=f"rendering clips of {n_people}", unit=" x 64", disable=None):
+        chunk = clips[i:i + 64]
+        index = torch.arange(i, i + len(chunk))
+        cast = [pick(identities, index + k * n) for k in range(n_people)]
+        videos.append(to_bytes(render_clips(chunk, cast, frames, size)[0]))
+        refs = [render_references(cast[k], 10**6 * n_people + 10**5 * k + i, size,
+                                  chunk if pairs == "in" else None, k, frames) for k in range(n_people)]
+        pictures.append(to_bytes(torch.stack(refs, dim=1)))
+    return {"video": torch.cat(videos), "refs": torch.cat(pictures)}
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark
 def benchmark_cases():
-    """The 100 fixed cases, 60 with one person and 40 with two: [(Clip, identity indices)],
-    all with a motion that sweeps the yaw."""
+    """The 100 fixed cases, 60 with one person and 40 with two, who all sweep: [(Clip, identity indices)]."""
     cases = []
-    for people, n in ((1, 60), (2, 40)):
-        rng = random.Random(f"{BENCHMARK_SEED}-{people}")
-        cases += [(draw_clip(rng, people, SWEEPS), tuple(rng.sample(range(BENCHMARK_IDENTITIES), people)))
-                  for _ in range(n)]
+    for n_people, n in ((1, 60), (2, 40)):
+        rng = random.Random(f"{BENCHMARK_SEED}-{n_people}")
+        for _ in range(n):
+            clip = draw_clip(rng, n_people, SWEEPS)
+            cases.append((clip, tuple(rng.sample(range(BENCHMARK_IDENTITIES), n_people))))
     return cases
 
 
@@ -536,8 +494,8 @@ def benchmark_people():
 
 def benchmark_truth(number, frames, size):
     """A case's video as it should be, [3, frames, H, W] in -1..1."""
-    clip, who = benchmark_cases()[number]
-    return render_clips([clip], [pick(benchmark_people(), i) for i in who], frames, size)[0][0]
+    clip, indices = benchmark_cases()[number]
+    return render_clips([clip], [pick(benchmark_people(), i) for i in indices], frames, size)[0][0]
 
 
 @functools.lru_cache(maxsize=2)
@@ -551,25 +509,39 @@ SHOWN = ((50, VIEWS), (50, ("front",)), (55, VIEWS), (98, VIEWS))
 
 
 def held_out(views, frames, size):
-    """data.Jobs of SHOWN: people that training never saw. views: the views to give, None: those of SHOWN."""
+    """Jobs of SHOWN: people that training never saw. views: the views to give, None: those of SHOWN."""
     jobs = []
     for case, default in SHOWN:
-        clip, cast = benchmark_cases()[case]
-        given = views or default
-        jobs.append(data.Job(caption(clip), held_out_references(cast, given, size),
-                             size=frame_size(size, len(cast)), truth=benchmark_truth(case, frames, size),
-                             note=f" (given: {', '.join(given)})"))
+        clip, indices = benchmark_cases()[case]
+        references = held_out_references(indices, views or default, size)
+        jobs.append(Job(caption(clip), references, size=frame_size(size, len(indices)),
+                        truth=benchmark_truth(case, frames, size),
+                        note=f" (given: {', '.join(views or default)})"))
     return jobs
 
 
-def held_out_references(cast, views, size):
+def held_out_references(indices, views, size):
     """One {view: picture [3, size, size]} for each of these held-out people."""
     pictures = benchmark_references(size)
-    return [{view: pictures[i, VIEWS.index(view)] for view in views} for i in cast]
+    return [{view: pictures[i, VIEWS.index(view)] for view in views} for i in indices]
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
 NAMES = ("ann", "ben", "cho", "dan")  # the first held-out identities
+
+
+def main(argv=None):
+    p = Parser(description=__doc__)
+    add = p.add_argument
+    add("--out", required=True, type=Path, help="folder to write to")
+    add("--size", type=in_range(int, 16, 1024, "16 to 1024 pixels"), default=128, help="pixels a side, even")
+    add("--frames", type=in_range(int, 1, 1000, "1 to 1000 frames"), default=16, help="frames of a clip")
+    add("--fps", type=frame_rate, default=8, help="frames per second")
+    args = p.parse_args(argv)
+    if args.size % 2:
+        raise UserError(f"--size {args.size}: expected an even number of pixels")
+    probe_writable(args.out)
+    write_samples(args.out, args.size, args.frames, args.fps)
 
 
 def write_samples(folder, size, frames, fps):
@@ -579,31 +551,16 @@ def write_samples(folder, size, frames, fps):
     for name, views in zip(NAMES, pictures):
         for view, picture in zip(VIEWS, views):
             with atomic_file(folder / f"{name}_{view}.png") as path:
-                data.to_image(picture, size).save(path)
-    captions = []
-    for n, cast in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
-        clip = draw_clip(random.Random(n), len(cast), SWEEPS)
-        video, _ = render_clips([clip], [pick(identities, i) for i in cast], frames, size)
-        data.write_video(folder / f"clip{n}.mp4", video[0], fps)
-        captions.append(caption(clip))
-        print(f"{folder}/clip{n}.mp4, {' and '.join(NAMES[i] for i in cast)}: {captions[-1]}")
+                to_image(picture, size).save(path)
+    captions = ""
+    for n, indices in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
+        clip = draw_clip(random.Random(n), len(indices), SWEEPS)
+        captions += f"{caption(clip)}\n"
+        video, _ = render_clips([clip], [pick(identities, i) for i in indices], frames, size)
+        write_video(folder / f"clip{n}.mp4", video[0], fps)
+        print(f"{folder}/clip{n}.mp4, {' and '.join(NAMES[i] for i in indices)}: {caption(clip)}")
     with atomic_file(folder / "captions.txt") as path:
-        path.write_text("\n".join(captions) + "\n")
-
-
-def main(argv=None):
-    p = Parser(description=__doc__)
-    p.add_argument("--out", required=True, type=Path, help="folder to write to")
-    p.add_argument("--size", type=in_range(int, 16, 1024, "16 to 1024 pixels"), default=128,
-                   help="pixels a side, even")
-    p.add_argument("--frames", type=in_range(int, 1, 1000, "1 to 1000 frames"), default=16,
-                   help="frames of a clip")
-    p.add_argument("--fps", type=frame_rate, default=8, help="frames per second")
-    args = p.parse_args(argv)
-    if args.size % 2:
-        raise UserError(f"--size {args.size}: expected an even number of pixels")
-    probe_writable(args.out)
-    write_samples(args.out, args.size, args.frames, args.fps)
+        path.write_text(captions)
 
 
 if __name__ == "__main__":
