@@ -1,468 +1,397 @@
-"""RMSNorm of q and k over the full width, then rotary by each token's (t, h, w), as one fused Triton kernel,
-forward and backward, beside its reference.
+"""QK-norm and Jump-RoPE in one fused Triton kernel, forward and backward, next to their PyTorch reference.
 
-Tensors on a GPU go through Triton, all others through the reference in PyTorch; use_fused() overrides that.
-Positions are data, an integer tensor [L, 3]: every layout of rope.py runs through the same kernel.
+  q, k [B, L, D] -> RMSNorm over the full width D, times a weight [D]
+                 -> each pair of neighbouring channels rotated, by an angle that the token's (t, h, w) sets
+                 -> q, k [B, L, N, K] for attention: read once and written once, instead of many times
 
-  python kernels.py    checks, then a table of times against the copy bandwidth of this GPU;
-                       without a GPU the checks alone, in Triton's interpreter
-
-B batch, L tokens, D width, N heads, K head width, D = N*K, P rows of the rotary tables.
+`python kernels.py` checks it, and times it against this GPU's copy bandwidth, PyTorch's operations and Wan's
+arithmetic. Without a GPU it only checks, in Triton's interpreter.
+B batch, L tokens, D width, N heads, K head width, D = N*K, P positions in the rotary tables.
 """
-import argparse
 import json
 import os
-from collections import namedtuple
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import UserError, run_script
+from checkpoint import Parser, UserError, atomic_file, check_outputs, probe_writable, run_script
 from rope import apply_rope, axis_pairs, rope_table
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it decorates, that is below
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it decorates, so set it before
 try:
     import triton
     import triton.language as tl
     from triton import jit
     from triton.language import constexpr  # by this name: the interpreter compares it as a string
 except ImportError:  # no wheels outside Linux
-    triton, jit, constexpr = None, lambda f: f, None
+    triton, jit, constexpr, INTERPRET = None, lambda function: function, None, False
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the last one for gradcheck
-MAX_POSITION = 2**20  # a table for more than this many positions is a mistake in the positions
-_fused = None
+RopeTables = NamedTuple("RopeTables", [("cos", Tensor), ("sin", Tensor)])  # each float32 [P, K/2]
+FLOATS, INTEGERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64), (torch.int64, torch.int32)
+EPS, TOKENS = 1e-6, 39_000  # of checks and bench: 81 frames at 480x832 and four views
+_choice, _tables = None, {}  # what use_fused and rope_tables remember
 
 
 def use_fused(choice=None):
-    """Choose the path: None (Triton for tensors on a GPU, where there is Triton), True (Triton or an error)
-    or False (PyTorch). Returns the choice in words."""
-    global _fused
-    if choice and triton is None:
-        raise UserError("fused kernels need Triton, which cannot be imported here")
-    _fused = choice
-    fused = triton and torch.cuda.is_available() and not INTERPRET if choice is None else choice
-    return f"fused Triton kernels{' (interpreted)' * INTERPRET}" if fused else "PyTorch reference kernels"
+    """Choose the path: None (Triton for tensors on a GPU, PyTorch for others), True (Triton or an error) or
+    False (PyTorch). Returns the choice in words."""
+    global _choice
+    if choice and not INTERPRET and (triton is None or not torch.cuda.is_available()):
+        raise UserError("fused kernels need Triton and a GPU, or TRITON_INTERPRET=1 before the start")
+    _choice = choice
+    if not _runs_fused(torch.cuda.is_available()):
+        return "PyTorch reference kernels"
+    return "fused Triton kernels (interpreted)" if INTERPRET else "fused Triton kernels"
 
 
-def _runs_fused(x):
-    if _fused and not (x.is_cuda or INTERPRET):
-        raise UserError(f"fused kernels were asked for a tensor on {x.device}; they need a GPU, "
-                        "or TRITON_INTERPRET=1 before the start")
-    return triton is not None and x.is_cuda and not INTERPRET if _fused is None else _fused
+def _runs_fused(on_gpu):
+    if _choice is None:
+        return on_gpu and triton is not None and not INTERPRET
+    return _choice
 
 
-# ------------------------------------------------------------------------------------------ positions, tables
-# cos and sin of every position by every pair of a head, float32 [P, K // 2]; a token's row is gathered pair
-# by pair: the first pairs at its t, the next at its h, the last at its w (rope.axis_pairs)
-RopeTables = namedtuple("RopeTables", "cos sin")
-_tables = {}
-
-
+# ------------------------------------------------------------------------------------------ tables, reference
 def rope_tables(positions, head_dim, theta=1e4):
-    """Tables, computed in float64 as Wan does, that hold these positions (int [L, 3]); cached and, on demand,
-    grown to the next power of two. Waits for the GPU: call it where a layout is built, not in every block.
-    Raises UserError for positions of another shape or dtype, negative or beyond MAX_POSITION."""
-    _expect(positions.device, positions=(positions, (*positions.shape[:1], 3), torch.int64, torch.int32))
-    low, high = (int(x) for x in positions.aminmax()) if positions.numel() else (0, 0)  # waits for the GPU
-    if low < 0 or high >= MAX_POSITION:
-        raise UserError(f"positions go from {low} to {high}; expected 0 to {MAX_POSITION - 1}")
+    """RopeTables, computed in float64 as Wan does, that hold these positions (int [L, 3]). Cached, and grown
+    on demand to the next power of two. Waits for the GPU: call it where a layout is built, not in a block.
+    Raises UserError for positions of another shape or dtype, negative or from 2**20 on."""
+    _expect("positions", positions, [*positions.shape[:1], 3], INTEGERS, positions.device)
+    low, high = (int(x) for x in positions.aminmax()) if len(positions) else (0, 0)
+    if low < 0 or high >= 2**20:  # tables of more than 100 MB
+        raise UserError(f"positions go from {low} to {high}; expected 0 to {2**20 - 1}")
     key = head_dim, theta, positions.device
     if key not in _tables or len(_tables[key].cos) <= high:
         with torch.inference_mode(False):  # a table made while sampling has to serve training too
-            every = torch.arange(max(64, 1 << high.bit_length()), device=positions.device)
-            _tables[key] = RopeTables(*rope_table(every[:, None].expand(-1, 3), head_dim, theta))
+            numbers = torch.arange(max(64, 1 << high.bit_length()), device=positions.device)
+            _tables[key] = RopeTables(*rope_table(numbers[:, None].expand(-1, 3), head_dim, theta))
     return _tables[key]
 
 
-# ------------------------------------------------------------------------------------------------- references
-def _math(dtype):
-    return torch.promote_types(dtype, torch.float32)
+def token_angles(positions, tables):
+    """cos and sin [L, K/2] of every token: the first pairs of a head rotate by its t, the next by h, the last
+    by w (rope.axis_pairs). NaN for a position outside the tables, as in the kernel."""
+    size, pairs = tables.cos.shape
+    pair = torch.arange(pairs, device=positions.device)
+    t, h, _ = axis_pairs(2 * pairs)
+    position = positions[:, (pair >= t).long() + (pair >= t + h).long()].long()  # [L, K/2]
+    inside = (position >= 0) & (position < size)
+    return [table[position.clamp(0, size - 1), pair].where(inside, torch.nan) for table in tables]
 
 
 def qk_norm_rope_reference(q, k, weight_q, weight_k, positions, tables, eps):
-    pair = torch.arange(tables.cos.shape[1], device=q.device)
-    t, h, _ = axis_pairs(2 * len(pair))
-    at = positions[:, (pair >= t).long() + (pair >= t + h).long()].long()  # [L, K/2]
+    """qk_norm_rope in PyTorch's own operations, without its checks."""
+    cos, sin = token_angles(positions, tables)
 
-    def one(x, weight):
-        math = _math(x.dtype)
-        y = F.rms_norm(x.to(math), x.shape[-1:], weight.to(math), eps).unflatten(-1, (-1, 2 * len(pair)))
-        return apply_rope(y, tables.cos[at, pair], tables.sin[at, pair]).to(x.dtype)  # [B, L, N, K]
-    return one(q, weight_q), one(k, weight_k)
+    def norm_rope(x, weight):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps)
+        return apply_rope(y.unflatten(-1, (-1, 2 * cos.shape[1])), cos, sin).to(x.dtype)  # [B, L, N, K]
+    return norm_rope(q, weight_q), norm_rope(k, weight_k)
 
 
 # ---------------------------------------------------------------------------------------------------- kernels
-# A program owns whole rows and holds one as a tuple of blocks: 5120 is 5 * 1024 and 1536 is 3 * 512, so that
-# no lane idles as it would in the next power of two. A thread's 16 bytes hold whole pairs, which split and
-# join turn in registers without giving up 128-bit loads. F is the dtype of the mathematics.
+# A program works on whole rows, a row being one token of q or of k, held as a tuple of CHUNKS blocks: 5120 is
+# 5 * 1024 and 1536 is 3 * 512, so no lane idles as it would in the next power of two. The 16 bytes a thread
+# loads at a time hold whole pairs, which split and join rotate in registers. F is the mathematics' dtype.
 @jit
-def _get(row, c, D: constexpr, BLOCK: constexpr, KEEP: constexpr = True):
-    """Block c of a row, zero beyond its end; KEEP in L1 what the next row needs again."""
+def _load(row, c, D: constexpr, BLOCK: constexpr, POLICY: constexpr):
     i = tl.arange(0, BLOCK)
-    policy: constexpr = "evict_last" if KEEP else "evict_first"
     row += c * BLOCK  # on the scalar: on the lanes' offsets it takes 40 registers for addresses, and spills
-    return tl.load(row + i, mask=i < D - c * BLOCK, other=0.0, eviction_policy=policy)
+    return tl.load(row + i, mask=i < D - c * BLOCK, other=0.0, eviction_policy=POLICY)
 
 
 @jit
-def _row(row, D: constexpr, BLOCK: constexpr, CHUNKS: constexpr):
-    """A whole row, read once. A program asks for all that it reads of it before it computes: no load moves up
-    over a store or a barrier, and behind one it would wait for memory once more."""
-    xs = ()
-    for c in tl.static_range(CHUNKS):
-        xs = xs + (_get(row, c, D, BLOCK, False),)
-    return xs
+def _angles(positions, cos, sin, token, P, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr):
+    """token_angles of one token, [1, SPAN // 2]: a head's pairs, or a block's where K is not a power of two.
+    Gathering takes 2.7 times fewer instructions than computing, and keeps its digits at large positions."""
+    pair = tl.arange(0, SPAN // 2) % (K // 2)
+    position = tl.load(positions + token * 3 + (pair >= T).to(tl.int32) + (pair >= T + H).to(tl.int32))
+    inside = (position >= 0) & (position < P)
+    at = position * (K // 2) + pair
+    cos = tl.load(cos + at, mask=inside, other=float("nan"), eviction_policy="evict_last")
+    sin = tl.load(sin + at, mask=inside, other=float("nan"), eviction_policy="evict_last")
+    return cos[None, :], sin[None, :]
 
 
 @jit
-def _put(row, c, x, D: constexpr, BLOCK: constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(row + c * BLOCK + i, x, mask=i < D - c * BLOCK)  # where BLOCK divides D, both compile without
-
-
-@jit
-def _angles(positions, cos, sin, token, P, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr,
-            F: constexpr):
-    """cos and sin [1, SPAN // 2] of a token, for the pairs of one head (of a block where a head's width is no
-    power of two): where there are more threads than that, as at 5120, each gathers just those that it needs,
-    and none pass through shared memory. Computing them takes 2.7 times the instructions and loses digits far
-    out."""
-    i = tl.arange(0, SPAN // 2) % (K // 2)
-    p = tl.load(positions + token * 3 + (i >= T).to(tl.int32) + (i >= T + H).to(tl.int32))
-    inside = (p >= 0) & (p < P)
-    cos = tl.load(cos + p * (K // 2) + i, mask=inside, other=float("nan"), eviction_policy="evict_last")
-    sin = tl.load(sin + p * (K // 2) + i, mask=inside, other=float("nan"), eviction_policy="evict_last")
-    return cos.to(F)[None, :], sin.to(F)[None, :]
-
-
-@jit
-def _turn(x, cos, sin, SPAN: constexpr, BLOCK: constexpr):
-    a, b = tl.split(tl.reshape(x, (BLOCK // SPAN, SPAN // 2, 2)))
+def _rotate(x, cos, sin, SPAN: constexpr, BLOCK: constexpr):
+    a, b = tl.split(tl.reshape(x, (BLOCK // SPAN, SPAN // 2, 2)))  # the neighbours of each pair
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK,))
 
 
 @jit
-def _forward(x, y, scale, gate, positions, cos, sin, out, total, stats, L, P, EPS: constexpr, D: constexpr,
-             K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr, BLOCK: constexpr, CHUNKS: constexpr,
-             F: constexpr):
-    """Grid (B*L, 2), one row a program: x, scale and out are q, its weight and its output, and y, gate and
-    total those of k. stats [B*L, 2]: 1/rms of q and of k."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.program_id(1) == 1:
-        x, scale, out = y, gate, total
-    at = row * D
-    given = _row(x + at, D, BLOCK, CHUNKS)
-    co, si = _angles(positions, cos, sin, row % L, P, K, T, H, SPAN, F)
+def _forward(q, k, weight_q, weight_k, positions, cos, sin, q_out, k_out, rstd, L, P, EPS: constexpr,
+             D: constexpr, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr, BLOCK: constexpr,
+             CHUNKS: constexpr, F: constexpr):
+    """Grid (B*L, 2): one row of q or, where axis 1 is 1, of k. With rotation R
+    out = R (weight * x * rstd), rstd = 1 / sqrt(mean(x^2) + eps), stored in [2, B*L] for the backward."""
+    row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x, weight, out = q, weight_q, q_out
+    if which == 1:
+        x, weight, out = k, weight_k, k_out
+    i = tl.arange(0, BLOCK)
     xs, squares = (), tl.zeros((BLOCK,), F)
     for c in tl.static_range(CHUNKS):
-        xs = xs + (given[c].to(F),)
-        squares += xs[c] * xs[c]
+        xs = xs + (_load(x + row * D, c, D, BLOCK, "evict_first"),)
+        squares += xs[c].to(F) * xs[c].to(F)
+    cosine, sine = _angles(positions, cos, sin, row % L, P, K, T, H, SPAN)
     r = tl.rsqrt(tl.sum(squares) / D + EPS)
-    tl.store(stats + row * 2 + tl.program_id(1), r)
+    tl.store(rstd + which * tl.num_programs(0) + row, r)
     for c in tl.static_range(CHUNKS):
-        z = _turn(xs[c] * r * _get(scale, c, D, BLOCK).to(F), co, si, SPAN, BLOCK)
-        _put(out + at, c, z, D, BLOCK)
+        y = xs[c].to(F) * r * _load(weight, c, D, BLOCK, "evict_last").to(F)
+        y = _rotate(y, cosine, sine, SPAN, BLOCK)
+        tl.store(out + row * D + c * BLOCK + i, y, mask=i < D - c * BLOCK)
 
 
 @jit
-def _backward(x, y, scale, gate, positions, cos, sin, stats, out_grad, total_grad, dx, dy, partial, ROWS, L,
-              P, D: constexpr, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr, BLOCK: constexpr,
-              CHUNKS: constexpr, STEPS: constexpr, F: constexpr):
-    """Grid (programs, 2): STEPS of the ROWS of q or of k each: x, scale, out_grad, dx are q's, and y, gate,
-    total_grad and dy k's. Their sums for the weights in partial [2, programs, D].
-    With hat = x * r and g = dout, turned back, * weight: dx = r * (g - hat * mean(g * hat)).
-    The trip count is compiled in because the interpreter of triton 3.6 cannot loop over a runtime range with
-    numpy >= 2.4."""
-    b = tl.program_id(1).to(tl.int64)
-    partial += (b * tl.num_programs(0) + tl.program_id(0)) * D
-    stats += b
-    if b == 1:
-        x, scale, out_grad, dx = y, gate, total_grad, dy
-    dscale = (tl.zeros((BLOCK,), F),) * CHUNKS
-    for step in tl.range(STEPS, num_stages=1):  # with two the loop still waits for each row's loads
+def _backward(q_out_grad, k_out_grad, q, k, weight_q, weight_k, positions, cos, sin, rstd, q_grad, k_grad,
+              weight_grads, ROWS, L, P, D: constexpr, K: constexpr, T: constexpr, H: constexpr,
+              SPAN: constexpr, BLOCK: constexpr, CHUNKS: constexpr, STEPS: constexpr, F: constexpr):
+    """Grid (programs, 2): STEPS of the ROWS of q or, where axis 1 is 1, of k; and each program's part of the
+    gradient of its weight, in weight_grads [2, programs, D].
+    Let n = x * rstd and y = weight * n, so out = R y. Back through it, with dz for dloss/dz:
+      dy = R' dout      a rotation's transpose is its inverse: rotate by the negative angles
+      dweight = sum over rows of dy * n
+      dn = dy * weight
+      dx = rstd * (dn - n * mean(dn * n))      as x also moves rstd: drstd/dx = -rstd^2 * n / D
+    """
+    which = tl.program_id(1).to(tl.int64)
+    out_grad, x, weight, x_grad = q_out_grad, q, weight_q, q_grad
+    if which == 1:
+        out_grad, x, weight, x_grad = k_out_grad, k, weight_k, k_grad
+    i = tl.arange(0, BLOCK)
+    weight_grad = (tl.zeros((BLOCK,), F),) * CHUNKS
+    # STEPS is compiled in: the interpreter of triton 3.6 cannot loop over a runtime range with numpy >= 2.4
+    for step in tl.range(STEPS, num_stages=1):  # with two it would still wait for each row's loads
         row = tl.program_id(0) + step * tl.num_programs(0)
-        live = (row < ROWS).to(F)  # a program without a row left repeats the last one and does not count it
+        counts = (row < ROWS).to(F)  # a program without a row left repeats the last one and does not count it
         row = tl.minimum(row, ROWS - 1).to(tl.int64)
-        at = row * D
-        given, grads = _row(x + at, D, BLOCK, CHUNKS), _row(out_grad + at, D, BLOCK, CHUNKS)
-        r = tl.load(stats + row * 2)
-        co, si = _angles(positions, cos, sin, row % L, P, K, T, H, SPAN, F)
-        hats, gs, scales, dots = (), (), (), tl.zeros((BLOCK,), F)
+        xs, grads = (), ()  # all loads come first: behind a store or a barrier they would be a second wait
         for c in tl.static_range(CHUNKS):
-            g = _turn(grads[c].to(F), co, -si, SPAN, BLOCK)
-            hats = hats + (given[c].to(F) * r,)
-            scales = scales + (dscale[c] + g * hats[c] * live,)
-            gs = gs + (g * _get(scale, c, D, BLOCK).to(F),)
-            dots += gs[c] * hats[c]
-        dscale = scales
-        dot = tl.sum(dots) / D
+            xs = xs + (_load(x + row * D, c, D, BLOCK, "evict_first"),)
+            grads = grads + (_load(out_grad + row * D, c, D, BLOCK, "evict_first"),)
+        r = tl.load(rstd + which * ROWS + row)
+        cosine, sine = _angles(positions, cos, sin, row % L, P, K, T, H, SPAN)
+        ns, dns, sums, dots = (), (), (), tl.zeros((BLOCK,), F)
         for c in tl.static_range(CHUNKS):
-            _put(dx + at, c, r * (gs[c] - hats[c] * dot), D, BLOCK)
+            n = xs[c].to(F) * r
+            dy = _rotate(grads[c].to(F), cosine, -sine, SPAN, BLOCK)
+            dn = dy * _load(weight, c, D, BLOCK, "evict_last").to(F)
+            ns, dns, sums = ns + (n,), dns + (dn,), sums + (weight_grad[c] + dy * n * counts,)
+            dots += dn * n
+        weight_grad = sums
+        mean = tl.sum(dots) / D
+        for c in tl.static_range(CHUNKS):
+            dx = r * (dns[c] - ns[c] * mean)
+            tl.store(x_grad + row * D + c * BLOCK + i, dx, mask=i < D - c * BLOCK)
+    weight_grads += (which * tl.num_programs(0) + tl.program_id(0)) * D
     for c in tl.static_range(CHUNKS):
-        _put(partial, c, dscale[c], D, BLOCK)
+        tl.store(weight_grads + c * BLOCK + i, weight_grad[c], mask=i < D - c * BLOCK)
 
 
-# ---------------------------------------------------------------------------------- launch as torch operators
+# ---------------------------------------------------------------------------- torch operators, qk_norm_rope
 def _plan(D, dtype, K, backward=False):
-    """How a row is cut, and a thread's share: 16 bytes a load of x, and as few registers as a compile for
-    sm_90 needs without spilling (tests do that): 28 and `live` per element. Fewer let more programs share an
-    SM."""
-    block = D & -D
+    """The kernels' constants: how a row is cut into blocks, and the threads and registers of a program."""
+    block = D & -D  # the largest power of two that divides D; or the padded row
     if block < 256 or block % K or D // block > 8:
-        block = 1 << (D - 1).bit_length()
-    chunks, (t, h, _) = -(-D // block), axis_pairs(K)
-    live = 3.5 if backward else 1.1
-    warps = min(8, max(1, block * dtype.itemsize // 512))
-    registers = -(-(28 + live * block * chunks / (32 * warps)) // 8) * 8
+        block = triton.next_power_of_2(D)
+    chunks, (t, h, _) = triton.cdiv(D, block), axis_pairs(K)
+    warps = min(8, max(1, block * dtype.itemsize // 512))  # a thread loads 16 bytes of x at a time
+    # 28 and these for each element of a thread do not spill on sm_90 (a test); with fewer more programs fit
+    registers = 28 + int((3.5 if backward else 1.1) * block * chunks / (32 * warps))
     return dict(D=D, K=K, T=t, H=h, SPAN=block if K & (K - 1) else K, BLOCK=block, CHUNKS=chunks,
                 F=tl.float64 if dtype == torch.float64 else tl.float32,
-                num_warps=warps, maxnreg=int(min(248, max(64, registers))))
+                num_warps=warps, maxnreg=min(248, max(64, 8 * triton.cdiv(registers, 8))))
 
 
-def _launch(kernel, grid, *args, **options):
+def _launch(kernel, grid, *args, **constants):
     if all(grid):
         with torch.cuda.device_of(args[0]):
-            kernel[grid](*(x.contiguous() if isinstance(x, Tensor) else x for x in args), **options)
+            kernel[grid](*(x.contiguous() if isinstance(x, Tensor) else x for x in args), **constants)
 
 
-@torch.library.custom_op("harmoview::norm", mutates_args=())
-def _norm(x: Tensor, y: Tensor, scale: Tensor, gate: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
-          eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm and rotary of q and k, and 1/rms for the backward: q and its weight are x and scale, k and its
-    weight y and gate."""
-    (B, L, D), (P, half) = x.shape, cos.shape
-    outputs = _norm_fake(x, y, scale, gate, positions, cos, sin, eps)
-    _launch(_forward, (B * L, 2), x, y, scale, gate, positions, cos, sin, *outputs, L, P, EPS=eps,
-            **_plan(D, x.dtype, 2 * half))
+@torch.library.custom_op("harmoview::qk_norm_rope", mutates_args=())
+def _fused(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, positions: Tensor, cos: Tensor,
+           sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qk_norm_rope's two outputs, and rstd [2, B, L] for the backward."""
+    (B, L, D), (P, pairs) = q.shape, cos.shape
+    outputs = _fused_fake(q, k, weight_q, weight_k, positions, cos, sin, eps)
+    _launch(_forward, (B * L, 2), q, k, weight_q, weight_k, positions, cos, sin, *outputs, L, P, EPS=eps,
+            **_plan(D, q.dtype, 2 * pairs))
     return outputs
 
 
-@_norm.register_fake
-def _norm_fake(x, y, scale, gate, positions, cos, sin, eps):
-    shape = x.unflatten(-1, (-1, 2 * cos.shape[1])).shape  # [B, L, N, K]
-    return x.new_empty(shape), x.new_empty(shape), x.new_empty(*x.shape[:2], 2, dtype=_math(x.dtype))
+@_fused.register_fake
+def _fused_fake(q, k, weight_q, weight_k, positions, cos, sin, eps):
+    shape = q.unflatten(-1, (-1, 2 * cos.shape[1])).shape  # [B, L, N, K]
+    rstd = q.new_empty(2, *q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(shape), q.new_empty(shape), rstd
 
 
-@torch.library.custom_op("harmoview::norm_backward", mutates_args=())
-def _norm_grad(out_grad: Tensor, total_grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, gate: Tensor,
-               positions: Tensor, cos: Tensor, sin: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, of k and, stacked in float32, of their weights."""
-    (B, L, D), (P, half) = x.shape, cos.shape
-    dx, dy, sums = _norm_grad_fake(out_grad, total_grad, x, y, scale, gate, positions, cos, sin, stats)
-    rows, plan = B * L, _plan(D, x.dtype, 2 * half, backward=True)
-    programs = 2
-    if x.is_cuda:  # as many as just fill it, for each adds its sums to partial
-        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        fit = max(1, 65536 // (plan["maxnreg"] * 32 * plan["num_warps"]))  # on an SM, by registers
-        programs = max(1, sms * fit // 2)
-    steps = -(-rows // programs)
-    steps += -steps % (8 if steps > 64 else 1)  # they are compiled in, and L changes with the references
-    programs = -(-rows // max(steps, 1))
-    partial = sums.new_empty(2, programs, D)
-    _launch(_backward, (programs, 2), x, y, scale, gate, positions, cos, sin, stats, out_grad, total_grad, dx,
-            dy, partial, rows, L, P, STEPS=steps, **plan)
-    return dx, dy, partial.sum(-2)
+@torch.library.custom_op("harmoview::qk_norm_rope_backward", mutates_args=())
+def _fused_backward(q_out_grad: Tensor, k_out_grad: Tensor, q: Tensor, k: Tensor, weight_q: Tensor,
+                    weight_k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
+                    rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q and of k, and of both weights [2, D] in the dtype of rstd."""
+    (B, L, D), (P, pairs) = q.shape, cos.shape
+    rows, plan, programs = B * L, _plan(D, q.dtype, 2 * pairs, backward=True), 2
+    if q.is_cuda:  # as many as just fill the GPU by their registers, as each adds a line to weight_grads
+        sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+        programs = max(1, sms * max(1, 65536 // (plan["maxnreg"] * 32 * plan["num_warps"])) // 2)
+    steps = triton.cdiv(rows, programs)
+    if steps > 64:  # every STEPS is a kernel of its own, and L changes with the references
+        steps = 8 * triton.cdiv(steps, 8)
+    programs = triton.cdiv(rows, max(1, steps))
+    q_grad, k_grad, weight_grads = q.new_empty(q.shape), k.new_empty(k.shape), rstd.new_empty(2, programs, D)
+    _launch(_backward, (programs, 2), q_out_grad, k_out_grad, q, k, weight_q, weight_k, positions, cos, sin,
+            rstd, q_grad, k_grad, weight_grads, rows, L, P, STEPS=steps, **plan)
+    return q_grad, k_grad, weight_grads.sum(1)
 
 
-@_norm_grad.register_fake
-def _norm_grad_fake(out_grad, total_grad, x, y, scale, gate, positions, cos, sin, stats):
-    return x.new_empty(x.shape), y.new_empty(y.shape), stats.new_empty(2, *scale.shape)
+@_fused_backward.register_fake
+def _fused_backward_fake(q_out_grad, k_out_grad, q, k, weight_q, weight_k, positions, cos, sin, rstd):
+    return q.new_empty(q.shape), k.new_empty(k.shape), rstd.new_empty(2, q.shape[-1])
 
 
-def _norm_setup(ctx, inputs, output):
-    *tensors, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+def _differentiate(ctx, q_out_grad, k_out_grad, _):
+    q_grad, k_grad, weight_grads = _fused_backward(q_out_grad, k_out_grad, *ctx.saved_tensors)
+    return q_grad, k_grad, *weight_grads.to(ctx.saved_tensors[2].dtype), None, None, None, None
 
 
-def _norm_autograd(ctx, out_grad, total_grad, _):
-    dx, dy, sums = _norm_grad(out_grad, total_grad, *ctx.saved_tensors)
-    dscale, dgate = sums.to(ctx.saved_tensors[2].dtype)
-    return dx, dy, dscale, dgate, *[None] * 4
+_fused.register_autograd(_differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
+    *inputs[:-1], output[-1]))  # the tensors that came, and rstd
 
 
-_norm.register_autograd(_norm_autograd, setup_context=_norm_setup)
-
-
-# -------------------------------------------------------------------------------------------------- functions
-def _expect(device, **arguments):
-    """Raise UserError for an argument, name=(tensor or None, shape, *dtypes), that is not as it says."""
-    for name, (x, shape, *dtypes) in arguments.items():
-        dtypes = dtypes or DTYPES
-        if x is not None and (list(x.shape) != list(shape) or x.dtype not in dtypes or x.device != device):
-            raise UserError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; expected "
-                            f"{' or '.join(map(str, dtypes))} {list(shape)} on {device}")
+def _expect(name, x, shape, dtypes, device):
+    if list(x.shape) != list(shape) or x.dtype not in dtypes or x.device != device:
+        raise UserError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; expected "
+                        f"{' or '.join(map(str, dtypes))} {list(shape)} on {device}")
 
 
 def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
     """RMSNorm of q and k over the full width, then rotary of adjacent pairs by each token's (t, h, w).
-
     q, k          [B, L, D], both float32, bfloat16 or float16; the mathematics is float32, rounded once
     weight_q, _k  [D], both of one of these dtypes
-    positions     int [L, 3], each below len(tables.cos): the kernel gives NaN for others
+    positions     int [L, 3], each below len(tables.cos); NaN comes out for any other
     tables        rope_tables(positions, K): K comes from here
-    Returns q, k [B, L, D/K, K], contiguous, in the dtype that came.
-    Differentiable in the first four, once; saved for it are its inputs and two floats a token. On the video's
-    own positions it is Wan 2.1's WanRMSNorm and rope_apply. Raises UserError where something does not fit.
+    Returns q, k [B, L, N, K], contiguous, in the dtype that came; differentiable in the first four, once. At
+    the video's own positions it is Wan 2.1's WanRMSNorm and rope_apply. UserError where inputs do not fit.
     """
     cos, sin = tables
     K = 2 * cos.shape[1]
-    if q.ndim != 3 or q.shape[2] % K:
-        raise UserError(f"q is {list(q.shape)}; expected [B, L, D] with D a multiple of the head width {K}")
-    _, L, D = q.shape
-    _expect(q.device, q=(q, q.shape), k=(k, q.shape, q.dtype),
-            weight_q=(weight_q, (D,)), weight_k=(weight_k, (D,), weight_q.dtype),
-            positions=(positions, (L, 3), torch.int64, torch.int32),
-            cos=(cos, cos.shape, torch.float32), sin=(sin, cos.shape, torch.float32))
-    if _runs_fused(q):
-        return _norm(q, k, weight_q, weight_k, positions, cos, sin, eps)[:2]
-    return qk_norm_rope_reference(q, k, weight_q, weight_k, positions, tables, eps)
+    if q.ndim != 3 or q.shape[2] % K or q.dtype not in FLOATS:
+        raise UserError(f"q is {q.dtype} {list(q.shape)}; expected floats [B, L, D], D a multiple of K = {K}")
+    B, L, D = q.shape
+    _expect("k", k, [B, L, D], [q.dtype], q.device)
+    _expect("weight_q", weight_q, [D], FLOATS, q.device)
+    _expect("weight_k", weight_k, [D], [weight_q.dtype], q.device)
+    _expect("positions", positions, [L, 3], INTEGERS, q.device)
+    _expect("tables.cos", cos, cos.shape, [torch.float32], q.device)
+    if not _runs_fused(q.is_cuda):
+        return qk_norm_rope_reference(q, k, weight_q, weight_k, positions, tables, eps)
+    return _fused(q, k, weight_q, weight_k, positions, cos, sin, eps)[:2]
 
 
 # ------------------------------------------------------------------------------------------- checks and bench
-KERNELS = {"qk_norm_rope": (8, 12)}  # bytes an element forward and backward, in bf16
-BASES = {"1.3B": (12, 128), "14B": (40, 128)}  # N, K
-TOKENS, TOP = 39_000, 150  # of the bench: 81 frames at 480x832 and four views; positions below TOP
-
-
-def plain_norm_rope(x, weight, cos, sin, eps):
+def eager_norm_rope(x, weight, cos, sin):
     """What one writes without a kernel: F.rms_norm in the dtype of x, rotary by even and odd halves."""
-    x = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    x = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
     a, b = x.unflatten(-1, (-1, cos.shape[1], 2)).unbind(-1)  # [B, L, N, K/2]
-    c, s = cos[:, None], sin[:, None]
-    return torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2).to(x.dtype)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
-def complex_norm_rope(x, weight, turn, eps):
-    """The arithmetic of Wan's official code, written afresh: float32 norm, rotary in complex128 [L, K/2]."""
-    y = x.to(_math(x.dtype))
-    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-    y = torch.view_as_complex(y.double().unflatten(-1, (-1, turn.shape[1], 2)))  # [B, L, N, K/2]
-    return torch.view_as_real(y * turn[:, None]).flatten(-2).to(x.dtype)
+def wan_norm_rope(x, weight, cos, sin):
+    """The arithmetic of Wan's official code, written afresh: norm in float32, rotary in complex128."""
+    y = x.float()
+    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
+    return apply_rope(y.double().unflatten(-1, (-1, 2 * cos.shape[1])), cos, sin).to(x.dtype)
 
 
-def case(kernel, B, L, N, K, dtype, device):
-    """The kernel as a function of its tensors, random tensors, and gradients of what it returns."""
-    draw = torch.Generator(device).manual_seed(L * N + K)
-    at = torch.randint(0, TOP, (L, 3), device=device, generator=draw)
-    tables = rope_tables(at, K)
-
-    def rand(shape):
-        return torch.randn(shape, device=device, generator=draw).to(dtype).requires_grad_()
-
-    def fn(*args):
-        return qk_norm_rope(*args, at, tables, 1e-6)
-    args = [rand(shape) for shape in [(B, L, N * K)] * 2 + [(N * K,)] * 2]
-    return fn, args, [rand(y.shape) for y in fn(*args)]
+def example_inputs(B, L, N, K, dtype, device):
+    """Random [q, k, weight_q, weight_k], (positions, tables), and gradients of both outputs."""
+    generator = torch.Generator(device).manual_seed(L * N + K)
+    shapes = [(B, L, N * K), (B, L, N * K), (N * K,), (N * K,), (B, L, N, K), (B, L, N, K)]
+    *inputs, q_grad, k_grad = [torch.randn(s, device=device, generator=generator).to(dtype) for s in shapes]
+    positions = torch.randint(0, 150, (L, 3), device=device, generator=generator)
+    return [x.requires_grad_() for x in inputs], (positions, rope_tables(positions, K)), [q_grad, k_grad]
 
 
-def off(found, truth):
+def relative_error(value, truth):
     """The largest error as a share of the largest value."""
-    found, truth = found.detach().double(), truth.detach().double()
-    return float((found - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+    value, truth = value.detach().double(), truth.detach().double()
+    return float((value - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
 
 
-def check(kernel, shape, dtype, device):
-    """The kernel's worst error over outputs and gradients, as a share of what is allowed, and a line on it.
-    Truth is the reference in float64. float32 may be off by 1e-5; bf16 and fp16 by twice what the reference
-    in that dtype is, and by one bf16 ulp in the interpreter, which cuts digits where a GPU rounds."""
-    fn, args, grads = case(kernel, *shape, dtype, device)
-    exact = case(kernel, *shape, torch.float64, device)[0]
-    found = []
-    for fused, fn, to in (True, fn, Tensor.detach), (False, fn, Tensor.detach), (False, exact, Tensor.double):
+def check(shape, dtype, device):
+    """Compare outputs and gradients with the reference in float64. Computed in float32 and rounded once, they
+    are off by half a unit in the last place, or by a whole one in the interpreter, which cuts digits off."""
+    inputs, rope, output_grads = example_inputs(*shape, dtype, device)
+    results = []
+    for fused, kind in (True, dtype), (False, torch.float64):
         use_fused(fused)
-        leaves = [to(x.detach()).requires_grad_() for x in args]
-        outputs = fn(*leaves)
-        found.append([*outputs, *torch.autograd.grad(outputs, leaves, [to(g) for g in grads])])
+        leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
+        outputs = qk_norm_rope(*leaves, *rope, EPS)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, [g.to(kind) for g in output_grads])])
     use_fused(None)
-    fused, eager = ([off(x, truth) for x, truth in zip(way, found[2])] for way in found[:2])
-    allowed = [1e-5 if x.dtype == torch.float32 else 2 * error + INTERPRET * 2**-8
-               for x, error in zip(found[0], eager)]
-    worst = max(error / (bound + 1e-12) for error, bound in zip(fused, allowed))
-    return worst, (f"{kernel:28} {str(dtype)[6:]:9} B L N K {str(shape):18} {max(fused):.1e} off, "
-                   f"{worst:6.1%} of what is allowed")
-
-
-def microseconds(fn, calls=10):
-    """Median of five batches. The GPU first sleeps while calls queue up, so that launching costs nothing, and
-    a call moves far more than the cache holds."""
-    times = []
-    for _ in range(6):  # the first one warms up
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(40_000_000)
-        start.record()
-        for _ in range(calls):
-            fn()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls * 1000)
-    return sorted(times[1:])[2]
-
-
-def time_both(fn, args, grads, fused):
-    """Microseconds of the forward and of the backward."""
-    use_fused(fused)
-    with torch.no_grad():
-        forward = microseconds(lambda: fn(*args))
-    outputs = fn(*args)
-    return forward, microseconds(lambda: torch.autograd.grad(outputs, args, grads, retain_graph=True))
+    errors = [relative_error(value, truth) for value, truth in zip(*results)]
+    allowed = 1e-5 + torch.finfo(dtype).eps / (1 if INTERPRET else 2)
+    line = f"{str(dtype)[6:]:9} B L N K {str(shape):18} {max(errors):.1e} off, {allowed:.1e} allowed"
+    if not all(error <= allowed for error in errors):  # nan is not
+        raise UserError(f"FAILED: {line}")
+    print(line, flush=True)
 
 
 def bench(device):
-    """Every kernel forward and backward at the shapes of BASES, in bf16: prints and returns the table."""
-    from torch._functorch import config
-    config.donated_buffer = False  # else compiled code refuses to run one backward again
+    """q and k at the widths of Wan's two networks: prints one table and returns it for the JSON."""
+    from triton.testing import do_bench
     a = torch.empty(2, 2**31, dtype=torch.uint8, device=device)
-    copy = a.numel() / microseconds(lambda: a[1].copy_(a[0])) * 1e6  # read and written
+    copy = a.numel() / do_bench(lambda: a[1].copy_(a[0]))  # bytes a millisecond, read and written
     gpu, rows = torch.cuda.get_device_name(device), []
-    print(f"\n{gpu}, copy {copy / 1e12:.2f} TB/s; L {TOKENS}, bf16; how many times faster than\n"
-          f"{'':43} {'us':>7} {'GB/s':>6} of copy  official   eager compiled")
-    for kernel, (base, (N, K)) in product(KERNELS, BASES.items()):
-        fn, args, grads = case(kernel, 1, TOKENS, N, K, torch.bfloat16, device)
-        cos, sin = rope_table(torch.randint(0, TOP, (TOKENS, 3), device=device), K)
-        turn = torch.complex(cos.double(), sin.double())
-        ways = {"official": lambda q, k, *w: [complex_norm_rope(*x, turn, 1e-6) for x in zip((q, k), w)],
-                "eager": lambda q, k, *w: [plain_norm_rope(*x, cos, sin, 1e-6) for x in zip((q, k), w)]}
-        torch._dynamo.reset()  # eight compilations of one function are its limit; then it runs eagerly
-        ways["compiled"] = torch.compile(ways["eager"], dynamic=False)
-        ours = time_both(fn, args, grads, True)
-        others = {name: time_both(way, args, grads, False) for name, way in ways.items()}
-        for i, direction in enumerate(("forward", "backward")):
-            rate = KERNELS[kernel][i] * TOKENS * N * K / ours[i] * 1e6
-            faster = {name: round(times[i] / ours[i], 2) for name, times in others.items()}
-            rows.append(dict(kernel=kernel, base=base, direction=direction, us=round(ours[i], 1),
-                             gb_s=round(rate / 1e9), of_copy=round(rate / copy, 3), **faster))
-            print(f"{kernel:28} {base:5} {direction:8} {ours[i]:7.1f} {rate / 1e9:6.0f} {rate / copy:7.1%}  "
-                  f"{faster['official']:>8} {faster['eager']:>7} {faster['compiled']:>8}")
-    use_fused(None)
-    return dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, tokens=TOKENS, dtype="bfloat16",
-                copy_gb_s=round(copy / 1e9), rows=rows)
+    print(f"\n{gpu}, copy {copy / 1e9:.2f} TB/s; L {TOKENS}, bf16; forward and backward: ms, share of copy")
+    for base, heads in {"1.3B": 12, "14B": 40}.items():
+        inputs, rope, grads = example_inputs(1, TOKENS, heads, 128, torch.bfloat16, device)
+        cos, sin = token_angles(*rope)
+
+        def both(norm_rope):
+            return lambda q, k, *weights: [norm_rope(x, w, cos, sin) for x, w in zip((q, k), weights)]
+        ways = {"fused": lambda *inputs: qk_norm_rope(*inputs, *rope, EPS),
+                "compiled": torch.compile(both(eager_norm_rope), dynamic=False),
+                "eager": both(eager_norm_rope), "Wan's": both(wan_norm_rope)}
+        for way, fn in ways.items():
+            with torch.no_grad():
+                forward = do_bench(lambda: fn(*inputs))
+            backward = do_bench(lambda: torch.autograd.grad(fn(*inputs), inputs, grads)) - forward
+            size = inputs[0].nbytes  # a forward has to move 4 such tensors, a backward 6
+            rows.append(dict(base=base, way=way, forward_ms=forward, forward_share=4 * size / forward / copy,
+                             backward_ms=backward, backward_share=6 * size / backward / copy))
+            print("{base:5} {way:9} {forward_ms:9.3f} {forward_share:7.1%} {backward_ms:9.3f} "
+                  "{backward_share:7.1%}".format(**rows[-1]), flush=True)
+    return dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, copy_tb_s=copy / 1e9, rows=rows)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check the fused kernels and time them.")
-    parser.add_argument("--out", type=Path, default=Path("out/kernels.json"), help="the table as JSON")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/kernels.json"), help="a GPU's table as JSON")
     args = parser.parse_args(argv)
-    device = torch.device("cpu" if INTERPRET else "cuda")
-    shapes = [(1, 1, 1, 32), (2, 3, 3, 24), (1, 5, 12, 128)] if INTERPRET else [
-        (1, 1, 1, 64), (2, 129, 3, 24), (2, 257, 12, 128), (1, 515, 40, 128)]
-    found = []
-    for kernel, dtype, shape in product(KERNELS, DTYPES[:3], shapes):
-        worst, line = check(kernel, shape, dtype, device)
-        found.append(worst <= 1)
-        print(line if found[-1] else f"{line}  FAILED", flush=True)
-    if not all(found):
-        raise UserError("a kernel is off by more than is allowed: see FAILED above")
-    if INTERPRET:
-        return print("all checks passed in Triton's interpreter; timing needs a GPU")
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after minutes
-    args.out.write_text(json.dumps(bench(device), indent=1))
-    print(f"wrote {args.out}")
+    use_fused(True)  # without Triton an error
+    shapes = [(1, 1, 1, 32), (2, 3, 3, 24), (1, 5, 12, 128)]
+    if not INTERPRET:
+        shapes += [(2, 129, 3, 24), (2, 257, 12, 128), (1, 515, 40, 128)]
+        probe_writable(args.out.parent)  # an error now, not after minutes
+        check_outputs([args.out], inputs=[])
+    for dtype, shape in product((torch.float32, torch.bfloat16, torch.float16), shapes):
+        check(shape, dtype, torch.device("cpu" if INTERPRET else "cuda"))
+    if not INTERPRET:
+        with atomic_file(args.out) as path:
+            path.write_text(json.dumps(bench(torch.device("cuda")), indent=1))
+    print("all checks passed; timing needs a GPU" if INTERPRET else f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import kernels
 from checkpoint import UserError
 from conftest import ROOT, run
-from kernels import (
-    KERNELS,
-    check,
-    complex_norm_rope,
-    off,
-    plain_norm_rope,
-    qk_norm_rope,
-    rope_tables,
-)
+from kernels import EPS, check, eager_norm_rope, example_inputs, qk_norm_rope, relative_error, rope_tables
 from rope import LAYOUTS, axis_pairs, reference_positions, rope_table, video_positions
 
-EPS = 1e-6
+CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(
     kernels.triton is None or not kernels.INTERPRET,
     reason="needs Triton, imported with TRITON_INTERPRET=1",
@@ -53,67 +45,80 @@ def qk(B, L, N, K, dtype=torch.float32, grad=False, seed=0):
     return [torch.randn(s, generator=draw).to(dtype).requires_grad_(grad) for s in shapes]
 
 
-def both(norm_rope, q, k, weight_q, weight_k, *more):
-    return norm_rope(q, weight_q, *more, EPS), norm_rope(k, weight_k, *more, EPS)
-
-
 def positions(L, top=100, seed=0):
     return torch.randint(0, top, (L, 3), generator=torch.Generator().manual_seed(seed))
 
 
-def turn_of(at, K):
-    """complex128 [L, K/2]: the angles, by the formula."""
-    axes = enumerate(axis_pairs(K))
-    angle = torch.cat([at[:, a, None] * 1e4 ** -(torch.arange(n).double() / max(n, 1)) for a, n in axes], 1)
-    return torch.polar(torch.ones_like(angle), angle)
+def truth_of(q, k, weight_q, weight_k, at, K):
+    """Wan's arithmetic in float64 and complex128, with the angles by their formula."""
+    angles = []
+    for axis, pairs in enumerate(axis_pairs(K)):
+        angles.append(at[:, axis, None] * 1e4 ** -(torch.arange(pairs).double() / max(pairs, 1)))
+    angle = torch.cat(angles, 1)
+    rotation = torch.polar(torch.ones_like(angle), angle)[:, None]  # [L, 1, K/2]
+    outputs = []
+    for x, weight in ((q.double(), weight_q.double()), (k.double(), weight_k.double())):
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, K // 2, 2)))
+        outputs.append(torch.view_as_real(pairs * rotation).flatten(-2))
+    return outputs
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
 @interpreted
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_gradcheck_in_float64(kernel, fused):
+def test_gradcheck_in_float64(fused):
     """Forward and backward of the kernels themselves, B*L rows over 2 programs, a padded width."""
-    fn, args, _ = kernels.case(kernel, 1, 3, 1, 6, torch.float64, torch.device("cpu"))
-    assert torch.autograd.gradcheck(fn, args, fast_mode=True, check_undefined_grad=False)
+    inputs, rope, _ = example_inputs(1, 3, 1, 6, torch.float64, CPU)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: qk_norm_rope(*leaves, *rope, EPS), inputs, fast_mode=True, check_undefined_grad=False
+    )
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_gradcheck_of_the_reference(kernel):
-    fn, args, _ = kernels.case(kernel, 2, 3, 2, 6, torch.float64, torch.device("cpu"))
-    assert torch.autograd.gradcheck(fn, args)
+def test_gradcheck_of_the_reference():
+    inputs, rope, _ = example_inputs(2, 3, 2, 6, torch.float64, CPU)
+    assert torch.autograd.gradcheck(lambda *x: qk_norm_rope(*x, *rope, EPS), inputs)
 
 
 @pytest.mark.parametrize(
-    "L, N, K", [(1, 1, 32), (7, 3, 64), (5, 12, 128), (1, 40, 128), (3, 40, 32), (3, 5, 96), (3, 2, 24)]
+    "L, N, K",
+    [(1, 1, 32), (7, 3, 64), (5, 12, 128), (1, 40, 128), (3, 40, 32), (3, 5, 96), (3, 2, 24), (3, 1, 2)],
 )
 def test_float32_against_complex128(path, L, N, K):
-    """One token, odd lengths, 1 to 40 heads, head widths 24 to 128; D in one block, padded, in several."""
+    """One token, odd lengths, 1 to 40 heads, head widths 2 to 128; D in one block, padded, in several."""
     args, at = qk(1, L, N, K), positions(L)
     found = qk_norm_rope(*args, at, rope_tables(at, K), EPS)
-    truth = both(complex_norm_rope, *(x.double() for x in args), turn_of(at, K))
+    truth = truth_of(*args, at, K)
     assert found[0].shape == (1, L, N, K) and found[0].is_contiguous()
-    assert max(off(f, t) for f, t in zip(found, truth)) <= 1e-5
+    assert max(relative_error(f, t) for f, t in zip(found, truth)) <= 1e-5
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernel_equals_reference(kernel, dtype):
+def test_kernel_equals_reference(dtype, capsys):
     """Outputs and all gradients, two samples, more rows than programs, a padded width."""
-    worst, line = check(kernel, (2, 3, 3, 24), dtype, torch.device("cpu"))
-    assert worst <= 1, line
+    check((2, 3, 3, 24), dtype, CPU)
+    assert "allowed" in capsys.readouterr().out
+
+
+@interpreted
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_kernel_that_is_off_fails_the_check(factor, monkeypatch):
+    fused = kernels._fused
+    monkeypatch.setattr(kernels, "_fused", lambda *args: [x * factor for x in fused(*args)])
+    with pytest.raises(UserError, match="FAILED: bfloat16"):
+        check((1, 2, 1, 8), torch.bfloat16, CPU)
 
 
 def test_bf16_is_at_most_twice_as_far_off_as_eager_bf16(path):
     """Outputs and gradients of q and k, against float64; eager is F.rms_norm in bf16, then rotary."""
     L, N, K = 5, 4, 64
     places, args = positions(L), qk(2, L, N, K, torch.bfloat16, grad=True)
-    tables, (cos, sin), turn = rope_tables(places, K), rope_table(places, K), turn_of(places, K)
+    tables, (cos, sin) = rope_tables(places, K), rope_table(places, K)
     exact = [x.detach().double().requires_grad_() for x in args]
     outputs = (
         qk_norm_rope(*args, places, tables, EPS),
-        both(plain_norm_rope, *args, cos, sin),
-        both(complex_norm_rope, *exact, turn),
+        [eager_norm_rope(x, weight, cos, sin) for x, weight in zip(args[:2], args[2:])],
+        truth_of(*exact, places, K),
     )
     draw = torch.Generator().manual_seed(0)
     grads = [torch.randn(2, L, N, K, generator=draw).bfloat16() for _ in range(2)]
@@ -121,11 +126,11 @@ def test_bf16_is_at_most_twice_as_far_off_as_eager_bf16(path):
     for y, leaves in zip(outputs, (args, args, exact)):
         found.append((*y, *torch.autograd.grad(y, leaves, [g.to(y[0].dtype) for g in grads])))
     for ours, eager, truth in zip(*found):
-        assert off(ours, truth) <= 2 * off(eager, truth)
+        assert relative_error(ours, truth) <= 2 * relative_error(eager, truth)
 
 
 def test_equals_wan_on_its_dense_grid(path):
-    """Wan turns a [T, H, W] grid by a broadcast product of three axes' powers; ours gathers by position."""
+    """Wan rotates a [T, H, W] grid by a broadcast product of three axes' powers; ours gathers by position."""
     (T, H, W), N, K = (2, 3, 2), 2, 44  # 8, 7 and 7 pairs
     q, k, weight_q, weight_k = qk(1, T * H * W, N, K)
     freqs = []
@@ -147,7 +152,7 @@ def test_equals_wan_on_its_dense_grid(path):
     for x, weight, y in ((q, weight_q, found[0]), (k, weight_k, found[1])):
         x = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
         x = torch.view_as_complex(x.reshape(T * H * W, N, K // 2, 2)) * grid[:, None]
-        assert off(y[0], torch.view_as_real(x).flatten(-2)) <= 1e-5
+        assert relative_error(y[0], torch.view_as_real(x).flatten(-2)) <= 1e-5
 
 
 def test_shifting_every_t_leaves_scores_unchanged(path):
@@ -158,7 +163,7 @@ def test_shifting_every_t_leaves_scores_unchanged(path):
         q, k = qk_norm_rope(*args, places, rope_tables(places, 32), EPS)
         scores.append(torch.einsum("blnk,bmnk->bnlm", q, k))
     assert torch.allclose(*scores, atol=1e-4)
-    assert off(*scores) < 1e-5
+    assert relative_error(*scores) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -169,8 +174,8 @@ def test_every_layout_goes_through_the_same_kernel(path, layout):
     at, K = torch.cat((video_positions(1, 1, 2), refs)), 24
     args = qk(1, len(at), 1, K)
     found = qk_norm_rope(*args, at, rope_tables(at, K), EPS)
-    truth = both(complex_norm_rope, *(x.double() for x in args), turn_of(at, K))
-    assert max(off(f, t) for f, t in zip(found, truth)) <= 1e-5
+    truth = truth_of(*args, at, K)
+    assert max(relative_error(f, t) for f, t in zip(found, truth)) <= 1e-5
 
 
 def test_tables_grow_and_equal_rope_table():
@@ -233,8 +238,10 @@ def test_only_one_output_used(path):
 def test_wrong_inputs_are_one_clear_error(path):
     (q, k, wq, wk), at = qk(1, 3, 2, 32), positions(3)
     tables = rope_tables(at, 32)
+    elsewhere = kernels.RopeTables(*(table.to("meta") for table in tables))
     wrong = {
-        "expected .B, L, D. with D a multiple": (q[..., :40], k[..., :40], wq[:40], wk[:40], at, tables),
+        "D a multiple of K = 32": (q[..., :40], k[..., :40], wq[:40], wk[:40], at, tables),
+        "tables.cos is .* on meta": (q, k, wq, wk, at, elsewhere),
         r"k is .*\[1, 2, 64\] on cpu; expected": (q, k[:, :2], wq, wk, at, tables),
         r"k is torch.bfloat16 .*; expected torch.float32 \[1, 3, 64\]": (q, k.bfloat16(), wq, wk, at, tables),
         "q is torch.int64": (q.long(), k.long(), wq, wk, at, tables),
@@ -256,8 +263,7 @@ def test_wrong_inputs_are_one_clear_error(path):
             rope_tables(bad, 32)
 
 
-@interpreted
-def test_kernel_gives_nan_for_a_position_outside_the_tables(fused):
+def test_a_position_outside_the_tables_gives_nan(path):
     tables = rope_tables(positions(1), 32)
     at = torch.tensor([[0, 0, 0], [0, -1, 0], [0, 0, len(tables.cos)]])
     q, _ = qk_norm_rope(*qk(1, 3, 1, 32), at, tables, EPS)
@@ -268,18 +274,13 @@ def test_kernel_gives_nan_for_a_position_outside_the_tables(fused):
 
 def test_the_switch():
     assert kernels.use_fused(False) == kernels.use_fused(None) == "PyTorch reference kernels"
-    at = positions(2)
-    if kernels.triton is None:
-        with pytest.raises(UserError, match="Triton"):
-            kernels.use_fused(True)
-        return
     try:
-        if kernels.INTERPRET:
+        if kernels.triton is not None and kernels.INTERPRET:
             assert kernels.use_fused(True) == "fused Triton kernels (interpreted)"
         else:
-            kernels.use_fused(True)
-            with pytest.raises(UserError, match="need a GPU"):
-                qk_norm_rope(*qk(1, 2, 1, 8), at, rope_tables(at, 8), EPS)
+            with pytest.raises(UserError, match="need Triton and a GPU"):
+                kernels.use_fused(True)
+            assert kernels.use_fused() == "PyTorch reference kernels"
     finally:
         kernels.use_fused(None)
 
@@ -322,23 +323,19 @@ def test_one_launch_for_q_and_k(fused, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- torch.compile
 @interpreted
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_opcheck(kernel, fused):
+def test_opcheck(fused):
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes."""
-    _, args, _ = kernels.case(kernel, 2, 3, 1, 8, torch.float32, torch.device("cpu"))
-    at = positions(3)
-    torch.library.opcheck(kernels._norm, (*args, at, *rope_tables(at, 8), EPS))
+    inputs, rope, _ = example_inputs(2, 3, 1, 8, torch.float32, CPU)
+    torch.library.opcheck(kernels._fused, (*inputs, rope[0], *rope[1], EPS))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles_without_a_graph_break(path, kernel):
-    fn, args, grads = kernels.case(kernel, 2, 3, 1, 8, torch.float32, torch.device("cpu"))
+def test_compiles_without_a_graph_break(path):
+    inputs, rope, grads = example_inputs(2, 3, 1, 8, torch.float32, CPU)
     torch._dynamo.reset()
-    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True)
     found = []
-    for f in (fn, compiled):
-        y = f(*args)
-        found.append([*y, *torch.autograd.grad(y, args, grads)])
+    for fn in (qk_norm_rope, torch.compile(qk_norm_rope, backend="aot_eager", fullgraph=True)):
+        y = fn(*inputs, *rope, EPS)
+        found.append([*y, *torch.autograd.grad(y, inputs, grads)])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
 
 
@@ -387,7 +384,8 @@ found = {}
 for D, kernel in itertools.product((1536, 5120), (kernels._forward, kernels._backward)):
     plan = kernels._plan(D, torch.bfloat16, 128, kernel is kernels._backward)
     found[f"{kernel.__name__} {D}"] = compile(
-        kernel, plan, ["x", "y", "out", "total", "out_grad", "total_grad", "dx", "dy"], EPS=1e-6, STEPS=200)
+        kernel, plan, ["q", "k", "q_out", "k_out", "q_out_grad", "k_out_grad", "q_grad", "k_grad"], EPS=1e-6,
+        STEPS=200)
 print(json.dumps(found))
 '''
 
@@ -417,14 +415,54 @@ def test_offline_compile_for_sm_90(tmp_path):
 
 @interpreted
 def test_the_script_checks_without_a_gpu(monkeypatch, capsys, tmp_path):
-    """Its checks are those of test_kernel_equals_reference; here, what it does with their result."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    kernels.main(["--out", str(tmp_path / "kernels.json")])
-    out = capsys.readouterr().out
-    assert "timing needs a GPU" in out and "FAILED" not in out and not list(tmp_path.iterdir())
-    monkeypatch.setattr(kernels, "check", lambda *_: (1.5, "a line"))
-    with pytest.raises(UserError, match="FAILED"):
-        kernels.main([])
+    """Its checks are those of test_kernel_equals_reference; here, what it does after them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernels, "check", lambda *_: None)
+    kernels.main([])
+    assert "timing needs a GPU" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="unrecognized"):
+        kernels.main(["--sweep"])
+    kernels.use_fused(None)
+
+
+def test_the_script_writes_its_table_or_fails_before_the_bench(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    monkeypatch.setattr(kernels, "use_fused", lambda choice: None)
+    monkeypatch.setattr(kernels, "check", lambda *_: calls.append("check"))
+    monkeypatch.setattr(kernels, "bench", lambda device: {"rows": calls.append("bench")})
+    kernels.main(["--out", str(tmp_path / "a/table.json")])
+    assert json.loads((tmp_path / "a/table.json").read_text()) == {"rows": None}
+    assert calls.count("check") == 6 * 3 and calls.count("bench") == 1
+    for wrong in (tmp_path / "a", tmp_path / "a/table.json/table.json"):  # a folder; below a file
+        with pytest.raises(UserError, match="choose another"):
+            kernels.main(["--out", str(wrong)])
+    assert calls.count("bench") == 1
+
+
+@interpreted
+def test_the_bench_times_four_ways_at_two_widths(fused, monkeypatch, capsys):
+    """On a CPU, with a clock that says one millisecond more at each call."""
+    clock = []
+
+    def do_bench(fn):
+        if clock:  # not the first one, which copies 2 GiB
+            fn()
+        clock.append(fn)
+        return float(len(clock))
+
+    monkeypatch.setattr(kernels.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "no GPU")
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
+    monkeypatch.setattr(kernels, "TOKENS", 1)
+    rows = kernels.bench(CPU)["rows"]
+    assert [row["base"] for row in rows] == ["1.3B"] * 4 + ["14B"] * 4
+    assert [row["way"] for row in rows] == ["fused", "compiled", "eager", "Wan's"] * 2
+    # 2**32 bytes copied in the first millisecond; forward took two, and the backward one more
+    assert rows[0]["forward_ms"] == 2 and rows[0]["backward_ms"] == 1
+    assert rows[0]["forward_share"] == 4 * 1536 * 2 / 2 / 2**32
+    assert rows[0]["backward_share"] == 6 * 1536 * 2 / 2**32
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 8
 
 
 def test_the_script_needs_no_variable_set(tmp_path, monkeypatch):
@@ -458,5 +496,5 @@ def test_the_network_is_the_same_with_and_without():
         found.append([y.detach(), *torch.autograd.grad(loss, list(network.parameters()))])
     kernels.use_fused(None)
     names = ["velocity", *(name for name, _ in network.named_parameters())]
-    errors = {name: off(a, b) for name, a, b in zip(names, *found)}
+    errors = {name: relative_error(a, b) for name, a, b in zip(names, *found)}
     assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
