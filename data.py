@@ -41,8 +41,8 @@ def draw_views(stage, progress, rng, available=VIEWS):
     drop = stage.drop[0] + (stage.drop[1] - stage.drop[0]) * progress
 
     def one_person():
-        kept = tuple(v for v in views if rng.random() >= (stage.drop_front if v == "front" else drop))
-        return kept or (rng.choice(views),)
+        remaining = tuple(v for v in views if rng.random() >= (stage.drop_front if v == "front" else drop))
+        return remaining or (rng.choice(views),)
     return tuple(one_person() for _ in range(rng.choice(stage.people)))
 
 
@@ -51,9 +51,9 @@ def mask_regions(image, fraction, block, generator):
     painted grey."""
     C, H, W = image.shape
     squares = (H // block) * (W // block)
-    hidden = torch.randperm(squares, generator=generator) < round(fraction * squares)
-    hidden = hidden.view(H // block, W // block).repeat_interleave(block, 0).repeat_interleave(block, 1)
-    return torch.where(hidden, torch.zeros(()), image)
+    mask = torch.randperm(squares, generator=generator) < round(fraction * squares)
+    mask = mask.view(H // block, W // block).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return torch.where(mask, torch.zeros(()), image)
 
 
 def noise_of(shape, generators):
@@ -67,8 +67,8 @@ def pack(latent, dtype):
     return to_bytes(latent) if dtype == torch.uint8 else latent.to(dtype)
 
 
-def unpack(stored):
-    return from_bytes(stored) if stored.dtype == torch.uint8 else stored.float()
+def unpack(latent):
+    return from_bytes(latent) if latent.dtype == torch.uint8 else latent.float()
 
 
 @torch.no_grad()
@@ -89,10 +89,10 @@ def encode_cache(folder, encoders, mask=0.0, variants=4):
     with lock(folder, wait=True):
         if result.exists():
             return result
-        captions = (folder / "captions.txt").read_text().splitlines()
+        captions = load_cached(folder / "captions.txt")
         with atomic_folder(result) as build:
             for name in ("one", "two"):
-                clips = load_cached(folder / f"{name}.safetensors")
+                clips = load_cached(folder / f"{name}.safetensors", ("video", "refs"))
                 n = len(clips["video"])
                 words, captions = captions[:n], captions[n:]
                 save_tensors(build / f"{name}.safetensors",
@@ -128,10 +128,14 @@ def encode_clips(clips, captions, encoders, mask, variants):
             "vit": vit.unflatten(0, shape), "text": text.half()}
 
 
-def load_cached(path):
+def load_cached(path, names=()):
+    """What a file of a cache holds: the lines of a .txt, or tensors of these names."""
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        if path.suffix == ".txt":
+            return path.read_text(encoding="utf-8").splitlines()
+        tensors = safetensors.torch.load_file(path)
+        return {name: tensors[name] for name in names}
+    except (OSError, UnicodeError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}): delete its folder, it is made again") from None
 
 
@@ -144,7 +148,8 @@ class Dataset:
     """
 
     def __init__(self, folder, text_dropout=0.1):
-        self.clips = [load_cached(Path(folder) / f"{people}.safetensors") for people in ("one", "two")]
+        names = ("latents", "refs", "vit", "text")
+        self.clips = [load_cached(Path(folder) / f"{people}.safetensors", names) for people in ("one", "two")]
         self.files, self.text_dropout = sorted(Path(folder).glob("*.model")), text_dropout
 
     def batch(self, views, generators, device):
@@ -204,18 +209,18 @@ PICTURE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;1
 def read_picture(path, size):
     """A picture file -> [3, H, W] in -1..1, size (H, W): EXIF orientation, alpha on white, Lanczos fit,
     white padding."""
-    expected = f"expected a {', '.join(PICTURE_FORMATS)} file"
-    if not Path(path).is_file():
+    formats = f"a {', '.join(PICTURE_FORMATS)} file"
+    if not Path(path).is_file():  # a pipe might never end
         problem = "not a file" if Path(path).exists() else "no such file"
-        raise UserError(f"{path}: {problem}; {expected}")
+        raise UserError(f"{path}: {problem}; expected {formats}")
     try:
         with warnings.catch_warnings(action="ignore"):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURE_FORMATS) as opened:
-                image = ImageOps.exif_transpose(opened)
+            with Image.open(path, formats=PICTURE_FORMATS) as file:  # of others, some start programs
+                image = ImageOps.exif_transpose(file)
                 image.load()
     except Exception as error:  # Pillow's readers raise a dozen kinds
-        raise UserError(f"{path}: not a readable picture ({error}); {expected}") from None
+        raise UserError(f"{path}: not a readable picture ({error}); expected {formats}") from None
     if image.mode not in PICTURE_MODES:
         raise UserError(f"{path}: its pixels are of Pillow's mode {image.mode}, which is not read here; "
                         "save it with 8 or 16 bits a channel")
@@ -229,9 +234,9 @@ def read_picture(path, size):
 
 def view_of(argument):
     """"left=path" or a path with one view's word in its name -> (view, path)."""
-    name, found, path = argument.partition("=")
-    if found and name in VIEWS:
-        return name, path
+    view, equals, path = argument.partition("=")
+    if equals and view in VIEWS:
+        return view, path
     words = [word for word in re.findall("[a-z]+", Path(argument).stem.lower()) if word in VIEWS]
     if len(words) != 1:
         raise UserError(f"{argument}: which view is it? Its name says {' and '.join(words) or 'none'}; "
@@ -258,6 +263,8 @@ def read_jobs(path, seed):
     """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...}, the
     last two optional -> Jobs, their pictures not read yet. seed: of lines without one."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("a pipe or folder")
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable text file ({error})") from None
@@ -284,15 +291,15 @@ def read_job(line, seed):
         raise ValueError(f"unknown key {unknown[0]!r}")
     if not is_text(entry.get("prompt")) or not entry["prompt"].strip():
         raise ValueError("no prompt")
-    if entry.get("seed") is not None:
-        seed = entry["seed"]
-    if not is_seed(seed):
-        raise ValueError(f"seed {seed!r}")
-    people = entry.get("refs") or []
-    for files in people:
+    entry = {"refs": [], "seed": seed} | {key: value for key, value in entry.items() if value is not None}
+    if not is_seed(entry["seed"]):
+        raise ValueError("seed is not a whole number from 0 to 2**63 - 1")
+    if not isinstance(entry["refs"], list):
+        raise ValueError("refs is not a list")
+    for files in entry["refs"]:
         if not isinstance(files, list) or not files or not all(map(is_text, files)):
             raise ValueError("refs is not a list of lists of file names")
-    return Job(entry["prompt"], None, seed, files=people)
+    return Job(entry["prompt"], None, entry["seed"], files=entry["refs"])
 
 
 def write_video(path, video, fps=16, comment=""):
@@ -315,35 +322,42 @@ def contact_sheet(jobs, tile=112):
     Each person is a block of 2 x 2 views on the left, with an empty square for a view that was not given.
     At most eight evenly spaced frames are on the right, the truth's below them, and the prompt is under both.
     """
-    font, gap, line_height, most = ImageFont.load_default(13), 6, 17, 8
+    font, gap, line_height, max_frames = ImageFont.load_default(13), 6, 17, 8
 
     def width_of(picture):  # [3, H, W], when it is `tile` high
         return round(tile * picture.shape[2] / picture.shape[1])
-    pictures = [p for job in jobs for views in job.references or () for p in views.values()]
-    block = max([width_of(picture) for picture in pictures], default=tile)  # width of a person's 2 x 2
+    people = sum((list(job.references or ()) for job in jobs), [])
+    pictures = [next(iter(views.values())) for views in people if views]  # a person's have one size
+    block = max(map(width_of, pictures), default=tile)  # width of a person's 2 x 2
     left = max(len(job.references or ()) for job in jobs) * (block + gap) + gap
-    total = left + gap + max(min(most, job.video.shape[1]) * width_of(job.video[:, 0]) for job in jobs)
-    prompts = [textwrap.fill(job.prompt + job.note, (total - 2 * gap) // 7) for job in jobs]
-    videos = [[job.video] if job.truth is None else [job.video, job.truth] for job in jobs]
-    heights = [tile * len(some) + line_height * (prompt.count("\n") + 1) + 2 * gap
-               for some, prompt in zip(videos, prompts)]
-    sheet = Image.new("RGB", (total, sum(heights) + gap), "white")
+    total = left + gap + max(min(max_frames, job.video.shape[1]) * width_of(job.video[:, 0]) for job in jobs)
+    strips = []  # (videos, prompt in lines, height)
+    for job in jobs:
+        videos = [job.video] if job.truth is None else [job.video, job.truth]
+        prompt = textwrap.wrap(job.prompt + job.note, (total - 2 * gap) // 7)
+        strips.append((videos, prompt, tile * len(videos) + line_height * max(1, len(prompt)) + 2 * gap))
+    sheet = Image.new("RGB", (total, sum(height for *_, height in strips) + gap), "white")
     draw, y = ImageDraw.Draw(sheet), gap
-    for job, some, prompt, height in zip(jobs, videos, prompts, heights):
+    for job, (videos, prompt, height) in zip(jobs, strips):
         for k, views in enumerate(job.references or ()):
-            for v, view in enumerate(VIEWS):
-                corner = (gap + k * (block + gap) + v % 2 * (block // 2), y + v // 2 * (tile // 2))
-                if view in views:
-                    sheet.paste(to_image(views[view], tile // 2, block // 2), corner)
-                draw.rectangle((*corner, corner[0] + block // 2 - 1, corner[1] + tile // 2 - 1),
-                               outline="#cccccc")
-        for i, video in enumerate(some):
-            step = width_of(video[:, 0])
-            frames = torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).round().long()
-            for c, f in enumerate(frames):
-                sheet.paste(to_image(video[:, f], tile - 1, step - 1), (left + c * step, y + i * tile))
+            draw_person(sheet, views, gap + k * (block + gap), y, block, tile)
+        for i, video in enumerate(videos):
+            n, step = min(max_frames, video.shape[1]), width_of(video[:, 0])
+            for column, f in enumerate(torch.linspace(0, video.shape[1] - 1, n).round().long()):
+                frame = to_image(video[:, f], tile - 1, step - 1)
+                sheet.paste(frame, (left + column * step, y + i * tile))
         if job.truth is not None:
             draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
-        draw.multiline_text((gap, y + tile * len(some)), prompt, fill="black", font=font)
+        draw.multiline_text((gap, y + tile * len(videos)), "\n".join(prompt), fill="black", font=font)
         y += height
     return sheet
+
+
+def draw_person(sheet, views, x, y, width, height):
+    """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view."""
+    w, h = width // 2, height // 2
+    for v, view in enumerate(VIEWS):
+        corner = (x + v % 2 * w, y + v // 2 * h)
+        if view in views:
+            sheet.paste(to_image(views[view], h, w), corner)
+        ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")
