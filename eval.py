@@ -1,16 +1,13 @@
 """The toy benchmark: 100 fixed cases over 52 people that training never saw, with exact ground truth.
 
-  python eval.py --ckpt out/toy         tables, OUT/cases.jsonl (a line a case and setting), report.html
-  python eval.py --ablate full no-mfi   trains and measures rows of ABLATIONS, says which CLAIMS hold
+  python eval.py --ckpt out/toy      prints tables; writes OUT/cases.jsonl, a line per result, and report.html
 
 A case is a clip of one or two people whose motion sweeps the yaw. The clip is sampled from its caption and
-references; what it then shows is read by rendering: the same clip with one thing changed (another person,
-yaw, motion, mouth, wall, a reference's pose) is rendered from known parameters, and the nearest rendering
-wins. METRICS says what is read. Intervals are 95 %, by bootstrap over cases. A restart skips finished cases.
+references. What it then shows is read by rendering: the same clip with one thing changed (another person,
+yaw, motion, mouth, wall, or a reference's pose) is rendered from known parameters, and the nearest rendering
+wins. No face network is needed. Intervals are 95 %, by bootstrap over cases. A restart skips finished cases.
 """
-import argparse
 import base64
-import contextlib
 import functools
 import hashlib
 import html
@@ -18,13 +15,11 @@ import io
 import json
 import math
 import os
-import re
-import shlex
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 # before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,18 +28,21 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import find_checkpoint
-from rope import VIEWS, UserError, run_script
-from sample import RECIPES, default_checkpoint, generate, load, noise_of
+import toy
+from checkpoint import (Parser, UserError, atomic_file, check_outputs, find_checkpoint, in_range, lock,
+                        nonempty, read_lines, run_script, source_hash)
+from rope import VIEWS
+from sample import (SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags, uses_bf16)
 
+CASES = 100
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
-SAID = ("motion", "mouth", "wall")  # what of the caption is looked for
+CAPTION_FIELDS = ("motion", "mouth", "wall")  # what of the caption is checked
 ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
-TURNS = torch.arange(-180.0, 180, 15)  # away from the yaw that is asked for: among these a frame's is found
+YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested yaw; the nearest one wins
+COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
-ELSEWHERE = 30  # degrees: a frame asked to face that far from every reference can show a copied pose
-CODE = ("data", "encoders", "eval", "kernels", "model", "rope", "sample")  # a case's numbers depend on these
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
+CODE = ("data", "encoders", "eval", "kernels", "model", "rope", "sample", "toy")  # what the numbers depend on
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -61,46 +59,50 @@ def square(picture, k):
 
 @functools.lru_cache(maxsize=160)
 def renderings(number, k, frames, size):
-    """Person k of case `number` and all that a sampled clip is compared with: a dict of uint8 videos
-    [n, 3, F, S, S] by what differs among them, and the true head's mask [F, S, S]; all of them person k's
-    square of the picture, since nobody else changes."""
-    clip, who = data.benchmark_cases()[number]
-    everybody = data.benchmark_people()
-    own = data.pick(everybody, who[k])
+    """What a sampled clip of case `number` is compared with, in person k's square of the picture:
+    {what differs among them: uint8 videos [n, 3, F, S, S]}, and "mask", the true head's mask [F, S, S].
+    Nobody but person k changes."""
+    clip, cast = toy.benchmark_cases()[number]
+    everybody = toy.benchmark_people()
 
     def copies(n):
-        return data.pick(own, [0] * n)
+        return toy.pick(everybody, [cast[k]] * n)
 
-    def render(clips, person, pose=None):
-        """person: identities, one a clip, in k's place; pose: what of the pose is not the clip's, [n, F]."""
-        people = [person if j == k else None for j in range(len(who))]
-        videos, masks = data.render_clips(clips, people, frames, size, {k: pose or {}})
+    def render(clips, identities, pose=None):
+        """identities: one per clip, in k's place; pose: entries of k's pose that are not the clip's."""
+        people = [None] * len(cast)
+        people[k] = identities
+        videos, masks = toy.render_clips(clips, people, frames, size, {k: pose or {}})
         return data.to_bytes(square(videos, k)), square(masks[:, k], k)
 
-    def others(field, names):
-        """The clip with another name in a field, which has one name a person, or one for all."""
-        before = getattr(clip, field)
-        many = isinstance(before, tuple)
-        clips = [replace(clip, **{field: (*before[:k], n, *before[k + 1:]) if many else n}) for n in names]
-        return render(clips, copies(len(clips)))[0]
+    def vary(clips, pose=None):
+        videos, _ = render(clips, copies(len(clips)), pose)
+        return videos
 
-    def painted(grey):
+    def per_person(names, all_names):
+        """A clip's names, one per person, with each of all names in k's place."""
+        return [(*names[:k], name, *names[k + 1:]) for name in all_names]
+
+    def paint(grey):
         """The person with one attribute in black or in white, for each attribute."""
-        n = len(ATTRIBUTES)
-        person = copies(n)
+        identities = copies(len(ATTRIBUTES))
         for i, name in enumerate(ATTRIBUTES):
-            person[name] = torch.where(torch.arange(n)[:, None] == i, torch.tensor(grey), person[name])
-        return render([clip] * n, person)[0]
-    pictures = {name: v.unflatten(0, (-1, len(VIEWS)))[who[k]][:, None].expand(-1, frames) for name, v in
-                data.reference_pose(data.BENCHMARK_IDENTITIES, data.BENCHMARK_SEED).items()
-                if name in ("yaw", "pitch", "roll", "mouth")}
-    asked = data.clip_pose([clip], k, frames)["yaw"]  # [1, F]
-    everyone, masks = render([clip] * len(everybody["width"]), everybody)
-    return {"people": everyone, "mask": masks[who[k]],
-            "yaw": render([clip] * len(TURNS), copies(len(TURNS)), {"yaw": asked + TURNS[:, None]})[0],
-            "references": render([clip] * len(VIEWS), copies(len(VIEWS)), pictures)[0],
-            "motion": others("motions", data.MOTIONS), "mouth": others("mouths", data.MOUTHS),
-            "wall": others("background", data.BACKGROUNDS), "black": painted(0.0), "white": painted(1.0)}
+            identities[name][i] = grey
+        videos, _ = render([clip] * len(ATTRIBUTES), identities)
+        return videos
+    poses, reference = toy.reference_pose(toy.BENCHMARK_IDENTITIES, toy.BENCHMARK_SEED), {}
+    for name in ("yaw", "pitch", "roll", "mouth"):
+        by_person = poses[name].unflatten(0, (-1, len(VIEWS)))
+        reference[name] = by_person[cast[k]][:, None].expand(-1, frames)
+    requested = toy.clip_pose([clip], k, frames)["yaw"]  # [1, F]
+    people, masks = render([clip] * toy.BENCHMARK_IDENTITIES, everybody)
+    return {"people": people, "mask": masks[cast[k]],
+            "yaw": vary([clip] * len(YAW_OFFSETS), {"yaw": requested + YAW_OFFSETS[:, None]}),
+            "references": vary([clip] * len(VIEWS), reference),
+            "motion": vary([replace(clip, motions=m) for m in per_person(clip.motions, toy.MOTIONS)]),
+            "mouth": vary([replace(clip, mouths=m) for m in per_person(clip.mouths, toy.MOUTHS)]),
+            "wall": vary([replace(clip, background=name) for name in toy.BACKGROUNDS]),
+            "black": paint(0.0), "white": paint(1.0)}
 
 
 def distances(video, candidates):
@@ -117,11 +119,11 @@ def psnr(a, b, mask):
     return min(60.0, float(10 * torch.log10(4 / error))) if weight > 0 else None
 
 
-def named(video, candidates, names, right):
-    """Is the nearest of the renderings the right one; None where the clip does not show the difference."""
+def nearest_is(video, candidates, names, truth):
+    """Is the nearest candidate, of these names, the true one; None if all look alike in this clip."""
     if bool((candidates == candidates[:1]).all()):
         return None
-    return list(names)[int(distances(video, candidates).sum(1).argmin())] == right
+    return list(names)[int(distances(video, candidates).sum(1).argmin())] == truth
 
 
 def colour_error(video, truth, black, white):
@@ -129,105 +131,111 @@ def colour_error(video, truth, black, white):
     weight = (white.float() - black.float()).mean(dim=0) / 255
     if weight.sum() < 2:
         return None
-    mean = ((video - truth) / 2 * weight).sum(dim=(1, 2, 3)) / weight.sum()
-    return float(mean.norm())
+    difference = ((video - truth) / 2 * weight).sum(dim=(1, 2, 3)) / weight.sum()
+    return float(difference.norm())
 
 
-def measure(whole, number, views):
-    """A sampled video `whole` [3, F, S, S or 2 S] of a case, which was given these views ->
-    per person a dict of what METRICS reads."""
-    if not whole.isfinite().all():  # it would be nearest to everything
-        raise UserError(f"case {number}: the sampled video is not finite; the checkpoint has diverged")
-    clip, who = data.benchmark_cases()[number]
-    _, F, S, _ = whole.shape
-    given = [VIEWS.index(view) for view in views]
-    people = []
-    for k, i in enumerate(who):
-        r, video = renderings(number, k, F, S), square(whole, k)
-        truth, mask = data.from_bytes(r["people"][i]), r["mask"]
-        yaw = data.clip_pose([clip], k, F)["yaw"][0]
-        to_view = data.view_distance(yaw[None])[0]  # [V, F]
-        to_person = distances(video, r["people"])  # [52, F]
-        error = to_person.sum(dim=1)
-        copied = [None] * F
-        if views:  # frames that should show none of the references' poses, and which do
-            elsewhere = to_view[given].amin(dim=0) >= ELSEWHERE
-            nearer = distances(video, r["references"])[given].amin(dim=0) < to_person[i]
-            copied = [bool(yes) if counts else None for yes, counts in zip(nearer, elsewhere)]
-        person = {
-            "person": i, "rank": int((error < error[i]).sum()) + 1, "psnr": psnr(video, truth, mask),
-            "yaw": wrap(yaw).tolist(), "turned": TURNS[distances(video, r["yaw"]).argmin(dim=0)].tolist(),
-            "frame_psnr": [psnr(video[:, f], truth[:, f], mask[f]) for f in range(F)],
-            "frame_right": (to_person.argmin(dim=0) == i).tolist(),
-            "seen": [v in given for v in to_view.argmin(dim=0).tolist()], "copied": copied,
-            "motion": named(video, r["motion"], data.MOTIONS, clip.motions[k]),
-            "mouth": named(video, r["mouth"], data.MOUTHS, clip.mouths[k]),
-            "wall": named(video, r["wall"], data.BACKGROUNDS, clip.background),
-            "colour": {name: colour_error(video, truth, r["black"][a], r["white"][a])
-                       for a, name in enumerate(ATTRIBUTES)}}
-        if len(who) == 2:
-            other = who[1 - k]
-            person["swapped"] = bool(error[other] < error[i])
-            person["margin"] = person["psnr"] - psnr(video, data.from_bytes(r["people"][other]), mask)
-        people.append(person)
-    return people
+def measure(video, number, views):
+    """A sampled video [3, F, S, S or 2 S] of a case that was given these views -> what METRICS reads, a dict
+    per person."""
+    _, cast = toy.benchmark_cases()[number]
+    return [measure_person(square(video, k), number, k, views) for k in range(len(cast))]
 
 
-def jitter(p):
-    """Second differences over time of the yaw found beyond those of the yaw asked for, in degrees: 0 for
-    any motion as smooth as the right one, though it be another."""
+def measure_person(video, number, k, views):
+    clip, cast = toy.benchmark_cases()[number]
+    _, F, S, _ = video.shape
+    rendered, person, given = renderings(number, k, F, S), cast[k], [VIEWS.index(view) for view in views]
+    truth, mask = data.from_bytes(rendered["people"][person]), rendered["mask"]
+    yaw = toy.clip_pose([clip], k, F)["yaw"][0]
+    to_view = toy.view_distance(yaw[None])[0]  # degrees, [V, F]
+    to_person = distances(video, rendered["people"])  # [52, F]
+    error = to_person.sum(dim=1)
+    copied = [None] * F
+    if views:  # frames that should show none of the references' poses: do they?
+        far = to_view[given].amin(dim=0) >= COPY_MARGIN
+        copies = distances(video, rendered["references"])[given].amin(dim=0) < to_person[person]
+        copied = [bool(copy) if counts else None for copy, counts in zip(copies, far)]
+    offsets = YAW_OFFSETS[distances(video, rendered["yaw"]).argmin(dim=0)]
+    result = {
+        "person": person, "rank": int((error < error[person]).sum()) + 1, "psnr": psnr(video, truth, mask),
+        "yaw": wrap(yaw).tolist(), "turned": offsets.tolist(),
+        "frame_psnr": [psnr(video[:, f], truth[:, f], mask[f]) for f in range(F)],
+        "frame_right": (to_person.argmin(dim=0) == person).tolist(),
+        "seen": [view in given for view in to_view.argmin(dim=0).tolist()], "copied": copied,
+        "motion": nearest_is(video, rendered["motion"], toy.MOTIONS, clip.motions[k]),
+        "mouth": nearest_is(video, rendered["mouth"], toy.MOUTHS, clip.mouths[k]),
+        "wall": nearest_is(video, rendered["wall"], toy.BACKGROUNDS, clip.background),
+        "colour": {name: colour_error(video, truth, rendered["black"][a], rendered["white"][a])
+                   for a, name in enumerate(ATTRIBUTES)}}
+    if len(cast) == 2:
+        other = cast[1 - k]
+        result["swapped"] = bool(error[other] < error[person])
+        result["margin"] = result["psnr"] - psnr(video, data.from_bytes(rendered["people"][other]), mask)
+    return result
+
+
+def jitter(person):
+    """Second differences over time of the yaw in the video beyond those of the requested yaw, in degrees: 0
+    for any motion as smooth as the right one, though it be another."""
     def bends(yaw):
         return [abs(wrap(c - b) - wrap(b - a)) for a, b, c in zip(yaw, yaw[1:], yaw[2:])]
-    found = bends([yaw + turned for yaw, turned in zip(p["yaw"], p["turned"])])
-    return [max(0.0, f - asked) for f, asked in zip(found, bends(p["yaw"]))]
+    actual = bends([yaw + offset for yaw, offset in zip(person["yaw"], person["turned"])])
+    return [max(0.0, bend - requested) for bend, requested in zip(actual, bends(person["yaw"]))]
 
 
-def on_frames(value, where):
-    return lambda p: [v for v, yes in zip(p[value], where(p)) if yes]
+def one(key):
+    return lambda p: [p.get(key)]
 
 
-def side(p):
-    return [abs(yaw) >= 45 for yaw in p["yaw"]]
+def per_frame(key, low=0, high=181, seen=(True, False)):
+    """A per-frame value where the head is turned by low to high degrees; seen: was the nearest view given"""
+    return lambda p: [value for value, yaw, given in zip(p[key], p["yaw"], p["seen"])
+                      if low <= abs(yaw) < high and given in seen]
 
 
-def seen(p):
-    return p["seen"]
+class Metric(NamedTuple):
+    words: str
+    values: Callable  # one person's result -> its values; None where the clip does not show it
+    percent: bool = False  # a rate, shown in per cent
 
 
-def unseen(p):
-    return [not s for s in p["seen"]]
-
-
-METRICS = {  # name: (what it is, its values in one person's result, shown as per cent)
-    "psnr": ("PSNR on the head against the truth, dB", lambda p: [p["psnr"]], False),
-    "side": ("PSNR of frames that face 45 degrees or more away", on_frames("frame_psnr", side), False),
-    "seen": ("PSNR of frames whose nearest view was given", on_frames("frame_psnr", seen), False),
-    "unseen": ("PSNR of frames whose nearest view was not given", on_frames("frame_psnr", unseen), False),
-    "top-1": ("right person nearest of 52 in the same clip, chance 1.9 %", lambda p: [p["rank"] == 1], True),
-    "top-1 seen": ("right person nearest in a frame whose nearest view was given",
-                   on_frames("frame_right", seen), True),
-    "top-1 unseen": ("right person nearest in a frame whose nearest view was not given",
-                     on_frames("frame_right", unseen), True),
-    "swaps": ("nearer to the clip's other person than to the right one", lambda p: [p.get("swapped")], True),
-    "margin": ("PSNR to the right person minus that to the other, dB", lambda p: [p.get("margin")], False),
-    "colour": (f"distance to the right colour where it is visible, RGB 0..1, mean of {', '.join(ATTRIBUTES)}",
-               lambda p: p["colour"].values(), False),
-    **{name: (f"the same of {name} alone", lambda p, name=name: [p["colour"][name]], False)
+METRICS = {
+    "psnr": Metric("PSNR on the head against the truth, dB", one("psnr")),
+    "side": Metric("PSNR of frames that face 45 degrees or more away, dB", per_frame("frame_psnr", 45)),
+    "seen": Metric("PSNR of frames whose nearest view was given, dB", per_frame("frame_psnr", seen=[True])),
+    "unseen": Metric("PSNR of the other frames, dB", per_frame("frame_psnr", seen=[False])),
+    "top-1": Metric("right person nearest of 52 in the clip, chance 1.9 %", lambda p: [p["rank"] == 1], True),
+    "top-1 seen": Metric("the same in a frame whose nearest view was given",
+                         per_frame("frame_right", seen=[True]), True),
+    "top-1 unseen": Metric("the same in the other frames", per_frame("frame_right", seen=[False]), True),
+    "swaps": Metric("nearer to the clip's other person than to the right one", one("swapped"), True),
+    "margin": Metric("PSNR to the right person minus that to the other, dB", one("margin")),
+    "colour": Metric("distance to the right colour where it is visible, RGB 0..1, mean of "
+                     + ", ".join(ATTRIBUTES), lambda p: p["colour"].values()),
+    **{name: Metric(f"the same of {name} only", lambda p, name=name: [p["colour"][name]])
        for name in ATTRIBUTES},
-    "copied": (f"frames nearer to a reference's pose, of those asked {ELSEWHERE} degrees or more from all",
-               lambda p: p["copied"], True),
-    "yaw": ("error of the yaw found in each frame, degrees", lambda p: map(abs, p["turned"]), False),
-    "jitter": ("roughness of the yaw found, beyond the right one's, degrees a frame a frame", jitter, False),
-    "motion": ("right motion nearest of 6, chance 17 %", lambda p: [p["motion"]], True),
-    "mouth": ("right mouth nearest of 3, chance 33 %", lambda p: [p["mouth"]], True),
-    "wall": ("right background nearest of 6, chance 17 %", lambda p: [p["wall"]], True),
-    "caption": ("motion, mouth and wall, those that are right", lambda p: [p[name] for name in SAID], True),
-    "loss": ("of the velocity with every slot a proxy", lambda p: p.get("loss", ()), False),
+    "copied": Metric(f"frames nearer to a given reference's pose, of those that should face {COPY_MARGIN} "
+                     "degrees or more from all", lambda p: p["copied"], True),
+    "yaw": Metric("error of the yaw in each frame, degrees", lambda p: map(abs, p["turned"])),
+    "jitter": Metric("roughness of the yaw beyond the right one's, degrees per frame per frame", jitter),
+    "motion": Metric("right motion nearest of 6, chance 17 %", one("motion"), True),
+    "mouth": Metric("right mouth nearest of 3, chance 33 %", one("mouth"), True),
+    "wall": Metric("right background nearest of 6, chance 17 %", one("wall"), True),
+    "caption": Metric("motion, mouth and wall: those that are right",
+                      lambda p: [p[name] for name in CAPTION_FIELDS], True),
 }
-
-
 HEADLINE = ("psnr", "side", "top-1", "swaps")  # printed with their intervals; the report has all
-DETAILS = ("seen", "unseen", "top-1 seen", "top-1 unseen", "margin", "copied", "yaw", "jitter", *SAID)
+DETAILS = ("seen", "unseen", "top-1 seen", "top-1 unseen", "margin", "copied", "yaw", "jitter",
+           *CAPTION_FIELDS)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+    mean: float
+    low: float
+    high: float
 
 
 def mean(values):
@@ -236,73 +244,128 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def select(rows, people=(1, 2), settings=SETTINGS):
-    return [r for r in rows if len(r["people"]) in people and r["setting"] in settings]
+def select(results, n_people=(1, 2), settings=SETTINGS):
+    return [r for r in results if len(r["people"]) in n_people and r["setting"] in settings]
 
 
-def by_case(rows, metric):
-    """{case: the metric's mean over its rows, people and frames}, without cases that do not show it."""
+def by_case(results, metric):
+    """{case: a Metric's mean over its results, people and frames}, without cases that do not show it."""
     values = {}
-    for row in rows:
-        values.setdefault(row["case"], []).extend(v for p in row["people"] for v in METRICS[metric][1](p))
-    means = {case: mean(values[case]) for case in sorted(values)}  # any order of rows, one interval
-    return {case: v for case, v in means.items() if v is not None}
+    for result in results:
+        for person in result["people"]:
+            values.setdefault(result["case"], []).extend(metric.values(person))
+    means = {case: mean(values[case]) for case in sorted(values)}  # any order of results, one interval
+    return {case: value for case, value in means.items() if value is not None}
 
 
-def interval(values, within=None, draws=2000):
-    """Mean of a list and its 95 % bootstrap interval -> (mean, low, high), or None for an empty list.
-    Rates, and differences of rates, that are alike in all n cases, where a bootstrap sees no spread, get 3/n
-    (the rule of three), `within` the least and the most that they can be."""
+def interval(values, bounds=None, draws=2000):
+    """The Estimate of a list's mean, by bootstrap; None for an empty list. For rates, and differences of
+    rates, bounds are the least and the most: where all n are alike, they get 3/n (the rule of three)."""
     if not values:
         return None
-    if within and len(set(values)) == 1:
+    if bounds and len(set(values)) == 1:
         value, spread = values[0], 3 / len(values)
-        return value, max(within[0], value - spread), min(within[1], value + spread)
+        return Estimate(value, max(bounds[0], value - spread), min(bounds[1], value + spread))
     values = torch.tensor(values, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
     means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
-    return float(values.mean()), *torch.quantile(means, torch.tensor([0.025, 0.975]).double()).tolist()
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975]).double()).tolist()
+    return Estimate(float(values.mean()), low, high)
 
 
-def estimate(rows, metric, *which):
-    """A metric of the rows that `select` finds, over cases."""
-    values = list(by_case(select(rows, *which), metric).values())
-    return interval(values, (0, 1) if METRICS[metric][2] else None)
+def estimate(results, metric):
+    """The Estimate of a Metric over the cases of these results."""
+    return interval(list(by_case(results, metric).values()), (0, 1) if metric.percent else None)
 
 
-def shown(found, per_cent=False, signed=False):
-    """(mean, low, high) as text."""
+def show(found, percent=False, signed=False, with_interval=True):
+    """An Estimate as text, "20.31 [19.86, 20.72]", with the digits that its interval deserves."""
     if found is None:
         return "-"
-    a, low, high = (100 * v if per_cent else v for v in found)
-    digits = 0 if per_cent else 4 if 0 < max(-low, high) < 0.05 else 2
-    a, low, high = (round(v, digits) + 0.0 for v in (a, low, high))  # no -0
-    return f"{a:{'+' if signed else ''}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    digits = 2
+    if percent:
+        found, digits = Estimate(*(100 * v for v in found)), 0
+    elif 0 < max(-found.low, found.high) < 0.05:
+        digits = 4
+    average, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in found)  # + 0.0: no -0
+    if signed and not average.startswith("-"):
+        average = "+" + average
+    return f"{average} [{low}, {high}]" if with_interval else average
 
 
-def table(rows, metrics, show=shown):
-    """A header, and for each number of people and views given a line of cells."""
-    groups = [((n,), [setting]) for n in (1, 2) for setting in SETTINGS if select(rows, (n,), [setting])]
-    return [["people, views given", *(name + " %" * METRICS[name][2] for name in metrics)],
-            *([f"{n}, {setting}", *(show(estimate(rows, name, (n,), [setting]), METRICS[name][2])
-                                    for name in metrics)] for (n,), (setting,) in groups)]
+def title(metric):
+    return metric + " %" if METRICS[metric].percent else metric
+
+
+def table(results, metrics, with_interval=True):
+    """A header, and a line of cells for each number of people and setting."""
+    lines = [["people, views given", *map(title, metrics)]]
+    for n_people in (1, 2):
+        for setting in SETTINGS:
+            group = select(results, (n_people,), [setting])
+            if group:
+                cells = [show(estimate(group, METRICS[name]), METRICS[name].percent, False, with_interval)
+                         for name in metrics]
+                lines.append([f"{n_people}, {setting}", *cells])
+    return lines
 
 
 def align(lines):
-    """Rows of cells as text in columns."""
-    wide = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, wide))) for line in lines)
+    """Lines of cells as text in columns."""
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines]
+    return "\n".join(text)
+
+
+def loss_estimates(losses):
+    """Over cases, the prior's loss at each of SIGMAS."""
+    return [interval([loss[i] for loss in losses.values()]) for i in range(len(SIGMAS))]
+
+
+def caption_estimates(results):
+    """How often each of CAPTION_FIELDS is right without references."""
+    return [estimate(select(results, settings=["none"]), METRICS[name]) for name in CAPTION_FIELDS]
 
 
 # --------------------------------------------------------------------------------------------------- sampling
-def finished(path, run):
-    """Rows of cases.jsonl that an earlier call wrote for the same run; a half-written line is no row."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("run") == run]
+class Plan(NamedTuple):
+    """What is measured of a checkpoint; benchmark_flags ask for it."""
+    cases: list  # case numbers
+    settings: list
+    recipe: dict  # a row of SAMPLE_RECIPES
+    batch: int = 20  # cases that share a forward
+    precision: str = "auto"
+
+
+class Evaluation(NamedTuple):
+    """What was measured of one checkpoint."""
+    results: list  # a dict per case and setting: "case", "setting", "people" (see measure), "strip"
+    losses: dict  # case -> the prior's loss at each of SIGMAS
+    frames: int
+    size: int  # pixels a side
+
+
+def checksum(line):
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:12]
+
+
+def read_results(path, run):
+    """The lines of cases.jsonl that an earlier call wrote for the same run. A line that was cut off or
+    changed since does not fit its checksum and is measured again."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: choose another --out")
+    lines = [line for line in read_lines(path) if line.get("run") == run]
+    return [line for line in lines if line.pop("checksum", None) == checksum(line)]
+
+
+def append(path, line):
+    """Add a line to cases.jsonl, below whatever is there."""
+    text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):  # a line that a kill cut off
+            text = "\n" + text
+        file.write(text.encode())
 
 
 def strip(video):
@@ -315,63 +378,81 @@ def strip(video):
 
 @torch.no_grad()
 def prior_loss(model, encoders, clips, videos, seeds):
-    """Mean squared error of the velocity at SIGMAS with every slot a proxy: per clip one list."""
+    """Mean squared error of the velocity at SIGMAS without references, in float32: one list per clip."""
     x0 = encoders.encode(videos).to(model.device)
-    text = encoders.text([data.caption(clip) for clip in clips]).to(model.device)
-    noise = noise_of(x0.shape[1:], seeds).to(model.device)
-    nobody = [{} for _ in clips[0].motions]
+    text = encoders.text([toy.caption(clip) for clip in clips]).to(model.device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = data.noise_of(x0.shape[1:], generators).to(model.device)
+    no_refs = [{} for _ in clips[0].motions]
+    no_vit = [None for _ in no_refs]
     losses = []
     for sigma in SIGMAS:
         t = torch.full((len(x0),), 1000 * sigma, device=model.device)
-        v = model((1 - sigma) * x0 + sigma * noise, t, text, nobody, [None for _ in nobody])
+        v = model((1 - sigma) * x0 + sigma * noise, t, text, no_refs, no_vit)
         losses.append((v - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
     return torch.stack(losses, dim=1).tolist()
 
 
-def evaluate(ckpt, cases, settings, recipe, path, batch=20):
-    """Sample and measure the cases of a checkpoint under each setting; every row is appended to `path` as it
-    is finished, and rows that are there already are not made again -> all rows of this run, and the frames
-    and pixels a side of its videos."""
-    model, encoders, meta = load(ckpt)
-    if meta["kind"] != "toy":
-        raise UserError(f"{ckpt} is no checkpoint of the toy world, which this benchmark is made of")
-    frames, size = meta["world"]["frames"], meta["world"]["size"]
-    run = json.dumps([meta["sha256"], meta["config"], meta["world"], recipe, data.code_of(*CODE)],
-                     sort_keys=True)
-    run = hashlib.sha256(run.encode()).hexdigest()[:12]
-    rows = finished(path, run)
-    done = {(row["case"], row["setting"]) for row in rows}
-    bench, pictures = data.benchmark_cases(), data.benchmark_references(size)
-    todo = [[n for n in cases if len(bench[n][1]) == people and (n, setting) not in done]
-            for people in (1, 2) for setting in (*settings, "prior")]
-    bar = tqdm(total=sum(map(len, todo)), desc="evaluating", unit=" videos", disable=None)
-    with open(path, "a+") as file:
-        file.seek(max(0, file.tell() - 1))
-        if file.read() not in ("", "\n"):  # a line that was cut off
-            file.write("\n")
-        for setting, numbers in zip((*settings, "prior") * 2, todo):
-            for at in range(0, len(numbers), batch):
-                part = numbers[at:at + batch]
-                clips, who = zip(*(bench[n] for n in part))
-                if setting == "prior":
-                    truths = torch.stack([data.benchmark_truth(n, frames, size) for n in part])
-                    made = [{"people": [{"loss": loss}] * len(who[0])}
-                            for loss in prior_loss(model, encoders, clips, truths, part)]
-                else:
-                    refs = [{v: pictures[[w[k] for w in who], VIEWS.index(v)] for v in SETTINGS[setting]}
-                            for k in range(len(who[0]))]
-                    videos = generate(model, encoders, [data.caption(c) for c in clips], refs, frames,
-                                      data.frame_size(size, len(refs)), part, recipe)
-                    made = ({"people": measure(video, n, SETTINGS[setting]), "strip": strip(video)}
-                            for n, video in zip(part, videos))
-                for n, result in zip(part, made):
-                    rows.append({"run": run, "case": n, "setting": setting, **result})
-                    file.write(json.dumps(rows[-1]) + "\n")
-                    file.flush()
-                    bar.update()
-    bar.close()
-    rows = [row for row in rows if row["case"] in cases and row["setting"] in (*settings, "prior")]
-    return rows, (frames, size)
+def run_key(model, found, plan):
+    """A short name for all that a result depends on. Under bf16 a video depends in its last digits on those
+    that it shares a forward with, so the cases and --batch count too."""
+    precision = "bf16" if uses_bf16(model.device, model.precision) else "fp32"
+    parts = [found.meta["sha256"], found.meta["config"], found.meta["world"], plan.recipe, plan.cases,
+             plan.batch, model.device.type, precision, source_hash(*CODE)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def cut_batches(cases, batch):
+    """Case numbers in batches with equally many people. All cases are cut, finished or not, so that a restart
+    samples the same batches."""
+    batches = []
+    for n_people in (1, 2):
+        same = [n for n in cases if len(toy.benchmark_cases()[n][1]) == n_people]
+        batches += [same[i:i + batch] for i in range(0, len(same), batch)]
+    return batches
+
+
+def evaluate(ckpt, plan, path):
+    """Sample and measure a checkpoint -> Evaluation. Every result is appended to `path` at once, and those of
+    an earlier call are kept. A batch of which any result is missing is sampled again as a whole, since its
+    other videos change the last digits."""
+    model, encoders, found = load(ckpt, precision=plan.precision)
+    if found.kind != "toy":
+        raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
+    frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
+    run = run_key(model, found, plan)
+    results, losses = {}, {}
+    for line in read_results(path, run):
+        if "loss" in line:
+            losses[line["case"]] = line["loss"]
+        else:
+            results[line["case"], line["setting"]] = line
+    for numbers in tqdm(cut_batches(plan.cases, plan.batch), "evaluating", unit=" batches", disable=None):
+        clips, casts = zip(*(toy.benchmark_cases()[n] for n in numbers))
+        for setting in plan.settings:
+            missing = [n for n in numbers if (n, setting) not in results]
+            if not missing:
+                continue
+            views, jobs = SETTINGS[setting], []
+            for n, clip, cast in zip(numbers, clips, casts):
+                references = toy.held_out_references(cast, views, size)
+                jobs.append(data.Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
+            videos = generate(model, encoders, jobs, plan.recipe, frames, len(jobs))
+            for n, video in zip(numbers, videos):
+                if n in missing:
+                    results[n, setting] = {"run": run, "case": n, "setting": setting,
+                                           "people": measure(video, n, views), "strip": strip(video)}
+                    append(path, results[n, setting])
+        missing = [n for n in numbers if n not in losses]
+        if missing:
+            truths = torch.stack([toy.benchmark_truth(n, frames, size) for n in numbers])
+            for n, loss in zip(numbers, prior_loss(model, encoders, clips, truths, numbers)):
+                if n in missing:
+                    losses[n] = loss
+                    append(path, {"run": run, "case": n, "loss": loss})
+    # sorted, since a restart measures in another order
+    results = [result for _, result in sorted(results.items()) if result["setting"] in plan.settings]
+    return Evaluation(results, {n: losses[n] for n in plan.cases}, frames, size)
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -379,318 +460,170 @@ COLOURS = {"none": "#999999", "front": "#d95f02", "front+left": "#7570b3", "all"
            "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
 
 
-def plot(title, ticks, series, per_cent=False):
-    """Means with 95 % intervals as an inline SVG. series: {name: one estimate, or None, a tick}."""
-    series = {name: [e and [v * (100 if per_cent else 1) for v in e] for e in line]
-              for name, line in series.items() if any(line)}
-    known = [v for line in series.values() for e in line if e for v in e]
-    if not known:
+def tick_values(low, high):
+    """Round numbers from at most `low` to at least `high`, 1, 2 or 5 of a power of ten apart."""
+    span = high - low or 1
+    step = 10 ** math.floor(math.log10(span / 2))
+    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def plot(heading, labels, series, percent=False):
+    """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}."""
+    series, ends = {name: estimates for name, estimates in series.items() if any(estimates)}, []
+    for estimates in series.values():
+        for e in filter(None, estimates):
+            ends += e
+    if not ends:
         return ""
-    low, high = min(known), max(known)
-    step = 10 ** math.floor(math.log10((high - low or 1) / 2))  # between ticks: 1, 2 or 5 of a power of ten
-    step *= next(m for m in (1, 2, 5, 10) if (high - low or 1) / (m * step) <= 5)
-    low = math.floor(low / step) * step
-    high = max(low + step, math.ceil(high / step - 1e-9) * step)
+    ticks, factor = tick_values(min(ends), max(ends)), 100 if percent else 1
     W, H, left, top, bottom = 430, 250, 46, 26, 40
 
     def y(v):
-        return top + (high - v) / (high - low) * (H - top - bottom)
+        return top + (ticks[-1] - v) / (ticks[-1] - ticks[0]) * (H - top - bottom)
 
     def x(i, shift=0.0):
-        return left + (i + 0.5 + shift) * (W - left - 10) / len(ticks)
-    parts = [f'<text x="{left}" y="14" font-weight="bold">{html.escape(title)}</text>']
-    for i in range(round((high - low) / step) + 1):
-        v = low + i * step
+        return left + (i + 0.5 + shift) * (W - left - 10) / len(labels)
+    parts = [f'<text x="{left}" y="14" font-weight="bold">{html.escape(heading)}</text>']
+    for v in ticks:
         parts.append(f'<line x1="{left}" x2="{W - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#eee"/>'
-                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>')
-    parts += [f'<text x="{x(i):.1f}" y="{H - bottom + 16}" text-anchor="middle">{html.escape(tick)}</text>'
-              for i, tick in enumerate(ticks)]
-    for s, (name, line) in enumerate(series.items()):
-        shift, colour = (s - (len(series) - 1) / 2) * 0.09, COLOURS.get(name, "#444")
-        points = [(x(i, shift), *map(y, e)) for i, e in enumerate(line) if e]
-        parts.append('<polyline fill="none" stroke="{}" points="{}"/>'.format(
-            colour, " ".join(f"{a:.1f},{b:.1f}" for a, b, _, _ in points)))
-        parts += [f'<line x1="{a:.1f}" x2="{a:.1f}" y1="{c:.1f}" y2="{d:.1f}" stroke="{colour}"/>'
-                  f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>' for a, b, c, d in points]
-        parts.append(f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; {name}</text>')
+                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{factor * v:.3g}</text>')
+    parts += [f'<text x="{x(i):.1f}" y="{H - bottom + 16}" text-anchor="middle">{html.escape(label)}</text>'
+              for i, label in enumerate(labels)]
+    for s, (name, estimates) in enumerate(series.items()):
+        shift, colour, points = (s - (len(series) - 1) / 2) * 0.09, COLOURS.get(name, "#444"), []
+        for i, e in enumerate(estimates):
+            if e:
+                at = f"{x(i, shift):.1f}"
+                points.append(f"{at},{y(e.mean):.1f}")
+                parts.append(f'<line x1="{at}" x2="{at}" y1="{y(e.low):.1f}" y2="{y(e.high):.1f}" stroke='
+                             f'"{colour}"/><circle cx="{at}" cy="{y(e.mean):.1f}" r="3.5" fill="{colour}"/>')
+        parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
+                     f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; {name}</text>')
     return f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}">{"".join(parts)}</svg>'
 
 
-def by_yaw(rows, value):
-    """A per-frame value of one setting's rows in each of YAW_BINS: estimates over cases."""
-    def of(row, low, high):
-        return mean([v for p in row["people"] for v, yaw in zip(p[value], p["yaw"])
-                     if low <= abs(yaw) < high])
-    within = (0, 1) if value == "frame_right" else None
-    return [interval([v for row in rows if (v := of(row, *ends)) is not None], within) for ends in YAW_BINS]
+def by_yaw(results, key, percent=False):
+    """A per-frame value of one setting's results in each of YAW_BINS: Estimates over cases."""
+    return [estimate(results, Metric("", per_frame(key, low, high), percent)) for low, high in YAW_BINS]
 
 
-def prior(rows):
-    """The loss at each of SIGMAS over cases, with every slot a proxy."""
-    losses = [row["people"][0]["loss"] for row in rows if row["setting"] == "prior"]
-    return [interval([float(loss[i]) for loss in losses]) for i in range(len(SIGMAS))]
+def figure(png, caption):
+    return (f'<figure><img src="data:image/png;base64,{html.escape(png)}">'
+            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
-def followed(rows):
-    """How often each of SAID is right with every slot a proxy."""
-    return [estimate(rows, name, (1, 2), ["none"]) for name in SAID]
-
-
-def picture(png, caption):
-    return (f'<figure><img src="data:image/png;base64,{png}"><figcaption>{html.escape(caption)}</figcaption>'
-            '</figure>')
-
-
-def case_html(number, rows, frames, size):
-    """One case: what was given, what was asked, and for each setting what came."""
-    clip, who = data.benchmark_cases()[number]
-    references = data.benchmark_references(size)
-    parts = [f"<h3>Case {number}: {html.escape(data.caption(clip))}</h3><div>"]
-    parts += [picture(strip(references[i].transpose(0, 1)), f"references of person {i}: {', '.join(VIEWS)}")
-              for i in who]
-    parts.append(picture(strip(data.benchmark_truth(number, frames, size)), "ground truth"))
-    for row in sorted(rows, key=lambda r: list(SETTINGS).index(r["setting"])):
-        said = "; ".join(f"{p['psnr']:.1f} dB, rank {p['rank']}{', swapped' * bool(p.get('swapped'))}"
-                         for p in row["people"])
-        parts.append(picture(row["strip"], f"given {row['setting']}: {said}"))
+def case_html(number, results, frames, size):
+    """One case: its references, the truth, and the video under each setting."""
+    clip, cast = toy.benchmark_cases()[number]
+    parts = [f"<h3>Case {number}: {html.escape(toy.caption(clip))}</h3><div>"]
+    for i in cast:
+        pictures = toy.benchmark_references(size)[i].transpose(0, 1)
+        parts.append(figure(strip(pictures), f"references of person {i}: {', '.join(VIEWS)}"))
+    parts.append(figure(strip(toy.benchmark_truth(number, frames, size)), "ground truth"))
+    for result in sorted(results, key=lambda r: list(SETTINGS).index(r["setting"])):
+        words = f"given {result['setting']}:"
+        for person in result["people"]:
+            swapped = ", swapped" if person.get("swapped") else ""
+            words += f" {person['psnr']:.1f} dB, rank {person['rank']}{swapped};"
+        parts.append(figure(result["strip"], words.removesuffix(";")))
     return "".join(parts) + "</div>"
 
 
-def report(path, title, rows, base, frames, size):
-    """Write report.html: table, plots, every case with the worst first. base: rows of the run's stage 1."""
-    shown_settings = [s for s in SETTINGS if select(rows, settings=[s])]
+def report(path, heading, evaluations):
+    """Write report.html: the table, plots, every case with the worst first. evaluations: {"this checkpoint":
+    its Evaluation, "its stage 1": that of the run's first stage, where there is one}"""
+    results, _, frames, size = evaluations["this checkpoint"]
     bins = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
-    plots = []
-    for people, words in ((1, "one person"), (2, "two people")):
-        of = {s: select(rows, (people,), [s]) for s in shown_settings}
+    settings, plots = [s for s in SETTINGS if select(results, settings=[s])], []
+    for n_people, words in ((1, "one person"), (2, "two people")):
+        groups = {s: select(results, (n_people,), [s]) for s in settings}
         plots += [plot(f"PSNR by yaw, {words}, dB", bins,
-                       {s: by_yaw(r, "frame_psnr") for s, r in of.items()}),
+                       {s: by_yaw(group, "frame_psnr") for s, group in groups.items()}),
                   plot(f"right person nearest by yaw, {words}, % of frames", bins,
-                       {s: by_yaw(r, "frame_right") for s, r in of.items()}, True)]
-    swaps = [estimate(rows, "swaps", (2,), [s]) for s in shown_settings]
-    plots += [plot("swaps by views given, two people, %", shown_settings, {"this checkpoint": swaps}, True),
-              plot("loss by noise level, every slot a proxy", [str(s) for s in SIGMAS],
-                   {"this checkpoint": prior(rows), "its stage 1": prior(base)}),
-              plot("caption followed, every slot a proxy, %", SAID,
-                   {"this checkpoint": followed(rows), "its stage 1": followed(base)}, True)]
-    header, *lines = zip(*table(rows, [name for name in METRICS if name != "loss"]))
-    cells = "".join("<tr><td title='{}'>{}</td>{}</tr>".format(
-        html.escape(METRICS[name.removesuffix(" %")][0]), name, "".join(f"<td>{c}</td>" for c in line))
-        for name, *line in lines)
-    legend = "".join(f"<li><b>{name}</b>: {html.escape(words)}</li>"
-                     for name, (words, _, _) in METRICS.items())
-    cases = {}
-    for row in select(rows):
-        cases.setdefault(row["case"], []).append(row)
-    most = shown_settings[-1]  # views given
-    worst = sorted(cases, key=lambda n: mean([p["psnr"] for row in select(cases[n], settings=[most])
-                                              for p in row["people"]]))
-    path.write_text(f"""<!doctype html><meta charset="utf-8"><title>HarmoView: toy benchmark</title><style>
+                       {s: by_yaw(group, "frame_right", True) for s, group in groups.items()}, True)]
+    swaps = [estimate(group, METRICS["swaps"]) for group in groups.values()]
+    losses = {name: loss_estimates(e.losses) for name, e in evaluations.items()}
+    captions = {name: caption_estimates(e.results) for name, e in evaluations.items()}
+    plots += [plot("swaps by views given, two people, %", settings, {"this checkpoint": swaps}, True),
+              plot("loss by noise level, no references", [str(s) for s in SIGMAS], losses),
+              plot("caption followed, no references, %", CAPTION_FIELDS, captions, True)]
+    header, *columns = zip(*table(results, METRICS))
+    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in columns]
+    legend = "".join(f"<li><b>{name}</b>: {html.escape(m.words)}</li>" for name, m in METRICS.items())
+    cases, quality = {}, {}
+    for result in results:
+        cases.setdefault(result["case"], []).append(result)
+        if result["setting"] == settings[-1]:  # most views
+            quality[result["case"]] = mean([person["psnr"] for person in result["people"]])
+    galleries = [case_html(n, cases[n], frames, size) for n in sorted(cases, key=quality.get)]
+    page = f"""<!doctype html><meta charset="utf-8"><title>HarmoView: toy benchmark</title><style>
 body {{ font: 14px sans-serif; margin: 2em; max-width: 1320px }} svg {{ font: 11px sans-serif; margin: 6px }}
 table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 3px 9px; text-align: right }}
 tr:nth-child(even) {{ background: #f5f5f5 }} td:first-child {{ text-align: left }} li {{ margin: 2px }}
-img {{ height: 72px; image-rendering: pixelated; display: block }}
-h3 {{ font-size: 13px; margin: 22px 0 4px }}
+img {{ height: 72px; image-rendering: pixelated; display: block }} h3 {{ margin: 22px 0 4px }}
 figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
 figcaption {{ font-size: 11px; color: #555 }}</style>
-<h1>HarmoView on the toy benchmark</h1><p>{html.escape(title)}. Means over cases with 95 % bootstrap
-intervals. </p>
-<table><tr>{''.join(f'<th>{h}</th>' for h in header)}</tr>{cells}</table><ul>{legend}</ul>
+<h1>HarmoView on the toy benchmark</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap
+intervals.</p>
+<table><tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>{''.join(lines)}</table><ul>{legend}</ul>
 <div>{''.join(plots)}</div><h2>All cases, the worst first</h2>
-{''.join(case_html(n, cases[n], frames, size) for n in worst)}""", encoding="utf-8")
+{''.join(galleries)}"""
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------------------------- ablations
-ABLATIONS = {  # row: flags of train.py
-    "full": "",
-    "no-mfi": "--no-mfi",
-    "no-proxies": "--proxy-tokens 0",
-    "append": "--rope-layout append",
-    "append-no-proxies": "--rope-layout append --proxy-tokens 0",
-    "direct": "--no-curriculum",
-    "front-only": "--front-only",
-    "phantom": "--rope-layout append --proxy-tokens 0 --no-mfi",
-    # Mv2ID, on references that are frames of the clip itself
-    "mv2id-base": "--pairs in --rope-layout append --proxy-tokens 0 --no-mfi",
-    "mv2id-rd": "--pairs in --rope-layout rd --proxy-tokens 0 --no-mfi",
-    "mv2id-mask": "--pairs in --rope-layout append --proxy-tokens 0 --no-mfi --mask 0.6",
-    "mv2id-both": "--pairs in --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6",
-}
-GIVEN = ("front", "front+left", "all")
-IN_PAIR = GIVEN[:2]  # in-pair training has no backs
-CLAIMS = [  # what the abstracts say; (row, settings) that should be better than (row, settings); metric, sign
-    ("MFI raises identity", ("full", GIVEN), ("no-mfi", GIVEN), "psnr", 1),
-    ("MFI raises identity, append without proxies",
-     ("append-no-proxies", GIVEN), ("phantom", GIVEN), "psnr", 1),
-    ("proxies unify one to four views", ("full", GIVEN), ("no-proxies", GIVEN), "psnr", 1),
-    ("proxies unify one to four views, append", ("append", GIVEN), ("append-no-proxies", GIVEN), "psnr", 1),
-    ("proxies help where the generated view has no reference",
-     ("full", GIVEN[:2]), ("no-proxies", GIVEN[:2]), "unseen", 1),
-    ("Jump-RoPE lowers crosstalk", ("full", GIVEN), ("append", GIVEN), "swaps", -1),
-    ("Jump-RoPE lowers crosstalk", ("full", GIVEN), ("append", GIVEN), "margin", 1),  # swaps are rare
-    # proxies keep append's identities apart too, by four; without them a dropped view moves the second person
-    ("Jump-RoPE lowers crosstalk, without proxies",
-     ("no-proxies", GIVEN), ("append-no-proxies", GIVEN), "margin", 1),
-    ("the curriculum beats direct training", ("full", GIVEN), ("direct", GIVEN), "psnr", 1),
-    ("the curriculum keeps the text-to-video prior", ("full", ["prior"]), ("direct", ["prior"]), "loss", -1),
-    ("the curriculum keeps the text-to-video prior", ("full", ["none"]), ("direct", ["none"]), "caption", 1),
-    ("several views beat one at large yaw", ("full", ["all"]), ("front-only", ["front"]), "side", 1),
-    ("region masking lowers copy-paste", ("mv2id-both", IN_PAIR), ("mv2id-rd", IN_PAIR), "copied", -1),
-    ("region masking costs a little similarity", ("mv2id-rd", IN_PAIR), ("mv2id-both", IN_PAIR), "psnr", 1),
-    ("RD-RoPE makes motion more natural", ("mv2id-rd", IN_PAIR), ("mv2id-base", IN_PAIR), "jitter", -1),
-]
+# -------------------------------------------------------------------------------------------------------- CLI
+def benchmark_flags(add):
+    """Flags that say what is measured; claims.py has them too."""
+    case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
+    add("--limit", type=case_count, default=CASES, help="for a quick look: so many cases, spread over all")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
+    add("--batch", type=case_count, default=20, help="cases sampled together")
+    recipe_flags(add)
 
 
-# the 97.5th percentile of Student's t by degrees of freedom; beyond the last it falls to 1.96
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
-
-
-def complete(runs, settings):
-    """The rows at these settings of those runs, one a seed, that have all of them."""
-    found = [select(rows, settings=settings) for rows in runs]
-    return [rows for rows in found if {r["setting"] for r in rows} == set(settings)]
-
-
-def seed_variance(results, metric, settings):
-    """Variance between seeds of a metric's mean over cases, pooled over all rows -> it (0 where no row has
-    two seeds) and its degrees of freedom."""
-    squares = freedom = 0
-    for runs in results.values():
-        means = [m for rows in complete(runs, settings)
-                 if (m := mean(by_case(rows, metric).values())) is not None]
-        if means:
-            centre = mean(means)
-            squares += sum((m - centre) ** 2 for m in means)
-            freedom += len(means) - 1
-    return squares / max(1, freedom), freedom
-
-
-def verdict(results, better, other, metric, sign):
-    """"holds" or "does not hold" where the difference of a claim's two sides leaves zero out twice: in its
-    interval over cases, seeds averaged, and in its interval over seeds; else "not decided", as always
-    without a second seed. With both intervals, as (mean, low, high).
-
-    results        {row: one list of rows of cases.jsonl a seed}
-    better, other  (row, settings)
-    """
-    sides, error, freedom = [], 0.0, math.inf
-    for row, settings in (better, other):
-        runs = complete(results.get(row, ()), settings)
-        if not runs:
-            return "not run", None, None
-        sides.append(by_case(sum(runs, []), metric))
-        variance, degrees = seed_variance(results, metric, settings)
-        error, freedom = error + variance / len(runs), min(freedom, degrees)
-    a, b = sides
-    cases = interval([sign * (a[case] - b[case]) for case in sorted(a.keys() & b.keys())],
-                     (-1, 1) if METRICS[metric][2] else None)
-    if cases is None or not freedom:
-        return "not decided", cases, None
-    half = T975[min(freedom, len(T975)) - 1] * math.sqrt(error)
-    seeds = cases[0], cases[0] - half, cases[0] + half
-    if any(low <= 0 <= high for _, low, high in (cases, seeds)):
-        return "not decided", cases, seeds
-    return "holds" if cases[0] > 0 else "does not hold", cases, seeds
-
-
-def ablate(names, args, recipe, cases):
-    """Train and measure rows of ABLATIONS, each from where an earlier call left it; print table and verdicts
-    of all rows that were ever measured for the same --config and --train."""
-    # a folder for each way to train, or --resume would go on from another one's checkpoints
-    root = Path(args.out) / "ablate" / re.sub(r"[^\w.]+", "-", " ".join([args.config, *args.train]))
-
-    @functools.cache
-    def measured(out):
-        return evaluate(out, cases, args.settings, recipe, out / "cases.jsonl", args.batch)[0]
-    for seed in range(args.seeds):
-        for name in names:
-            out = root / f"{name}-{seed}"
-            command = [sys.executable, str(Path(__file__).with_name("train.py")), "--config", args.config,
-                       "--no-samples", "--out", str(out), "--resume", "--seed", str(seed),
-                       *shlex.split(ABLATIONS[name]), *args.train]
-            print(" ".join(command[1:]), flush=True)
-            start = time.perf_counter()
-            if subprocess.run(command).returncode:
-                raise UserError(f"row {name}: training failed; mend it and repeat, finished rows are kept")
-            measured(out)
-            print(f"row {name}, seed {seed}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
-    results = {}
-    for name in ABLATIONS:
-        if files := sorted(root.glob(f"{name}-[0-9]*/cases.jsonl")):
-            results[name] = [measured(file.parent) for file in files]
-    columns = [(people, s, metric) for people in (1, 2) for s in args.settings if s in ("front", "all")
-               for metric in ("psnr", "top-1", "swaps")[:1 + people]]
-    lines = [["row", "seeds", *(f"{people} {s} {metric}" for people, s, metric in columns)]]
-    for name, runs in results.items():
-        lines.append([name, str(len(runs)), *(
-            shown(estimate(sum(runs, []), metric, (people,), [s]), METRICS[metric][2])
-            for people, s, metric in columns)])
-    print(align(lines))
-    lines = [["claim", "verdict", "metric", "in its favour, over cases", "over seeds"]]
-    for words, *sides in CLAIMS:
-        said, *intervals = verdict(results, *sides)
-        lines.append([words, said, sides[2], *(shown(i, METRICS[sides[2]][2], True) for i in intervals)])
-    print(align(lines))
+def plan_of(args):
+    """benchmark_flags -> Plan; says what it is."""
+    cases = sorted({i * CASES // args.limit for i in range(args.limit)})
+    recipe = override(SAMPLE_RECIPES["toy"], args)
+    plan = Plan(cases, list(dict.fromkeys(args.settings)), recipe, args.batch, args.precision)
+    print(f"{len(cases)} cases, given {', '.join(plan.settings)}; "
+          + ", ".join(f"{name} {value}" for name, value in recipe.items() if value))
+    return plan
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", help="checkpoint folder, or a run's folder: its newest one (as sample.py)")
-    p.add_argument("--out", default="out/eval", help="folder for cases.jsonl and report.html")
-    p.add_argument("--limit", type=int, default=100,
-                   help="only this many cases, spread over the 100, for a quick look")
-    p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
-    p.add_argument("--batch", type=int, default=20, help="cases sampled together")
-    p.add_argument("--steps", type=int, default=RECIPES["toy"]["steps"], help="solver steps")
-    p.add_argument("--shift", type=float, default=RECIPES["toy"]["shift"], help="timestep shift")
-    p.add_argument("--guide-text", type=float, default=1.0, help="guidance towards the caption; 1 is none")
-    p.add_argument("--guide-refs", type=float, default=RECIPES["toy"]["guide_refs"],
-                   help="guidance towards the references; 1 is none")
-    p.add_argument("--ablate", nargs="*", metavar="ROW", help=f"rows to train and measure, of "
-                   f"{', '.join(ABLATIONS)}; none named: all")
-    p.add_argument("--seeds", type=int, default=2, help="seeds of each row; one alone decides no claim")
-    p.add_argument("--config", default="toy", choices=("tiny", "toy", "toy64"), help="what --ablate trains")
-    p.add_argument("--train", default=[], type=shlex.split, metavar="FLAGS",
-                   help="further flags of train.py for every row")
+    meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
+    p = Parser(description=__doc__, epilog=f"what the columns mean:\n{meanings}")
+    p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
+    p.add_argument("--out", type=nonempty, default="out/eval", help="folder for cases.jsonl and report.html")
+    benchmark_flags(p.add_argument)
     args = p.parse_args(argv)
-    if not 1 <= args.limit <= 100:
-        raise UserError(f"--limit {args.limit}: expected 1 to 100 cases")
-    for name in ("batch", "steps", "seeds", "shift"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: expected more than 0")
-    out = Path(args.out)
-    data.probe_writable(out)
-    cases = sorted({i * 100 // args.limit for i in range(args.limit)})
-    recipe = RECIPES["toy"] | dict(steps=args.steps, shift=args.shift, guide_text=(args.guide_text,),
-                                   guide_refs=args.guide_refs)
-    print(f"{len(cases)} cases, given {', '.join(args.settings)}; "
-          + ", ".join(f"{name} {value}" for name, value in recipe.items() if value))
-    if args.ablate is not None:
-        if unknown := set(args.ablate) - set(ABLATIONS):
-            raise UserError(f"--ablate {' '.join(sorted(unknown))}: expected {', '.join(ABLATIONS)}")
-        given = {flag.split("=")[0] for flag in args.train}
-        if own := given & {"--seed", "--out", "--config", "--stage"}:
-            raise UserError(f"--train {' '.join(args.train)}: {', '.join(sorted(own))} is set by eval.py "
-                            "itself; it has --seeds, --out and --config")
-        return ablate(args.ablate or list(ABLATIONS), args, recipe, cases)
     start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
-    rows, world = evaluate(ckpt, cases, args.settings, recipe, out / "cases.jsonl", args.batch)
-    base, first = [], find_checkpoint(Path(ckpt) / "stage1")
-    if first:
-        base, _ = evaluate(first, cases, [s for s in args.settings if s == "none"], recipe,
-                           out / "cases.jsonl", args.batch)
-    print(align(table(rows, HEADLINE)))
-    for names in (DETAILS, ("colour", *ATTRIBUTES)):
-        print(align(table(rows, names, lambda found, per_cent: shown(found, per_cent).split(" [")[0])))
-    lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *(f"{name} %" for name in SAID)]]
-    for name, r in (("this checkpoint", rows), ("its stage 1", base)):
-        if r:
-            lines.append([name, *map(shown, prior(r)), *(shown(found, True) for found in followed(r))])
-    print(align(lines))
-    report(out / "report.html", f"{ckpt}: {recipe['steps']} steps, reference guidance {recipe['guide_refs']}",
-           rows, base, *world)
-    print(f"{out / 'cases.jsonl'} and {out / 'report.html'} in {time.perf_counter() - start:.0f} s")
+    with lock(args.out):
+        path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
+        check_outputs([page], [])
+        plan = plan_of(args)
+        evaluations = {"this checkpoint": evaluate(ckpt, plan, path)}
+        first = find_checkpoint(Path(ckpt) / "stage1")
+        if first:
+            settings = [s for s in plan.settings if s == "none"]
+            evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path)
+        results = evaluations["this checkpoint"].results
+        print(align(table(results, HEADLINE)))
+        for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
+            print(align(table(results, metrics, with_interval=False)))
+        lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
+        for name, evaluation in evaluations.items():
+            rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
+            lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
+        print(align(lines))
+        report(page, f"{ckpt}: {plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}",
+               evaluations)
+        print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "a smaller --batch")
