@@ -89,12 +89,12 @@ def encode_cache(folder, encoders, mask=0.0, variants=4):
     with lock(folder, wait=True):
         if result.exists():
             return result
-        captions = load_cached(folder / "captions.txt")
+        one, two = (load_cached(folder / f"{name}.safetensors", ("video", "refs")) for name in ("one", "two"))
+        n, captions = len(one["video"]), load_cached(folder / "captions.txt")
+        if len(captions) != n + len(two["video"]):
+            raise damaged(folder / "captions.txt", f"{len(captions)} lines")
         with atomic_folder(result) as build:
-            for name in ("one", "two"):
-                clips = load_cached(folder / f"{name}.safetensors", ("video", "refs"))
-                n = len(clips["video"])
-                words, captions = captions[:n], captions[n:]
+            for name, clips, words in (("one", one, captions[:n]), ("two", two, captions[n:])):
                 save_tensors(build / f"{name}.safetensors",
                              encode_clips(clips, words, encoders, mask, variants))
             for file in encoders.files:
@@ -128,15 +128,19 @@ def encode_clips(clips, captions, encoders, mask, variants):
             "vit": vit.unflatten(0, shape), "text": text.half()}
 
 
+def damaged(path, cause):
+    return UserError(f"{path} is damaged ({cause}): delete its folder, it is made again")
+
+
 def load_cached(path, names=()):
     """What a file of a cache holds: the lines of a .txt, or tensors of these names."""
     try:
         if path.suffix == ".txt":
-            return path.read_text(encoding="utf-8").splitlines()
+            return path.read_text(encoding="utf-8").split("\n")[:-1]
         tensors = safetensors.torch.load_file(path)
         return {name: tensors[name] for name in names}
     except (OSError, UnicodeError, KeyError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete its folder, it is made again") from None
+        raise damaged(path, error) from None
 
 
 class Dataset:

@@ -1,0 +1,439 @@
+import contextlib
+import hashlib
+import re
+import shutil
+from dataclasses import replace
+
+import av
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, call, run
+from PIL import Image
+from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
+
+import data
+import toy
+from rope import VIEWS, UserError
+
+
+RED = torch.tensor([1.0, 0.0, 1.0])  # a patch colour nothing else has
+
+
+def person(**changes):
+    """One identity with everything the patches could be mistaken for made grey."""
+    one = {k: v.clone() for k, v in toy.draw_identities(1, 3).items()}
+    for name in ("skin", "hair", "eyes", "lips", "patch_left", "patch_right", "patch_back"):
+        one[name] = torch.full((1, 3), 0.5)
+    return one | {k: torch.as_tensor(v)[None] for k, v in changes.items()}
+
+
+def magenta(identity, yaw, size=64):
+    """Number of pixels with the patch colour at a yaw."""
+    pose = {
+        "yaw": torch.tensor([float(yaw)]),
+        **{k: torch.zeros(1) for k in ("pitch", "roll", "mouth", "y")},
+        "scale": torch.tensor([0.6]),
+        "light": torch.tensor([[0.0, 0.4, 1.0]]),
+        "light_colour": torch.ones(1, 3),
+        "shirt": torch.full((1, 3), 0.5),
+    }
+    rgb, _, _ = toy.render_heads(identity, pose, size)
+    return int((rgb[0, 0] - rgb[0, 1] > 0.1).sum())
+
+
+@pytest.mark.parametrize("patch", toy.PATCHES)
+def test_a_patch_shows_in_its_own_view_only(patch):
+    one = person(**{f"patch_{patch}": RED})
+    seen = {view: magenta(one, toy.VIEW_YAW[view]) for view in VIEWS}
+    assert seen[patch] > 40
+    assert seen["front"] == 0
+    opposite = {"left": "right", "right": "left"}.get(patch)
+    assert opposite is None or seen[opposite] == 0
+
+
+def test_the_left_patch_is_invisible_from_the_whole_right():
+    one = person(patch_left=RED)
+    assert [magenta(one, yaw) for yaw in range(0, 100, 10)] == [0] * 10
+    assert all(magenta(one, yaw) > 20 for yaw in (-60, -90, -120))
+
+
+def test_yaw_turns_to_the_named_side():
+    """In the left view the nose points to the picture's left edge; pitch > 0 looks up."""
+    one = person()
+    one["nose"] = torch.tensor([0.4])
+    pose = {k: torch.zeros(3) for k in ("roll", "mouth", "y")}
+    pose |= {
+        "yaw": torch.tensor([-85.0, 85, 0]),
+        "pitch": torch.tensor([0.0, 0, 30]),
+        "scale": torch.full((3,), 0.6),
+        "light": torch.ones(3, 3),
+        "light_colour": torch.ones(3, 3),
+        "shirt": torch.zeros(3, 3),
+    }
+    one["eyes"] = RED[None]
+    three = toy.pick(one, torch.zeros(3, dtype=torch.int64))
+    rgb, _, head = toy.render_heads(three, pose, 64)
+    column = torch.arange(64.0)
+    middle = (head * column).sum((1, 2, 3)) / head.sum((1, 2, 3))
+    assert middle[0] < 31.5 < middle[1]
+    eyes = rgb[2, 0] - rgb[2, 1] > 0.1
+    level = toy.render_heads(
+        toy.pick(one, 0),
+        {k: v[:1] for k, v in (pose | {"yaw": torch.zeros(3), "pitch": torch.zeros(3)}).items()},
+        64,
+    )[0]
+    assert (
+        eyes.nonzero()[:, 0].float().mean() < (level[0, 0] - level[0, 1] > 0.1).nonzero()[:, 0].float().mean()
+    )
+
+
+def test_identities_differ_and_training_never_sees_the_held_out():
+    held = toy.draw_identities(52, toy.BENCHMARK_SEED)
+    trained = toy.draw_identities(500, toy.TRAIN_SEED + 1)
+    again = toy.draw_identities(52, toy.BENCHMARK_SEED)
+    assert all(torch.equal(held[k], again[k]) for k in held)
+    looks = torch.cat([held[f"patch_{p}"] for p in toy.PATCHES] + [held["skin"], held["hair"]], 1)
+    others = torch.cat([trained[f"patch_{p}"] for p in toy.PATCHES] + [trained["skin"], trained["hair"]], 1)
+    assert torch.cdist(looks, others).min() > 0.02
+    assert (torch.cdist(looks, looks) + 10 * torch.eye(52)).min() > 0.05
+
+
+@pytest.mark.parametrize("people", [1, 2])
+def test_captions_say_every_parameter_and_nothing_else(people):
+    """Two clips have the same caption exactly if they are the same; every name stands in it word for word."""
+    clips = toy.draw_clips(300, people, "captions")
+    assert len({toy.caption(c) for c in clips}) == len(set(clips))
+    for clip in clips[:50]:
+        words = toy.caption(clip)
+        assert all(
+            name in words for name in (*clip.motions, *clip.mouths, clip.zoom, clip.light, clip.background)
+        )
+        assert all(f"a {shirt} shirt" in words for shirt in clip.shirts)
+        assert words.index(clip.motions[0]) <= words.rindex(clip.motions[-1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"zoom": "a slow zoom in"},
+        {"light": "warm light"},
+        {"background": "a sunset"},
+        {"motions": ("nods",)},
+        {"mouths": ("the mouth open",)},
+        {"shirts": ("blue",)},
+    ],
+)
+def test_what_the_caption_says_is_what_the_renderer_shows(change):
+    one = toy.draw_identities(1, 5)
+    base = toy.Clip(
+        ("tilts the head",), ("the mouth closed",), ("red",), "a close-up", "soft light", "a grey wall"
+    )
+    other = replace(base, **change)
+    (a, b), _ = toy.render_clips([base, other], [toy.pick(one, [0, 0])], 6, 32)
+    assert (a - b).abs().max() > 0.1 and toy.caption(base) != toy.caption(other)
+
+
+def test_rendering_is_exact_ground_truth_for_anybody():
+    """Re-rendering a clip with another identity changes that person's pixels and nothing else."""
+    people = toy.draw_identities(4, 6)
+    clip = toy.draw_clips(1, 2, "truth")[0]
+    (a,), mask = toy.render_clips([clip], [toy.pick(people, 0), toy.pick(people, 1)], 6, 32)
+    (again,), _ = toy.render_clips([clip], [toy.pick(people, 0), toy.pick(people, 1)], 6, 32)
+    (b,), other = toy.render_clips([clip], [toy.pick(people, 2), toy.pick(people, 1)], 6, 32)
+    assert torch.equal(a, again) and a.shape == (3, 6, 32, 64) and mask.shape == (1, 2, 6, 32, 64)
+    right = torch.zeros(64, dtype=torch.bool)
+    right[34:] = True
+    assert torch.equal(a[..., right], b[..., right]) and not torch.equal(a[..., ~right], b[..., ~right])
+    assert torch.equal(mask[0, 1][..., right], other[0, 1][..., right])
+
+
+def test_references_are_cross_pair_or_from_the_clip():
+    who = toy.draw_identities(2, 8)
+    cross = toy.render_references(who, 1, 32)
+    assert cross.shape == (2, 4, 3, 32, 32) and (cross[:, :, :, 0, 0] == 1).all()  # on white
+    assert torch.equal(cross, toy.render_references(who, 1, 32))
+    assert not torch.equal(cross, toy.render_references(who, 2, 32))
+    clip = toy.Clip(
+        ("sweeps rightwards",), ("the mouth open",), ("red",), "a close-up", "warm light", "a sunset"
+    )
+    a, b = (toy.render_references(who, 1, 32, [replace(clip, shirts=(s,))] * 2) for s in ("red", "blue"))
+    assert (a - b)[:, :3].abs().amax() > 0.5  # in-pair references wear the clip's shirt
+
+
+def test_view_distance_wraps_around():
+    yaw = torch.tensor([[-180.0, 0.0, 190.0, -85.0]])
+    distance = toy.view_distance(yaw)[0]
+    assert distance[VIEWS.index("back")].tolist() == [0, 180, 10, 95]
+    assert distance[VIEWS.index("left")].tolist()[3] == 0
+
+
+def test_the_benchmark_is_fixed():
+    cases = toy.benchmark_cases()
+    assert [len(who) for _, who in cases] == [1] * 60 + [2] * 40
+    assert all(set(clip.motions) <= set(toy.SWEEPS) and len(set(who)) == len(who) for clip, who in cases)
+    assert cases == toy.benchmark_cases()
+    assert len({i for _, who in cases for i in who}) > 40
+
+
+@pytest.mark.parametrize("motion", toy.IN_PAIR_MOTIONS)
+def test_in_pair_motions_show_the_in_pair_views(motion):
+    clip = replace(toy.draw_clips(1, 1, 0)[0], motions=(motion,))
+    distance = toy.view_distance(toy.clip_pose([clip], 0, 6)["yaw"])[0].amin(dim=1)
+    assert all(distance[VIEWS.index(view)] < 25 for view in toy.IN_PAIR_VIEWS)
+    assert distance[VIEWS.index("back")] > 60
+
+
+# ------------------------------------------------------------------------------------------------ every pixel
+def fingerprint(picture):
+    """Of the bytes that a file would hold: the floats' last bits differ from CPU to CPU."""
+    return hashlib.sha256(data.to_bytes(picture).numpy().tobytes()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(
+    "people, words, videos, heads, cross_pair, in_pair",
+    [
+        (1, "d664d59b0eab", "03ff1f5212bc", "0b240c0d53a5", "7675fb8d7edf", "d842e4b3f854"),
+        (2, "0618a4b3d5a6", "5662241809ee", "39226877b84f", "5b78620bcbb2", "57b070783bae"),
+    ],
+)
+def test_the_world_stays_as_it_was(people, words, videos, heads, cross_pair, in_pair):
+    """Captions and pixels as commit 0814555 made them. Another world would make every number in README.md and
+    every checkpoint stale."""
+    clips, identities = toy.draw_clips(12, people, "pixels"), toy.draw_identities(12 * people, 5)
+    captions = "\n".join(map(toy.caption, clips))
+    assert hashlib.sha256(captions.encode()).hexdigest()[:12] == words
+    cast = [toy.pick(identities, range(12 * k, 12 * k + 12)) for k in range(people)]
+    video, masks = toy.render_clips(clips, cast, 6, 32)
+    assert (fingerprint(video), fingerprint(masks)) == (videos, heads)
+    assert fingerprint(toy.render_references(identities, 3, 32)) == cross_pair
+    assert fingerprint(toy.render_references(cast[-1], 3, 32, clips, people - 1, 6)) == in_pair
+
+
+def test_a_pose_of_ones_own_replaces_the_clips():
+    base = toy.draw_clips(1, 1, "pose")[0]
+    away, nods = (replace(base, motions=(motion,)) for motion in ("turns away", "nods"))
+    one = [toy.draw_identities(1, 1)]
+    pose = {angle: toy.clip_pose([away], 0, 4)[angle] for angle in ("yaw", "pitch", "roll")}
+    posed, _ = toy.render_clips([nods], one, 4, 32, {0: pose})
+    assert torch.equal(posed, toy.render_clips([away], one, 4, 32)[0])
+    assert not torch.equal(posed, toy.render_clips([nods], one, 4, 32)[0])
+
+
+def test_nobody_is_the_background():
+    clips = toy.draw_clips(3, 2, "empty")
+    video, masks = toy.render_clips(clips, [None, None], 2, 32)
+    walls = toy.background([clip.background for clip in clips], (32, 64)) * 2 - 1
+    assert not masks.any() and torch.equal(video, walls[:, :, None].expand(-1, -1, 2, -1, -1))
+
+
+def test_held_out_jobs_show_benchmark_cases():
+    for views in (None, ("left", "back")):
+        jobs = toy.held_out(views, 3, 32)
+        assert len(jobs) == len(toy.SHOWN)
+        for job, (case, default) in zip(jobs, toy.SHOWN, strict=True):
+            clip, indices = toy.benchmark_cases()[case]
+            assert job.prompt == toy.caption(clip) and job.size == (32, 32 * len(indices))
+            assert torch.equal(job.truth, toy.benchmark_truth(case, 3, 32))
+            for person, index in zip(job.references, indices, strict=True):
+                assert tuple(person) == (views or default)
+                for view, picture in person.items():
+                    assert torch.equal(picture, toy.benchmark_references(32)[index, VIEWS.index(view)])
+
+
+# -------------------------------------------------------------------------------------------- frozen networks
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    toy.train_tokenizer(folder / toy.ToyEncoders.TOKENIZER)
+    return toy.ToyEncoders(folder, 32)
+
+
+def test_latents_are_pixels_and_come_back_as_such(encoders):
+    video = data.from_bytes(torch.randint(256, (2, 3, 5, 32, 64), dtype=torch.uint8))
+    latent = encoders.encode(video)
+    assert latent.shape[1:] == encoders.latent_shape(5, (32, 64))
+    assert torch.equal(encoders.decode(latent), video) and encoders.decode(3 * latent).abs().max() <= 1
+
+
+def test_the_frozen_networks_tell_captions_and_pictures_apart(encoders):
+    clips = toy.draw_clips(20, 1, 0) + toy.draw_clips(20, 2, 0)
+    tokens = encoders.text([toy.caption(clip) for clip in clips])
+    assert tokens.shape[::2] == (40, toy.TEXT_DIM) and tokens.shape[1] <= 512
+    assert (torch.cdist(tokens.flatten(1), tokens.flatten(1)) + torch.eye(40)).min() > 0.01
+    features = encoders.features(toy.benchmark_references(32)[:20, 0])
+    assert features.shape[::3] == (20, toy.VIT_DIM) and features.shape[1] == len(toy.VIT_LEVELS)
+    assert (torch.cdist(features.flatten(1), features.flatten(1)) + torch.eye(20)).min() > 0.01
+
+
+# -------------------------------------------------------------------------------------------------- its cache
+TWO_CLIPS = (32, 2, (2, 2))  # size, frames, clips
+
+
+@pytest.fixture(scope="module", params=["cross", "in"])
+def cache(request, tmp_path_factory):
+    return request.param, toy.render_cache(tmp_path_factory.mktemp("root"), *TWO_CLIPS, request.param)
+
+
+def test_a_cache_holds_the_clips_that_its_captions_say(cache):
+    pairs, folder = cache
+    assert names(folder) == ["captions.txt", "one.safetensors", "spiece.model", "two.safetensors"]
+    captions = (folder / "captions.txt").read_text().splitlines()
+    motions = (*toy.MOTIONS, *toy.SWEEPS) if pairs == "cross" else toy.IN_PAIR_MOTIONS
+    for people, name in ((1, "one"), (2, "two")):
+        tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
+        clips = toy.draw_clips(2, people, toy.TRAIN_SEED, motions)
+        assert captions[2 * people - 2 : 2 * people] == [toy.caption(clip) for clip in clips]
+        assert tensors["video"].shape == (2, 3, 2, 32, 32 * people)
+        assert tensors["refs"].shape == (2, people, 4, 3, 32, 32)
+        identities = toy.draw_identities(2 * people, toy.TRAIN_SEED + people)
+        cast = [toy.pick(identities, range(2 * k, 2 * k + 2)) for k in range(people)]
+        assert torch.equal(tensors["video"], data.to_bytes(toy.render_clips(clips, cast, 2, 32)[0]))
+
+
+def test_a_cache_is_rendered_once(cache, monkeypatch):
+    pairs, folder = cache
+    monkeypatch.setattr(toy, "render_training", None)
+    assert toy.render_cache(folder.parent, *TWO_CLIPS, pairs) == folder
+
+
+def test_a_sweep_is_drawn_twice_as_often_where_references_are_cross_pair(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(toy, "render_training", lambda clips, *rest: drawn.extend(clips) or {})
+    monkeypatch.setattr(toy, "save_tensors", lambda path, tensors: path.touch())
+    toy.render_cache(tmp_path, 32, 2, (4000, 1))
+    share = sum(clip.motions[0] in toy.SWEEPS for clip in drawn) / len(drawn)
+    assert 0.77 < share < 0.83  # 8 of 10
+
+
+def render(root, log):
+    """render_cache and encode_cache, with a line in `log` for everything that is computed."""
+    for module, name in ((toy, "render_training"), (data, "encode_clips")):
+        function = getattr(module, name)
+
+        def logging(*arguments, function=function, name=name):
+            with open(log, "a") as file:
+                file.write(f"{name}\n")
+            return function(*arguments)
+
+        setattr(module, name, logging)
+    folder = toy.render_cache(root, *TWO_CLIPS)
+    data.encode_cache(folder, toy.ToyEncoders(folder, 32))
+
+
+def test_processes_that_share_a_cache_wait_for_one_another(tmp_path):
+    processes = [fork(render, tmp_path / "root", tmp_path / "log") for _ in range(3)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert sorted((tmp_path / "log").read_text().split()) == ["encode_clips"] * 2 + ["render_training"] * 2
+    assert not list(tmp_path.rglob(".unfinished-*"))
+
+
+def test_what_a_killed_rendering_leaves_is_removed_by_the_next(tmp_path):
+    process = fork(toy.render_cache, tmp_path, 32, 2, (100_000, 1))
+    wait_for(lambda: list(tmp_path.glob(".unfinished-*")))
+    kill(process)
+    assert list(tmp_path.glob(".unfinished-*"))
+    folder = toy.render_cache(tmp_path, *TWO_CLIPS)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", folder.name}
+
+
+@pytest.mark.parametrize("file", ["captions.txt", "one.safetensors", "two.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "junk"])
+def test_a_damaged_cache_says_that_deleting_it_mends_it(file, damage, tmp_path, encoders):
+    folder = toy.render_cache(tmp_path, *TWO_CLIPS)
+    path = folder / file
+    content = path.read_bytes()
+    broken = {"cut": content[: len(content) // 2], "empty": b"", "junk": b"\xff" * 99}
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(broken[damage])
+    with pytest.raises(UserError, match="is damaged .*: delete its folder, it is made again") as error:
+        data.encode_cache(folder, encoders)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    shutil.rmtree(folder)
+    assert (toy.render_cache(tmp_path, *TWO_CLIPS) / file).read_bytes() == content
+
+
+# -------------------------------------------------------------------------------------------------------- CLI
+PICTURES = [f"{name}_{view}.png" for name in toy.NAMES for view in VIEWS]
+SAMPLES = sorted([*PICTURES, "captions.txt", *(f"clip{n}.mp4" for n in (1, 2, 3, 4))])
+
+
+def test_samples_are_files_to_look_at(tmp_path):
+    said = call("toy.py", "--out", "x", "--size", 32, "--frames", 3, "--fps", 5, cwd=tmp_path)
+    assert names(tmp_path / "x") == SAMPLES
+    captions = (tmp_path / "x" / "captions.txt").read_text().splitlines()
+    assert [line.partition(": ")[2] for line in said.splitlines()] == captions
+    for n, caption in enumerate(captions, 1):
+        with av.open(str(tmp_path / "x" / f"clip{n}.mp4")) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert container.streams.video[0].average_rate == 5
+        assert len(frames) == 3 and frames[0].shape == (256, 512 if "two people" in caption else 256, 3)
+    four = toy.pick(toy.benchmark_people(), range(4))
+    pictures = toy.render_references(four, toy.BENCHMARK_SEED, 32).flatten(0, 1)
+    for name, picture in zip(PICTURES, pictures, strict=True):
+        read = data.read_picture(tmp_path / "x" / name, (32, 32))
+        assert torch.equal(data.to_bytes(read), data.to_bytes(picture))
+
+
+@pytest.mark.parametrize("place", range(0, 24, 5))
+def test_samples_never_overwrite_half_a_file(place, tmp_path, monkeypatch):
+    """The disk is full in the middle of a file: what was there stays, what came before is whole."""
+    for name in SAMPLES:
+        (tmp_path / name).write_text("old")
+    pictures = []
+
+    def full(picture, *size):
+        pictures.append(picture)
+        if len(pictures) > place:
+            raise FULL_DISK
+        return real(picture, *size)
+
+    real = data.to_image
+    for module in (data, toy):
+        monkeypatch.setattr(module, "to_image", full)
+    with pytest.raises(OSError, match="No space left"):
+        toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
+    assert names(tmp_path) == SAMPLES
+    for name in SAMPLES:
+        if (tmp_path / name).read_bytes() != b"old":
+            opening = av.open(str(tmp_path / name)) if name.endswith("mp4") else Image.open(tmp_path / name)
+            with contextlib.closing(opening):
+                pass
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("", "the following arguments are required: --out"),
+        ("--out x --size 33", "--size 33: expected an even number"),
+        ("--out x --size 8", "--size: got '8', expected 16 to 1024 pixels"),
+        ("--out x --size 1e3", "--size: got '1e3'"),
+        ("--out x --size nan", "--size: got 'nan'"),
+        ("--out x --frames 0", "--frames: got '0', expected 1 to 1000 frames"),
+        ("--out x --frames 100000000000000000000", "--frames: got"),
+        ("--out x --fps 0", "--fps: got '0', expected 1 to 240 frames a second"),
+        ("--out x --fps 2147483648", "--fps: got"),
+        ("--out file", "cannot write to file"),
+        ("--out file/below", "cannot write to file/below"),
+        ("--out x --siz 32", "unrecognized arguments"),
+        ("--out x toy", "unrecognized arguments: toy"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        toy.main(arguments.split())
+    assert re.search(says, str(error.value)) and "\n" not in str(error.value)
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_script_exits_with_that_line(tmp_path):
+    line = run(ROOT / "toy.py", "--size", 33, "--out", "x", cwd=tmp_path, fails=True)
+    assert line.startswith("toy.py: --size 33")
+    (tmp_path / "x" / "clip1.mp4").mkdir(parents=True)
+    line = run(ROOT / "toy.py", "--size", 16, "--frames", 1, "--out", "x", cwd=tmp_path, fails=True)
+    assert line.startswith("toy.py: ") and "clip1.mp4" in line
