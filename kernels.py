@@ -108,7 +108,7 @@ def _load(row, c, D: constexpr, BLOCK: constexpr, POLICY: constexpr):
 
 @jit
 def _angles(positions, cos, sin, token, P, K: constexpr, T: constexpr, H: constexpr, SPAN: constexpr):
-    """token_angles of one token, [1, SPAN // 2]: of a head, or of a block where K is not a power of two. T pairs
+    """token_angles of one token, [1, SPAN // 2]: of a head, or of a block if K is not a power of two. T pairs
     of a head rotate by t, the next H by h. To gather takes 384 instructions, sin and cos would take 1,040."""
     pair = tl.arange(0, SPAN // 2) % (K // 2)
     position = tl.load(positions + token * 3 + (pair >= T).to(tl.int32) + (pair >= T + H).to(tl.int32))
