@@ -8,9 +8,11 @@ One --refs per person, in the caption's order. A file's view is the word front, 
 name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames
 on the right.
 """
+import argparse
 import functools
 import json
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -22,8 +24,8 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, find_checkpoint, frame_rate,
-                        in_range, nonempty, positive, probe_writable, read_meta, run_script,
+from checkpoint import (Parser, UserError, atomic_file, check_files, check_outputs, count, find_checkpoint,
+                        frame_rate, in_range, nonempty, probe_writable, read_meta, run_script,
                         save_checkpoint, seed_number)
 from data import Job
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
@@ -78,7 +80,7 @@ def solve(velocity, x, steps, shift, solver):
             x = x + (then - now) * velocity(x, t)
         return x
 
-    lam = [math.inf if s == 0 else -math.inf if s == 1 else math.log((1 - s) / s) for s in sigma.tolist()]
+    lam = ((1 - sigma) / sigma).log().tolist()  # -inf at sigma 1, inf at 0
     sigma = sigma.tolist()
 
     def step(x, i, x0, slope):
@@ -137,7 +139,7 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
 
 class Experts:
     """One network, or Wan2.2's two: the first for t >= 1000 * boundary, the second below. Each is loaded when
-    it is first asked and only one is held. Called like HarmoView.
+    it is first asked, and only one is in memory. Called like HarmoView.
 
     load  one function a network, () -> HarmoView on the device
     """
@@ -164,29 +166,24 @@ class Experts:
 
 
 # ----------------------------------------------------------------------------------------------- the pipeline
-def stack_references(jobs):
-    """The references of jobs with the same views: one {view: pictures [B, 3, h, w]} per identity, or None."""
-    if jobs[0].references is None:
-        return None
-    stacked = []
-    for k, views in enumerate(jobs[0].references):
-        stacked.append({view: torch.stack([job.references[k][view] for job in jobs]) for view in views})
-    return stacked
-
-
-def encode_references(encoders, batches, device):
-    """For each batch of jobs with the same views (refs, vit) as HarmoView.forward takes them.
-    All latents first, then all features, so that each network loads once."""
-    pictures = [stack_references(jobs) for jobs in batches]
-    refs, vit = [], []
-    for identities in pictures:
-        latents = [{view: encoders.encode(picture[:, :, None])[:, :, 0].to(device)
-                    for view, picture in views.items()} for views in identities or ()]
-        refs.append(None if identities is None else latents)
-    for identities in pictures:
-        features = [encoders.features(views["front"]).to(device) if "front" in views else None
-                    for views in identities or ()]
-        vit.append(None if identities is None else features)
+# A person's reference has three names on its way: job.files (what --refs gives), job.references (pictures),
+# and refs and vit (its latents, and the ViT features of a frontal one), which the network takes.
+def encode_references(encoders, batches, with_vit, device):
+    """For each batch of jobs with the same views: refs and vit, as HarmoView.forward takes them.
+    All latents first, then all features, so that each encoder loads once."""
+    if batches[0][0].references is None:  # plain Wan
+        return [(None, None) for _ in batches]
+    stacked, refs, vit = [], [], []
+    for jobs in batches:
+        people = zip(*(job.references for job in jobs), strict=True)
+        stacked.append([{view: torch.stack([views[view] for views in same]) for view in same[0]}
+                        for same in people])
+    for people in stacked:
+        refs.append([{view: encoders.encode(picture[:, :, None])[:, :, 0].to(device)
+                      for view, picture in views.items()} for views in people])
+    for people in stacked:
+        vit.append([encoders.features(views["front"]).to(device) if with_vit and "front" in views else None
+                    for views in people])
     return list(zip(refs, vit))
 
 
@@ -202,7 +199,8 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     text = encoders.text([*(job.prompt for job in jobs), recipe["negative"]]).to(model.device)
     text, no_text = text[:-1], text[-1:]
     parts = [slice(i, i + batch) for i in range(0, len(jobs), batch)]
-    encoded = encode_references(encoders, [jobs[part] for part in parts], model.device)
+    encoded = encode_references(encoders, [jobs[part] for part in parts], model.config.vit_dim > 0,
+                                model.device)
     velocities = [guided(model, text[part], no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
                          model.boundary) for part, (refs, vit) in zip(parts, encoded)]
     shape = encoders.latent_shape(frames, jobs[0].size)
@@ -216,183 +214,194 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
             latents = solve(velocity, noise.to(model.device), recipe["steps"], recipe["shift"],
                             recipe["solver"]).cpu()
     model.stepping += time.perf_counter() - start - (model.loading - loading)
-    if not latents.isfinite().all():
-        raise UserError("the video is not finite: the checkpoint has diverged, or guidance is too strong")
     if not isinstance(encoders, toy.ToyEncoders):
         model.drop()  # room for the VAE
-    return [encoders.decode(latent[None])[0].cpu() for latent in latents]
+    videos = [encoders.decode(latent[None])[0].cpu() for latent in latents]
+    if not all(values.isfinite().all() for values in (latents, *videos)):  # decode clamps an infinite latent
+        raise UserError("the video is not finite: a network's weights are damaged or have diverged, "
+                        "or guidance is too strong")
+    return videos
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 @dataclass
 class Found:
-    """What --ckpt names; no weights are read for it."""
-    networks: list  # (folder, checkpoint of train.py in it, or None for a Wan release); two for Wan2.2
+    """What --ckpt names. No weights are read for it."""
+    networks: list  # folders, each a checkpoint of train.py or a Wan transformer; two for Wan2.2
     config: DiTConfig
     kind: str  # a key of SAMPLE_RECIPES
-    meta: dict  # checkpoint.json; empty for a Wan release
-
-    @property
-    def has_references(self):
-        return bool(self.meta)
+    meta: dict  # checkpoint.json of train.py; empty for a Wan release, which has never seen references
+    frames: int = 81  # of the videos, unless --frames and --size say something else
+    size: tuple = (480, 832)
 
 
 def find(ckpt):
-    """--ckpt -> Found. A folder of a checkpoint, of a run (its newest one), or of a Wan release; each of two
-    experts may be either. Raises UserError where a file's names or shapes do not fit."""
+    """--ckpt -> Found. The folder of a checkpoint, of a run (its newest one), or of a Wan release; each of
+    two experts may be either. Raises UserError where a file's names or shapes do not fit."""
     folder = Path(ckpt)
     pair = (folder / "high_noise_model").is_dir()
     parts = [folder / "high_noise_model", folder / "low_noise_model"] if pair else [folder]
-    networks = [(part, find_checkpoint(part)) for part in parts]
+    networks = [find_checkpoint(part) or part for part in parts]
+    metas = [read_meta(network) for network in networks if is_trained(network)]
     release = pair or (folder / "transformer").is_dir() or any(folder.glob("*diffusion*.safetensors*"))
-    if not release and not networks[0][1]:
+    if not release and not metas:
         raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten "
                         "minutes on a laptop, or give the folder of a Wan checkpoint")
-    configs, meta = [], {}
-    for part, trained in networks:
-        with torch.device("meta"):
-            if trained:
-                meta = meta or read_meta(trained)
-                network = check_checkpoint(trained)
-            else:
-                network = HarmoView(wan_config(part))
-                match_wan(network, part)
-        configs.append(network.config)
-    if any(config != configs[0] for config in configs):
+    config, *others = [on_meta(network).config for network in networks]
+    if others and others[0] != config:
         raise UserError(f"{ckpt}: its two experts are not of one size and kind")
-    kind = "wan2.2" if pair else "wan2.1"
-    return Found(networks, configs[0], kind if configs[0].is_wan else "toy", meta)
+    meta = metas[0] if metas else {}
+    if config.is_wan:
+        return Found(networks, config, "wan2.2" if pair else "wan2.1", meta)
+    check_files(networks[0], toy.ToyEncoders.TOKENIZER)
+    world = meta.get("world", {})
+    if world not in [{name: known[name] for name in ("size", "frames")} for known in toy.WORLDS.values()]:
+        raise UserError(f"{networks[0]}/checkpoint.json: its world {world!r:.60} is none of toy.WORLDS")
+    return Found(networks, config, "toy", meta, world["frames"], (world["size"], world["size"]))
+
+
+def is_trained(network):
+    """Is this folder a checkpoint of train.py."""
+    return (network / "checkpoint.json").is_file()
+
+
+def on_meta(network):
+    """The network of a folder on the meta device. Names and shapes are checked, no weights are read."""
+    if is_trained(network):
+        return check_checkpoint(network)
+    with torch.device("meta"):
+        model = HarmoView(wan_config(network))
+    match_wan(model, network)
+    return model
 
 
 def default_checkpoint():
     """The toy run of this folder, or else the toy that comes with the code."""
-    shipped = Path(__file__).with_name("assets") / "toy"
-    return "out/toy" if find_checkpoint("out/toy") or not shipped.exists() else str(shipped)
+    return "out/toy" if find_checkpoint("out/toy") else str(Path(__file__).with_name("assets") / "toy")
 
 
 def export(ckpt, folder):
     """The averaged weights of a checkpoint of train.py in bf16, and what sampling needs with them."""
-    source, folder = find_checkpoint(ckpt), Path(folder)
-    if not source:
-        raise UserError(f"--export: no checkpoint of train.py at {ckpt}")
-    if folder.exists():
+    found, folder = find(ckpt), Path(os.path.abspath(folder))
+    source = found.networks[0]
+    if len(found.networks) > 1 or not found.meta:
+        raise UserError(f"--export: {ckpt} is not one checkpoint of train.py")
+    if os.path.lexists(folder):
         raise UserError(f"--export {folder} exists: remove it or choose another folder")
     probe_writable(folder.parent)
-    network, meta = load_checkpoint(source)
-    tokenizer = source / toy.ToyEncoders.TOKENIZER
-    if not network.config.is_wan and not tokenizer.is_file():  # Wan's is in its own folder
-        raise UserError(f"{tokenizer}: no such file, and without it nothing can be sampled: "
-                        "use another checkpoint")
-    weights = {name: value.bfloat16() for name, value in network.state_dict().items()}
-    save_checkpoint(folder, {"ema": weights}, meta, [] if network.config.is_wan else [tokenizer])
+    weights = load_checkpoint(source)[0].bfloat16().state_dict()
+    tokenizer = [] if found.config.is_wan else [source / toy.ToyEncoders.TOKENIZER]
+    save_checkpoint(folder, {"ema": weights}, found.meta, tokenizer)
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.1f} MiB from {source}")
 
 
 def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False):
     """--ckpt -> model (an Experts), its encoders, Found; says which checkpoint it took.
-
-    wan        where umT5 and the VAE are; default: ckpt, or the folder that training started from
-    need_vit   a missing ViT is an error
-    offload, tile, compiled, precision   as --offload, --tile, --compile and --precision
-    """
+    Flags as in `arguments`; need_vit: a missing ViT is an error now."""
     found = find(ckpt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for _, trained in found.networks:
-        if trained:
-            meta = read_meta(trained)
-            print(f"checkpoint {trained} (stage {meta.get('stage')} {meta.get('name')}, "
-                  f"step {meta.get('step')})")
+    for network in filter(is_trained, found.networks):
+        meta = read_meta(network)
+        print(f"checkpoint {network} (stage {meta.get('stage')} {meta.get('name')}, step {meta.get('step')})")
     if found.kind == "toy":
-        if wan:
-            raise UserError(f"--wan {wan}: {ckpt} is a toy, which has encoders of its own: leave --wan out")
-        dtype = torch.float32
-        encoders = toy.ToyEncoders(found.networks[0][1], found.meta["world"]["size"])
+        if wan or tile:
+            raise UserError(f"{ckpt} is a toy, which has encoders of its own: leave --wan and --tile out")
+        dtype, encoders = torch.float32, toy.ToyEncoders(found.networks[0], found.size[0])
     else:
         dtype = torch.bfloat16 if uses_bf16(device, precision) else torch.float32
         encoders = WanEncoders(wan or found.meta.get("wan") or ckpt, device, dtype, offload, tile, need_vit)
 
-    def load_network(part, trained):
+    def load_expert(network):
         encoders.drop()
-        if trained:
-            network = load_checkpoint(trained)[0].to(dtype)
+        if is_trained(network):
+            model = load_checkpoint(network)[0].to(dtype)
         else:
-            with torch.device("meta"):
-                network = HarmoView(wan_config(part)).to(dtype)
-            load_wan(network, part)
-        network = network.eval().requires_grad_(False)
-        if offload:
-            stream_blocks(network, device)
-            return network
+            model = on_meta(network).to(dtype)
+            load_wan(model, network)
+        model.eval().requires_grad_(False)
         if compiled:
-            network.compile_blocks()
-        return network.to(device)
-    loaders = [functools.partial(load_network, *network) for network in found.networks]
-    boundary = BOUNDARY.get(found.kind, 0.0)
-    return Experts(loaders, found.config, device, boundary, precision), encoders, found
+            model.compile_blocks()
+        if offload:
+            stream_blocks(model, device)
+        return model if offload else model.to(device)
+    experts = [functools.partial(load_expert, network) for network in found.networks]
+    return Experts(experts, found.config, device, BOUNDARY.get(found.kind, 0.0), precision), encoders, found
 
 
 # --------------------------------------------------------------------------------------------------- the jobs
 def make_jobs(args, found, frames, size):
     """What --prompts, --prompt, --refs, --views and --swap ask for, as Jobs with their pictures."""
+    is_toy = found.kind == "toy"
+    if args.views and (args.refs or args.prompts or not is_toy):
+        raise UserError("--views chooses among the toy's own references: "
+                        "leave it out with --refs, with --prompts and for Wan")
     if args.prompts:
         jobs = data.read_jobs(args.prompts, args.seed)
-    elif args.prompt is not None:
+    elif args.prompt:
         jobs = [Job(args.prompt, None, args.seed, files=args.refs or [])]
-    elif found.kind == "toy":
+    elif is_toy:
         jobs = [replace(job, seed=args.seed) for job in toy.held_out(args.views, frames, size[0])]
+        if args.swap:
+            jobs = [job for job in jobs if len(job.references) == 2]
     else:
         raise UserError("--prompt is missing: say what happens")
     for job in jobs:
-        if job.references is None:
-            add_references(job, args, found, size)
-        job.size = toy.frame_size(size[0], len(job.references)) if found.kind == "toy" else size
-    if not args.swap:
-        return jobs
-    pairs = [job for job in jobs if job.references and len(job.references) == 2]
-    if not pairs or args.prompts and len(pairs) < len(jobs) or args.prompt and not pairs:
-        raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
-    swapped = []
-    for job in pairs:
-        exchanged = replace(job, references=job.references[::-1], files=job.files[::-1],
-                            note=" (references exchanged)", truth=None)
-        swapped += [replace(job, note="", truth=None), exchanged]
-    return swapped
+        if len(job.files) > found.config.max_identities:
+            raise UserError(f"{len(job.files)} people (one --refs each) for {job.prompt[:40]!r}: "
+                            f"this checkpoint holds at most {found.config.max_identities}")
+        if job.files and not found.meta:
+            raise UserError("this checkpoint is plain Wan, which has never seen references: "
+                            "give one that train.py made, or leave --refs out")
+        if job.files:
+            job.references = data.read_references(job.files, size)
+        elif is_toy and job.references is None:  # people that training never saw
+            cast = (0, 1) if "two people" in job.prompt else (0,)
+            job.references = toy.held_out_references(cast, args.views or VIEWS, size[0])
+        elif found.meta and job.references is None:
+            job.references = [{}]  # one person's proxies
+        job.size = toy.frame_size(size[0], len(job.references)) if is_toy else size
+    return swapped(jobs) if args.swap else jobs
 
 
-def add_references(job, args, found, size):
-    """Read a job's pictures; a toy's prompt without any shows people that training never saw."""
-    if len(job.files) > found.config.max_identities:
-        raise UserError(f"{len(job.files)} people (one --refs each) for {job.prompt[:40]!r}: "
-                        f"this checkpoint holds at most {found.config.max_identities}")
-    if job.files and not found.has_references:
-        raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: "
-                        "give a checkpoint that train.py made, or leave --refs out")
-    if job.files:
-        job.references = data.read_references(job.files, size)
-    elif found.kind == "toy":
-        people = 2 if "two people" in job.prompt else 1
-        job.references = toy.held_out_references(range(people), args.views or VIEWS, size[0])
-    elif found.has_references:
-        job.references = [{}]  # one person's proxies
-
-
-def check_prompts(jobs, encoders, text_len):
-    """UserError for a prompt that this checkpoint cannot read to its end."""
+def swapped(jobs):
+    """Each job of two people, and once more with their references exchanged."""
+    result = []
     for job in jobs:
-        length = encoders.tokenizer([job.prompt])[0].shape[1]
+        if len(job.references or ()) != 2:
+            raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
+        first = replace(job, note="", truth=None)
+        result += [first, replace(first, references=job.references[::-1], files=job.files[::-1],
+                                  note=" (references exchanged)")]
+    return result
+
+
+def check_prompts(texts, encoders, text_len):
+    """UserError for a text that this checkpoint cannot read to its end."""
+    for text in texts:
+        length = encoders.tokenizer([text])[0].shape[1]
         if length > text_len:
-            raise UserError(f"the prompt {job.prompt[:40]!r}... has {length} tokens or more; "
+            raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
                             f"this checkpoint reads at most {text_len}")
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
+def picture_size(text):
+    """A type for add_argument: "480x832", or one side of a square -> (H, W)."""
+    sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected HEIGHTxWIDTH, for example 480x832, "
+                                         "or one side of a square")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
 guidance = in_range(float, -100, 100, "a number from -100 to 100")
+time_shift = in_range(float, 1e-3, 1e6, "a number from 0.001 to a million")
 
 
 def recipe_flags(add):
     """Flags that override SAMPLE_RECIPES; eval.py has them too."""
     add("--steps", type=count, help="solver steps")
-    add("--shift", type=positive, help="timestep shift: more than 1 spends more steps at high noise")
+    add("--shift", type=time_shift, help="timestep shift: more than 1 spends more steps at high noise")
     add("--guide-text", type=guidance, nargs="+",
         help="guidance towards the caption; 1 is none; two numbers: at high noise, at low noise")
     add("--guide-refs", type=guidance, help="guidance towards the references; 1 is none")
@@ -421,10 +430,9 @@ def arguments(argv=None):
     what("--prompts", metavar="FILE", type=Path,
          help='JSONL, one video a line: {"prompt": "...", "refs": [[...], ...], "seed": 0}')
     what("--views", nargs="+", choices=VIEWS, help="toy, without --refs: the views that are given")
-    what("--swap", action="store_true",
-         help="again below with the two people's references exchanged, same noise")
-    what("--ckpt", type=nonempty, help="folder of a checkpoint or of a run (its newest one), or of a Wan "
-         "checkpoint (default out/toy, or where that is empty the toy that comes with the code)")
+    what("--swap", action="store_true", help="again with two people's references exchanged, same noise")
+    what("--ckpt", type=nonempty, help="a checkpoint, a run (its newest one), or a Wan checkpoint (default: "
+         "out/toy, or the toy that comes with the code)")
     what("--wan", metavar="DIR", type=nonempty, help="where umT5, the VAE and the ViT are (default: the Wan "
          "folder that --ckpt is or started from)")
     what("--out", default="out/sample", help="where to write, without suffix (default out/sample)")
@@ -436,66 +444,77 @@ def arguments(argv=None):
     recipe_flags(how)
     how("--negative", help="what the video should not be")
     how("--seed", type=seed_number, default=0)
-    how("--export", metavar="DIR", type=nonempty,
-        help="write the checkpoint there in bf16, with what sampling needs, and stop")
+    how("--export", metavar="DIR", type=nonempty, help="write the checkpoint there in bf16, and stop")
     card = p.add_argument_group("speed and memory").add_argument
     card("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
     card("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")
     card("--no-fused", action="store_true", help="PyTorch's operations instead of the Triton kernels")
-    card("--compile", action="store_true",
-         help="torch.compile every block (needs a C++ compiler or a GPU, and a minute once)")
+    card("--compile", action="store_true", help="torch.compile every block (needs a C++ compiler or a GPU)")
     args = p.parse_args(argv)
-    if args.prompts and (args.refs or args.prompt is not None):
+    if args.prompts and (args.refs or args.prompt):
         raise UserError("--prompts FILE holds prompts and references: leave --prompt and --refs out")
-    if args.refs and args.prompt is None:
+    if args.refs and not args.prompt:
         raise UserError("--refs needs --prompt: say what the people do")
-    if args.views and (args.refs or args.prompts):
-        raise UserError("--views chooses among the toy's own references: "
-                        "leave it out with --refs or --prompts")
     if args.compile and args.offload:
         raise UserError("--compile needs its blocks to stay on the GPU: give it without --offload")
     args.ckpt = args.ckpt or default_checkpoint()
     return args
 
 
-def picture_size(text):
-    """A type for add_argument: "480x832", or one side of a square -> (H, W)."""
-    sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not sides:
-        raise UserError(f"--size {text[:40]}: expected HEIGHTxWIDTH, for example 480x832, or one side")
-    return int(sides[1]), int(sides[2] or sides[1])
-
-
-def video_size(args, found):
-    """Frames and (H, W) to make, checked."""
-    default_frames, default_size = 81, (480, 832)
-    if found.kind == "toy":
-        default_frames, default_size = found.meta["world"]["frames"], (found.meta["world"]["size"],) * 2
-    frames, size = args.frames or default_frames, args.size or default_size
-    if found.kind == "toy" and (frames, size) != (default_frames, default_size):
-        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
-                        f"{default_frames} frames of {default_size[0]}x{default_size[1]}")
-    if found.kind != "toy" and (frames % 4 != 1 or min(size) < 16 or size[0] % 16 or size[1] % 16):
+def check_wan_size(frames, size):
+    """UserError where Wan cannot make a video of that many frames, of size (H, W)."""
+    if frames % 4 != 1 or not all(side and side % 16 == 0 for side in size):
         raise UserError(f"{frames} frames of {size[0]}x{size[1]}: expected 4n+1 frames (81) and sides that "
                         "are multiples of 16 (480x832)")
-    return frames, size
 
 
-def describe(job, args, frames, recipe):
+def output_files(args, jobs):
+    """The names of the MP4s, one a job, and of the contact sheets, one a round. UserError where one cannot be
+    written or is a file that is read."""
+    out = args.out.removesuffix(".mp4").removesuffix(".png")
+    if os.path.basename(out) in ("", ".", ".."):
+        raise UserError(f"--out {args.out!r}: expected the name of a file to write, without suffix")
+    names = [out] if len(jobs) == 1 else [f"{out}-{n}" for n in range(1, len(jobs) + 1)]
+    videos = [f"{name}.mp4" for name in names]
+    sheets = [f"{name}.png" for name in (names[::ROUND] if len(jobs) > ROUND else [out])]
+    inputs = [args.prompts] if args.prompts else []
+    for job in jobs:
+        for files in job.files:
+            inputs += [path for _, path in map(data.view_of, files)]
+    probe_writable(os.path.dirname(out))
+    check_outputs([*videos, *sheets], inputs)
+    return videos, sheets
+
+
+def describe(job, ckpt, frames, recipe):
     """How to make a video again, as JSON for its file; without the folders of this machine."""
-    names = [[Path(data.view_of(file)[1]).name for file in files] for files in job.files]
-    return json.dumps({"prompt": job.prompt, "seed": job.seed, "refs": names, "ckpt": Path(args.ckpt).name,
-                       "frames": frames, "size": job.size, **recipe}, ensure_ascii=False)
+    refs = []
+    for files in job.files:
+        refs.append([f"{view}={Path(path).name}" for view, path in map(data.view_of, files)])
+    return json.dumps({"prompt": job.prompt, "seed": job.seed, "refs": refs,
+                       "ckpt": Path(os.path.abspath(ckpt)).name, "frames": frames, "size": job.size,
+                       **recipe}, ensure_ascii=False)
 
 
-def write(jobs, files, sheet, descriptions, fps):
-    """An MP4 a job, and their contact sheet."""
+def make_round(model, encoders, jobs, recipe, frames, videos, sheet, ckpt):
+    """Make and write these jobs' videos and their contact sheet, and say so in a line."""
+    start, stepping, loading = time.perf_counter(), model.stepping, model.loading
+    for size in dict.fromkeys(job.size for job in jobs):
+        same = [job for job in jobs if job.size == size]
+        for job, video in zip(same, generate(model, encoders, same, recipe, frames)):
+            job.video = video
     info = PngInfo()
-    for n, (job, file, description) in enumerate(zip(jobs, files, descriptions), 1):
-        data.write_video(file, job.video, fps, description)
+    for n, (job, path) in enumerate(zip(jobs, videos), 1):
+        description = describe(job, ckpt, frames, recipe)
+        data.write_video(path, job.video, recipe["fps"], description)
         info.add_itxt(f"video {n}", description)
     with atomic_file(sheet) as path:
-        data.contact_sheet(jobs).save(path, pnginfo=info)
+        data.contact_sheet(jobs).save(path, "PNG", pnginfo=info)
+    for job in jobs:
+        job.video = None  # 10,000 videos do not fit into memory
+    a_step = (model.stepping - stepping) / len(jobs) / recipe["steps"]
+    print(f"{', '.join(videos)} and {sheet} in {time.perf_counter() - start:.1f} s: {a_step:.3g} seconds a "
+          f"step, {model.loading - loading:.3g} to load the transformer", flush=True)
 
 
 def main(argv=None):
@@ -503,39 +522,23 @@ def main(argv=None):
     if args.export:
         return export(args.ckpt, args.export)
     print(use_fused(False if args.no_fused else None))
-    out = Path(args.out.removesuffix(".mp4").removesuffix(".png"))
-    if out.name in ("", ".."):
-        raise UserError(f"--out {args.out}: expected the name of a file to write, without suffix")
-    model, encoders, found = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
-                                  need_vit=bool(args.refs))
+    found = find(args.ckpt)
     recipe = override(SAMPLE_RECIPES[found.kind], args)
-    frames, size = video_size(args, found)
+    frames, size = args.frames or found.frames, args.size or found.size
+    if found.kind != "toy":
+        check_wan_size(frames, size)
+    elif (frames, size) != (found.frames, found.size):
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
+                        f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
     jobs = make_jobs(args, found, frames, size)
-    check_prompts(jobs, encoders, found.config.text_len)
-    numbers = range(1, len(jobs) + 1)
-    videos = [out.with_name(f"{out.name}-{n}.mp4" if len(jobs) > 1 else f"{out.name}.mp4") for n in numbers]
-    sheets = [out.with_name(f"{out.name}-{n}.png" if len(jobs) > ROUND else f"{out.name}.png")
-              for n in numbers[::ROUND]]
-    inputs = [data.view_of(file)[1] for job in jobs for files in job.files for file in files]
-    probe_writable(out.parent)
-    check_outputs([*videos, *sheets], inputs + [args.prompts or __file__])
+    videos, sheets = output_files(args, jobs)
+    model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
+                              need_vit=any(job.files for job in jobs) and found.config.vit_dim > 0)
+    check_prompts([*(job.prompt for job in jobs), recipe["negative"]], encoders, found.config.text_len)
     print(f"{frames} frames of {size[0]}x{size[1]}, "
           + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
-    for first, sheet in zip(range(0, len(jobs), ROUND), sheets):
-        start, some = time.perf_counter(), jobs[first:first + ROUND]
-        before = model.stepping, model.loading
-        for size in dict.fromkeys(job.size for job in some):
-            same = [job for job in some if job.size == size]
-            for job, video in zip(same, generate(model, encoders, same, recipe, frames)):
-                job.video = video
-        files = videos[first:first + ROUND]
-        write(some, files, sheet, [describe(job, args, frames, recipe) for job in some], recipe["fps"])
-        stepping, loading = model.stepping - before[0], model.loading - before[1]
-        print(f"{', '.join(map(str, files))} and {sheet} in {time.perf_counter() - start:.1f} s: "
-              f"{stepping / len(some) / recipe['steps']:.3g} seconds a step, {loading:.3g} to load the "
-              "transformer", flush=True)
-        for job in some:
-            job.video = None  # 10,000 videos do not fit into memory
+    for i, sheet in zip(range(0, len(jobs), ROUND), sheets):
+        make_round(model, encoders, jobs[i:i + ROUND], recipe, frames, videos[i:i + ROUND], sheet, args.ckpt)
 
 
 if __name__ == "__main__":
