@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from PIL.PngImagePlugin import PngInfo
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import data
@@ -140,48 +141,40 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
 class Experts:
     """One network, or Wan2.2's two: the first for t >= 1000 * boundary, the second below. Each is loaded when
     it is first asked, and only one is in memory. Called like HarmoView.
-
-    load  one function a network, () -> HarmoView on the device
-    """
+    load: one function a network, () -> HarmoView on the device."""
 
     def __init__(self, load, config, device, boundary=0.0, precision="auto"):
         self.load, self.config, self.device = load, config, device
         self.boundary, self.precision = boundary, precision
         self.current = self.network = None
-        self.loading = self.stepping = 0.0  # seconds, so far
 
     def __call__(self, x, t, text, refs=None, vit=None):
         needed = 0 if float(t[0]) >= 1000 * self.boundary else 1
         if needed != self.current:
             self.drop()
-            start = time.perf_counter()
             self.network, self.current = self.load[needed](), needed
-            self.loading += time.perf_counter() - start
         return self.network(x, t, text, refs, vit)
 
     def drop(self):
         self.current = self.network = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 # ----------------------------------------------------------------------------------------------- the pipeline
-# A person's reference has three names on its way: job.files (what --refs gives), job.references (pictures),
-# and refs and vit (its latents, and the ViT features of a frontal one), which the network takes.
+# A reference is called job.files (what --refs gives), then job.references (pictures), then refs and vit: its
+# latents, and the ViT features of a frontal one, as the network takes them.
 def encode_references(encoders, batches, with_vit, device):
-    """For each batch of jobs with the same views: refs and vit, as HarmoView.forward takes them.
+    """refs and vit of each batch of jobs with the same views.
     All latents first, then all features, so that each encoder loads once."""
     if batches[0][0].references is None:  # plain Wan
         return [(None, None) for _ in batches]
-    stacked, refs, vit = [], [], []
-    for jobs in batches:
-        people = zip(*(job.references for job in jobs), strict=True)
-        stacked.append([{view: torch.stack([views[view] for views in same]) for view in same[0]}
-                        for same in people])
-    for people in stacked:
-        refs.append([{view: encoders.encode(picture[:, :, None])[:, :, 0].to(device)
-                      for view, picture in views.items()} for views in people])
-    for people in stacked:
+    # {view: pictures [B, 3, h, w]} for each person
+    batches = [default_collate([job.references for job in jobs]) for jobs in batches]
+    refs, vit = [], []
+    for people in batches:
+        refs.append([{view: encoders.encode(pictures[:, :, None])[:, :, 0].to(device)
+                      for view, pictures in views.items()} for views in people])
+    for people in batches:
         vit.append([encoders.features(views["front"]).to(device) if with_vit and "front" in views else None
                     for views in people])
     return list(zip(refs, vit))
@@ -205,7 +198,6 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
                          model.boundary) for part, (refs, vit) in zip(parts, encoded)]
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs])
-    start, loading = time.perf_counter(), model.loading
     with tqdm(total=len(jobs) * recipe["steps"], desc="sampling", unit=" steps", disable=None) as bar:
         def velocity(x, t):  # all jobs step together, so that each expert loads once
             bar.update(len(jobs))
@@ -213,7 +205,6 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
         with autocast(model.device, model.precision):
             latents = solve(velocity, noise.to(model.device), recipe["steps"], recipe["shift"],
                             recipe["solver"]).cpu()
-    model.stepping += time.perf_counter() - start - (model.loading - loading)
     if not isinstance(encoders, toy.ToyEncoders):
         model.drop()  # room for the VAE
     videos = [encoders.decode(latent[None])[0].cpu() for latent in latents]
@@ -283,16 +274,15 @@ def default_checkpoint():
 def export(ckpt, folder):
     """The averaged weights of a checkpoint of train.py in bf16, and what sampling needs with them."""
     found, folder = find(ckpt), Path(os.path.abspath(folder))
-    source = found.networks[0]
     if len(found.networks) > 1 or not found.meta:
         raise UserError(f"--export: {ckpt} is not one checkpoint of train.py")
     if os.path.lexists(folder):
         raise UserError(f"--export {folder} exists: remove it or choose another folder")
     probe_writable(folder.parent)
+    source = found.networks[0]
     weights = load_checkpoint(source)[0].bfloat16().state_dict()
-    tokenizer = [] if found.config.is_wan else [source / toy.ToyEncoders.TOKENIZER]
-    save_checkpoint(folder, {"ema": weights}, found.meta, tokenizer)
-    print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.1f} MiB from {source}")
+    save_checkpoint(folder, {"ema": weights}, found.meta, sorted(source.glob("*.model")))
+    print(f"{folder} from {source}")
 
 
 def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False):
@@ -375,15 +365,6 @@ def swapped(jobs):
     return result
 
 
-def check_prompts(texts, encoders, text_len):
-    """UserError for a text that this checkpoint cannot read to its end."""
-    for text in texts:
-        length = encoders.tokenizer([text])[0].shape[1]
-        if length > text_len:
-            raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
-                            f"this checkpoint reads at most {text_len}")
-
-
 # -------------------------------------------------------------------------------------------------------- CLI
 def picture_size(text):
     """A type for add_argument: "480x832", or one side of a square -> (H, W)."""
@@ -411,24 +392,19 @@ def recipe_flags(add):
 
 def override(recipe, args):
     """A row of SAMPLE_RECIPES with the flags that were given."""
-    recipe = dict(recipe)
-    if args.guide_text and len(args.guide_text) > len(recipe["guide_text"]):
+    given = {name: value for name, value in vars(args).items() if name in recipe and value is not None}
+    if len(given.get("guide_text", ())) > len(recipe["guide_text"]):
         raise UserError(f"--guide-text got {len(args.guide_text)} numbers; "
                         "expected one, or two for a pair of experts")
-    for name in recipe:
-        if getattr(args, name, None) is not None:
-            recipe[name] = getattr(args, name)
-    return recipe
+    return recipe | given
 
 
 def arguments(argv=None):
     p = Parser(description=__doc__)
     what = p.add_argument_group("what to show").add_argument
-    what("--refs", nargs="+", action="append", metavar="PICTURE", type=nonempty,
-         help="one person's views; give it once per person")
+    what("--refs", nargs="+", action="append", type=nonempty, help="pictures of one person; once per person")
     what("--prompt", type=nonempty, help="the caption (toy, without --refs: of people it never saw)")
-    what("--prompts", metavar="FILE", type=Path,
-         help='JSONL, one video a line: {"prompt": "...", "refs": [[...], ...], "seed": 0}')
+    what("--prompts", type=Path, help='JSONL of {"prompt": "...", "refs": [["a_front.png"]], "seed": 0}')
     what("--views", nargs="+", choices=VIEWS, help="toy, without --refs: the views that are given")
     what("--swap", action="store_true", help="again with two people's references exchanged, same noise")
     what("--ckpt", type=nonempty, help="a checkpoint, a run (its newest one), or a Wan checkpoint (default: "
@@ -486,35 +462,27 @@ def output_files(args, jobs):
     return videos, sheets
 
 
-def describe(job, ckpt, frames, recipe):
-    """How to make a video again, as JSON for its file; without the folders of this machine."""
-    refs = []
-    for files in job.files:
-        refs.append([f"{view}={Path(path).name}" for view, path in map(data.view_of, files)])
-    return json.dumps({"prompt": job.prompt, "seed": job.seed, "refs": refs,
-                       "ckpt": Path(os.path.abspath(ckpt)).name, "frames": frames, "size": job.size,
-                       **recipe}, ensure_ascii=False)
-
-
-def make_round(model, encoders, jobs, recipe, frames, videos, sheet, ckpt):
-    """Make and write these jobs' videos and their contact sheet, and say so in a line."""
-    start, stepping, loading = time.perf_counter(), model.stepping, model.loading
+def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
+    """Make and write these jobs' videos and their contact sheet. Each file tells how to make it again."""
+    start, info = time.perf_counter(), PngInfo()
     for size in dict.fromkeys(job.size for job in jobs):
         same = [job for job in jobs if job.size == size]
         for job, video in zip(same, generate(model, encoders, same, recipe, frames)):
             job.video = video
-    info = PngInfo()
     for n, (job, path) in enumerate(zip(jobs, videos), 1):
-        description = describe(job, ckpt, frames, recipe)
-        data.write_video(path, job.video, recipe["fps"], description)
-        info.add_itxt(f"video {n}", description)
+        refs = [[Path(data.view_of(file)[1]).name for file in files] for files in job.files]
+        how = {"prompt": job.prompt, "seed": job.seed, "refs": refs, "frames": frames, "size": job.size,
+               "ckpt": Path(os.path.abspath(ckpt)).name, **recipe}  # not this machine's folders
+        how = json.dumps(how, ensure_ascii=False)
+        info.add_itxt(f"video {n}", how)
+        data.write_video(path, job.video, recipe["fps"], how)
     with atomic_file(sheet) as path:
         data.contact_sheet(jobs).save(path, "PNG", pnginfo=info)
     for job in jobs:
         job.video = None  # 10,000 videos do not fit into memory
-    a_step = (model.stepping - stepping) / len(jobs) / recipe["steps"]
-    print(f"{', '.join(videos)} and {sheet} in {time.perf_counter() - start:.1f} s: {a_step:.3g} seconds a "
-          f"step, {model.loading - loading:.3g} to load the transformer", flush=True)
+    took = time.perf_counter() - start
+    print(f"{', '.join(videos)} and {sheet} in {took:.1f} s, with loading and decoding "
+          f"{took / len(jobs) / recipe['steps']:.3g} seconds a step", flush=True)
 
 
 def main(argv=None):
@@ -534,11 +502,15 @@ def main(argv=None):
     videos, sheets = output_files(args, jobs)
     model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
                               need_vit=any(job.files for job in jobs) and found.config.vit_dim > 0)
-    check_prompts([*(job.prompt for job in jobs), recipe["negative"]], encoders, found.config.text_len)
+    for text in [*(job.prompt for job in jobs), recipe["negative"]]:
+        length = encoders.tokenizer([text])[0].shape[1]
+        if length > found.config.text_len:
+            raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
+                            f"this checkpoint reads at most {found.config.text_len}")
     print(f"{frames} frames of {size[0]}x{size[1]}, "
           + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
     for i, sheet in zip(range(0, len(jobs), ROUND), sheets):
-        make_round(model, encoders, jobs[i:i + ROUND], recipe, frames, videos[i:i + ROUND], sheet, args.ckpt)
+        make_round(model, encoders, jobs[i:i + ROUND], recipe, frames, args.ckpt, videos[i:i + ROUND], sheet)
 
 
 if __name__ == "__main__":
