@@ -207,7 +207,6 @@ def to_image(picture, height, width=None):
 
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
-PICTURE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")
 
 
 def read_picture(path, size):
@@ -225,10 +224,7 @@ def read_picture(path, size):
                 image.load()
     except Exception as error:  # Pillow's readers raise a dozen kinds
         raise UserError(f"{path}: not a readable picture ({error}); expected {formats}") from None
-    if image.mode not in PICTURE_MODES:
-        raise UserError(f"{path}: its pixels are of Pillow's mode {image.mode}, which is not read here; "
-                        "save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I;16"):  # convert() would cut these at 255
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
