@@ -150,7 +150,9 @@ def ellipsoid(o, d, centre, radii):
     """Depth z where rays o + z*d first meet an ellipsoid, -inf where they miss; all are (x, y, z)."""
     o = [(a - c) / r for a, c, r in zip(o, centre, radii)]
     d = [a / r for a, r in zip(d, radii)]
-    a, b, c = (sum(x * y for x, y in zip(p, q)) for p, q in ((d, d), (o, d), (o, o)))
+    a = sum(x * x for x in d)
+    b = sum(x * y for x, y in zip(o, d))
+    c = sum(x * x for x in o)
     root = b * b - a * (c - 1)
     return torch.where(root > 0, (root.clamp(min=0).sqrt() - b) / a, -torch.inf)
 
@@ -390,16 +392,14 @@ class ToyEncoders(ToyCodec):
         with torch.random.fork_rng([]):
             torch.manual_seed(7)
             self.t5 = UMT5(vocab=len(self.tokenizer.model), dim=TEXT_DIM, ffn_dim=2 * TEXT_DIM,
-                           num_heads=6, num_layers=2)
+                           num_heads=6, num_layers=2).requires_grad_(False).eval()
             self.vit = DINOv2(dim=VIT_DIM, num_layers=4, num_heads=3, patch=size // 4, image_size=size,
-                              levels=VIT_LEVELS)
+                              levels=VIT_LEVELS).requires_grad_(False).eval()
             # attention that looks at near words, or two people's clauses would read alike
             for block in self.t5.blocks:
                 torch.nn.init.normal_(block.pos_embedding.embedding.weight, std=3)
                 torch.nn.init.normal_(block.attn.q.weight, std=0.5 / TEXT_DIM)
             torch.nn.init.normal_(self.vit.pos_embed, std=0.5)
-        for net in (self.t5, self.vit):
-            net.requires_grad_(False).eval()
 
     @torch.no_grad()
     def text(self, captions):
