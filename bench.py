@@ -13,7 +13,6 @@ On a new GPU run, in this order and each under ten minutes (LOG.md has what was 
 import math
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
@@ -23,7 +22,7 @@ import sample
 import toy
 import train
 from checkpoint import Parser, UserError, count, nonempty, run_script
-from encoders import UMT5, DINOv2, WanEncoders, WanVAE
+from encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
 from kernels import use_fused
 from model import CONFIGS, NEW_PREFIXES, PATCH, HarmoView, autocast, uses_bf16
 from rope import VIEWS
@@ -58,11 +57,8 @@ def seconds(fn, calls):
 
 
 def report_speed(step, model, shape, batch, passes, device, dtype):
-    """Time step() and print a table.
-
-    passes  1 for inference, 3 for training (backward costs two forwards); model TFLOP/s are passes times
-            HarmoView.flops a second, recomputation is not counted
-    """
+    """Time step() and print a table. passes: 1 for inference, 3 for training (backward costs two forwards);
+    model TFLOP/s are passes times HarmoView.flops a second, recomputation is not counted."""
     gpu = device.type == "cuda"
     for p in model.parameters():  # a GPU multiplies the zeros that a new model starts with faster
         torch.nn.init.normal_(p.data, std=0.02)
@@ -85,13 +81,13 @@ def time_network(args, training):
     """Forwards, or whole training steps: forward, backward, clipping and optimizers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, world = CONFIGS[args.config], toy.WORLDS[args.config]
-    dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
     frames, size = args.frames or world["frames"], args.size or (world["size"], world["size"])
-    codec = WanEncoders if config.is_wan else toy.ToyEncoders
-    if not all(side and side % codec.mask_block == 0 for side in size):
-        raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {codec.mask_block}, "
-                        "the pixels of a token")
-    shape = codec.latent_shape(frames, size)
+    encoders = WanEncoders if config.is_wan else toy.ToyEncoders
+    if config.is_wan:
+        sample.check_wan_size(frames, size)
+    elif not all(side and side % encoders.mask_block == 0 for side in size):
+        raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {encoders.mask_block}")
+    shape = encoders.latent_shape(frames, size)
     print(use_fused(False if args.no_fused else None))
     with device:
         model = HarmoView(config)
@@ -99,73 +95,74 @@ def time_network(args, training):
     if args.compile:
         model.compile_blocks()
     x, t, text, refs, vit = random_inputs(config, shape, args.batch, device)
-    if not training:
-        model.to(dtype)
+    dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
+    flags = dict(optimizer="adamw" if config.is_wan else "muon", weight_decay=0.01)
+    optimizers = train.make_optimizers(model, Namespace(**flags | train.TRAIN_RECIPES[args.config]))
+    noise = torch.randn_like(x)
 
-        @torch.no_grad()
-        def step():
-            with autocast(device, args.precision):
-                model(x, t, text, refs, vit)
+    @torch.no_grad()
+    def forward():
+        with autocast(device, args.precision):
+            model(x, t, text, refs, vit)
+
+    def training_step():
+        with autocast(device, args.precision):
+            train.loss_of(model, (x, text, refs, vit), t / 1000, noise).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    if training:
+        report_speed(training_step, model, shape, args.batch, 3, device, dtype)
     else:
-        recipe = train.TRAIN_RECIPES[args.config]
-        optimizers = train.make_optimizers(model, Namespace(
-            optimizer="adamw" if config.is_wan else "muon", muon_lr=recipe["muon_lr"],
-            adamw_lr=recipe["adamw_lr"], weight_decay=0.01))
-        noise = torch.randn_like(x)
+        report_speed(forward, model.to(dtype), shape, args.batch, 1, device, dtype)
 
-        def step():
-            with autocast(device, args.precision):
-                train.loss_of(model, (x, text, refs, vit), t / 1000, noise).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-    report_speed(step, model, shape, args.batch, 3 if training else 1, device, dtype)
+
+def count_parameters(module, prefixes=""):
+    return sum(p.numel() for name, p in module.named_parameters() if name.startswith(prefixes))
 
 
 def dry_run(args):
     """Print modules, parameters, memory by phase and FLOPs a step, from shapes only."""
-    if args.ckpt in CONFIGS:
-        config, experts, kind = CONFIGS[args.ckpt], 1, "wan2.1"
-    elif Path(args.ckpt).exists():
+    config, experts, kind = CONFIGS.get(args.ckpt), 1, "wan2.1"
+    if not config:
         found = sample.find(args.ckpt)
         config, experts, kind = found.config, len(found.networks), found.kind
-    else:
-        raise UserError(f"--ckpt {args.ckpt}: no such folder; give one, or one of {', '.join(CONFIGS)}")
     if not config.is_wan:
         raise UserError(f"--ckpt {args.ckpt}: the dry run is for Wan's sizes; the toy runs in seconds")
     recipe, frames, (H, W) = sample.SAMPLE_RECIPES[kind], args.frames or 81, args.size or (480, 832)
+    sample.check_wan_size(frames, (H, W))
+    check_tile(args.tile)
+    people = [dict(map(data.view_of, files)) for files in args.refs or ()]
+    if len(people) > config.max_identities:
+        raise UserError(f"{len(people)} people (one --refs each): expected at most {config.max_identities}")
     with torch.device("meta"):
         networks = {"transformer": HarmoView(config), "umT5": UMT5(), "VAE": WanVAE(), "ViT": DINOv2()}
-    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
-    new = sum(p.numel() for name, p in networks["transformer"].named_parameters()
-              if name.startswith(NEW_PREFIXES))
+    parameters = {name: count_parameters(network) for name, network in networks.items()}
+    new = count_parameters(networks["transformer"], NEW_PREFIXES)
     notes = {"transformer": f", {new:,} of them HarmoView's own; x {experts} expert(s)"}
     for name, n in parameters.items():
         print(f"{name:12}{n:>16,} parameters{notes.get(name, '')}")
-
-    people = [[data.view_of(file)[0] for file in files] for files in args.refs or ()]
     per_frame = (H // 16) * (W // 16)  # tokens of one latent frame or reference
     video = (frames + 3) // 4 * per_frame
-    views = sum(len(names) for names in people)
     without = video + len(people) * len(VIEWS) * config.proxy_tokens  # with every slot as proxies
-    tokens = without + views * (per_frame - config.proxy_tokens)
+    tokens = without + sum(map(len, people)) * (per_frame - config.proxy_tokens)
     scale = recipe["guide_text"][0]
     weights = sample.guidance_weights(scale, recipe["guide_refs"] if people else scale)
     tflop = [networks["transformer"].flops(n) / 1e12
              for weight, n in zip(weights, (tokens, without, without)) if weight]
     print(f"{frames} frames of {H}x{W}: {video:,} tokens, with references {tokens:,}")
 
-    streamed = {"transformer": 0, "umT5": 0}  # parameters that --offload keeps off the GPU
+    held = {name: 2 * n for name, n in parameters.items()}  # bytes on the GPU, in bf16
     if args.offload:
-        streamed = {name: sum(p.numel() for p in networks[name].blocks[1:].parameters()) for name in streamed}
+        for name in ("transformer", "umT5"):
+            held[name] -= 2 * count_parameters(networks[name].blocks[1:])
     hidden = tokens * (3 * 4 * config.dim + 2 * (4 * config.dim + 2 * config.ffn_dim))
     # four frames at the VAE's full width, of which it holds 10 and 12.5 (measured on a CPU)
     pixels = 4 * 4 * 96 * min(H, args.tile or H) * min(W, args.tile or W)
-    phases = {"umT5, bf16": 2 * (parameters["umT5"] - streamed["umT5"]),
-              "VAE encode, float32": 4 * parameters["VAE"] + 10 * pixels, "ViT, bf16": 2 * parameters["ViT"],
-              "denoising, bf16": 2 * (parameters["transformer"] - streamed["transformer"]) + hidden,
-              "VAE decode, float32": 4 * parameters["VAE"] + 12.5 * pixels}
+    phases = {"umT5, bf16": held["umT5"], "VAE encode, float32": 2 * held["VAE"] + 10 * pixels,
+              "ViT, bf16": held["ViT"], "denoising, bf16": held["transformer"] + hidden,
+              "VAE decode, float32": 2 * held["VAE"] + 12.5 * pixels}
     print("expected memory, one phase after the other (weights exact, activations estimated):")
     for phase, size in phases.items():
         print(f"  {phase:22}{size / GIB:6.1f} GiB")
@@ -179,17 +176,15 @@ def main(argv=None):
     for name, help in (("train", "time training steps"), ("forward", "time forwards")):
         speed = what.add_parser(name, help=help).add_argument
         speed("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS")
-        speed("--frames", type=count, help="frames of the clips (default: the config's)")
-        speed("--size", type=sample.picture_size, help="HEIGHTxWIDTH of the clips (default: the config's)")
+        speed("--frames", type=count, help="frames of a clip (default: as in training)")
+        speed("--size", type=sample.picture_size, help="HEIGHTxWIDTH of a clip (default: as in training)")
         speed("--batch", type=count, default=1, help="samples of a forward")
-        speed("--recompute", action="store_true", help="as in train.py")
-        speed("--compile", action="store_true", help="as in train.py")
-        speed("--no-fused", action="store_true", help="as in train.py")
+        for flag in ("--recompute", "--compile", "--no-fused"):
+            speed(flag, action="store_true", help="as in train.py")
         speed("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as train.py's")
     dry = what.add_parser("dry-run", help="memory and FLOPs of sample.py at Wan's sizes").add_argument
-    dry("--ckpt", type=nonempty, default="1.3b", help="a preset of model.CONFIGS, or a folder as in sample.py")
-    dry("--refs", nargs="+", action="append", type=nonempty, metavar="PICTURE",
-        help="names of one person's views, such as a_front.png; the files are not read")
+    dry("--ckpt", type=nonempty, default="1.3b", help="a preset of model.CONFIGS, or a folder of Wan's size")
+    dry("--refs", nargs="+", action="append", help="one person's views, as a_front.png; not read")
     dry("--frames", type=count, help="frames (default 81)")
     dry("--size", type=sample.picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")

@@ -1,0 +1,74 @@
+import re
+
+import pytest
+from conftest import ROOT, call, run
+
+import bench
+from checkpoint import UserError
+
+
+@pytest.mark.parametrize("what, flags", [("train", ["--recompute"]), ("forward", ["--no-fused"])])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bench_prints_its_table(what, flags, precision, tmp_path):
+    said = call("bench.py", what, "--config", "tiny", "--precision", precision, *flags, cwd=tmp_path)
+    for part in ("seconds a step", "tokens/s", "model TFLOP/s", "peak memory"):
+        assert part in said
+    assert ("torch.bfloat16 matmul" in said) == (precision == "bf16")
+    assert not any(tmp_path.iterdir())
+
+
+def test_dry_run_needs_no_weights(wan, tmp_path):
+    said = call("bench.py", "dry-run", "--ckpt", "1.3b", cwd=tmp_path)
+    own = re.search(r"transformer +([\d,]+) parameters, ([\d,]+) of them HarmoView's own; x 1", said)
+    total, own = (int(number.replace(",", "")) for number in own.groups())
+    assert total - own == 1_418_996_800
+    assert "5,680,910,336" in said and "126,892,531" in said and "32,760 tokens" in said
+    refs = ["--refs", "a_front.png", "a_left.png", "--refs", "b_front.png"]
+    said = call("bench.py", "dry-run", "--ckpt", "14b", *refs, cwd=tmp_path)
+    assert f"with references {32_760 + 3 * 1560 + 5 * 16:,}" in said and "2 forwards a step" in said
+    said = call("bench.py", "dry-run", "--ckpt", wan / "2.2", "--size", "64x64", cwd=tmp_path)
+    assert "x 2 expert(s)" in said and not list(tmp_path.iterdir())
+
+
+def test_offload_and_tiles_need_less(tmp_path):
+    def phases(*flags):
+        said = call("bench.py", "dry-run", "--ckpt", "14b", *flags, cwd=tmp_path)
+        return [float(number) for number in re.findall(r"([\d.]+) GiB", said)]
+
+    plain, less = phases(), phases("--offload", "--tile", "256")
+    assert len(plain) == 5
+    for phase in (0, 1, 3, 4):  # the ViT is held whole
+        assert less[phase] < 0.6 * plain[phase]
+
+
+BAD = [
+    ("", "required"),
+    ("dry-run --ckpt toy", "the dry run is for Wan's sizes"),
+    ("dry-run --ckpt nowhere", "no checkpoint at nowhere"),
+    ("dry-run --ckpt .", "no checkpoint at ."),
+    ("dry-run --refs a.png", "a.png: which view is it"),
+    ("dry-run" + " --refs a_front.png" * 3, "3 people .* at most 2"),
+    ("dry-run --frames 80", "80 frames of 480x832: expected 4n\\+1"),
+    ("dry-run --size 40x0", "81 frames of 40x0: expected"),
+    ("dry-run --tile 20", "VAE tile 20"),
+    ("forward --config huge", "invalid choice: 'huge'"),
+    ("forward --size 30", "30x30: expected multiples of 8"),
+    ("forward --size 0", "0x0: expected multiples of 8"),
+    ("forward --size 40by40", "expected HEIGHTxWIDTH"),
+    ("forward --batch 0", "--batch: got '0'"),
+    ("train --frames 1e3", "--frames: got '1e3'"),
+    ("train --config 1.3b --frames 6", "6 frames of 256x256: expected 4n\\+1"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", BAD)
+def test_bad_input_gets_one_clear_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        bench.main(arguments.split())
+    assert re.search(says, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_the_script_exits_with_that_line(tmp_path):
+    line = run(ROOT / "bench.py", "dry-run", "--ckpt", "nowhere", cwd=tmp_path, fails=True)
+    assert line.startswith("bench.py: no checkpoint at nowhere")
