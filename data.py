@@ -169,10 +169,9 @@ class Dataset:
             variant = torch.tensor([int(torch.randint(variants, (), generator=g)) for g in generators])
         refs, vit = [], []
         for k, names in enumerate(views):
-            latents = {v: unpack(clips["refs"][index, k, variant, VIEWS.index(v)]) for v in names}
-            refs.append({v: latent.to(device) for v, latent in latents.items()})
-            features = clips["vit"][index, k, variant].float().to(device) if "front" in names else None
-            vit.append(features)
+            person = clips["refs"][index, k, variant]  # [B, V, C, h, w]
+            refs.append({v: unpack(person[:, VIEWS.index(v)]).to(device) for v in names})
+            vit.append(clips["vit"][index, k, variant].float().to(device) if "front" in names else None)
         return unpack(clips["latents"][index]).to(device), text.to(device), refs, vit
 
 
@@ -327,8 +326,8 @@ def contact_sheet(jobs, tile=112):
     def width_of(picture):  # [3, H, W], when it is `tile` high
         return round(tile * picture.shape[2] / picture.shape[1])
     people = sum((list(job.references or ()) for job in jobs), [])
-    pictures = [next(iter(views.values())) for views in people if views]  # a person's have one size
-    block = max(map(width_of, pictures), default=tile)  # width of a person's 2 x 2
+    # the width of a person's 2 x 2, whose pictures have one size
+    block = max((width_of(next(iter(views.values()))) for views in people if views), default=tile)
     left = max(len(job.references or ()) for job in jobs) * (block + gap) + gap
     total = left + gap + max(min(max_frames, job.video.shape[1]) * width_of(job.video[:, 0]) for job in jobs)
     strips = []  # (videos, prompt in lines, height)
