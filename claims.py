@@ -2,8 +2,8 @@
 
   python claims.py full no-mfi     these rows (none named: all) and those of earlier calls, as in CLAIMS.md
 
-A claim is decided if two 95 % intervals of the difference of its rows exclude zero: over cases (bootstrap) and
-over seeds (Student's t). Two CPU cores train a row in two processes, equal to one up to rounding.
+A claim is decided if two 95 % intervals of the difference of its rows exclude zero: over cases (bootstrap)
+and over seeds (Student's t). Two CPU cores train a row in two processes, equal to one up to rounding.
 """
 import contextlib
 import math
