@@ -281,6 +281,8 @@ def export(ckpt, folder):
     probe_writable(folder.parent)
     source = found.networks[0]
     weights = load_checkpoint(source)[0].bfloat16().state_dict()
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise UserError(f"{source}: its weights are not finite, the training has diverged")
     save_checkpoint(folder, {"ema": weights}, found.meta, sorted(source.glob("*.model")))
     print(f"{folder} from {source}")
 

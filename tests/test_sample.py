@@ -1,22 +1,26 @@
 import json
 import math
+import os
 import re
 import shutil
 import weakref
+from dataclasses import asdict
+from pathlib import Path
 
 import av
 import diffusers
 import pytest
 import torch
-from conftest import ROOT, call, run
+from conftest import ROOT, WAN_SMALL, call, run
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import sample
 import toy
-from checkpoint import UserError
+from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
 from encoders import NEGATIVE_PROMPT, WanEncoders
-from model import HarmoView, load_wan, wan_config
+from model import DiTConfig, HarmoView, load_wan, wan_config
 from rope import VIEWS
 
 PROMPT = (
@@ -270,9 +274,8 @@ def wan_by_hand(folder, prompt, negative, seed, steps):
 
 def test_the_whole_pipeline_is_its_parts(wan):
     model, encoders, found = sample.load(wan / "2.1", precision="fp32")
-    jobs = [
-        data.Job(prompt, None, seed, (32, 48)) for seed, prompt in enumerate(("a close-up", "a dark room of two"))
-    ]
+    prompts = ("a close-up", "a dark room of two")
+    jobs = [data.Job(prompt, None, seed, (32, 48)) for seed, prompt in enumerate(prompts)]
     videos = sample.generate(model, encoders, jobs, sample.SAMPLE_RECIPES[found.kind] | {"steps": 3}, 5)
     for job, video in zip(jobs, videos, strict=True):
         truth = wan_by_hand(wan / "2.1", job.prompt, NEGATIVE_PROMPT, job.seed, 3)
@@ -420,6 +423,193 @@ def test_bad_input_gets_one_clear_line(arguments, says, tiny, broken, monkeypatc
         "front.txt",
         "noview.png",
     ]  # nothing written, nothing lost
+
+
+INPUTS = [
+    ("--refs ann_front.png --prompt x", "ann_front"),
+    ("--refs front=link.png --prompt x", "ann_front.png"),  # what a link leads to
+    ("--refs ann_front.png --prompt x", "link"),  # and through one
+    ("--refs ann_front.png --prompt x", "sub/../ann_front"),
+    ("--prompts jobs.jsonl", "ann_front"),
+    ("--prompts jobs.jsonl", "jobs"),
+]
+
+
+@pytest.mark.parametrize("arguments, out", INPUTS)
+def test_an_input_is_never_overwritten(arguments, out, tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "load", None)  # refused before anything is loaded
+    shutil.copy(pictures / "0_front.png", "ann_front.png")
+    Path("link.png").symlink_to("ann_front.png")
+    Path("jobs.jsonl").write_text('{"prompt": "x", "refs": [["ann_front.png"]]}')
+    Path("jobs.mp4").symlink_to("jobs.jsonl")
+    Path("sub").mkdir()
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="is one of the inputs and would be overwritten"):
+        sample.main([*arguments.split(), "--ckpt", str(tiny / "out" / "tiny"), "--out", out])
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+BAD_FLAGS = """--guide-text=nan --guide-text=inf --guide-refs=1e999 --guide-text=101 --shift=0 --shift=1e-30
+--shift=nan --steps=100000000000000000000 --steps=1e3 --fps=2147483648 --fps=nan --seed=-1
+--seed=9223372036854775808 --size=1x2x3 --size=\uff13\uff12 --out= --out=. --out=.. --out=a/.. --out=a/
+--out=.mp4 --ckpt= --wan= --wan=x --tile=0 --tile=256 --ste=4 --views=side --precision=fp8 --solver=EULER""".split()
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_no_number_or_name_gets_past_the_flags(flag, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "generate", None)
+    with pytest.raises(UserError) as error:
+        sample.main(["--ckpt", str(tiny / "out" / "tiny"), "--prompt", "x", flag])
+    assert flag.split("=")[0] in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--prompt", "word " * 10_000], "the prompt 'word .* reads at most 128"),
+    (["--prompt", "x", "--negative", "word " * 10_000], "the prompt 'word .* reads at most 128"),
+    (["--prompt", "x", "--views", "front", "--refs", "0_front.png"], "--views chooses among the toy's own"),
+])
+def test_texts_and_views_that_cannot_be_used(flags, says, tiny, tmp_path, pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    monkeypatch.setattr(sample, "generate", None)
+    with pytest.raises(UserError, match=says):
+        sample.main(["--ckpt", str(tiny / "out" / "tiny"), *flags, "--out", str(tmp_path / "s")])
+
+
+def change(name, value, part="config"):
+    def edit(folder, meta):
+        meta[part][name] = value
+    return edit
+
+
+def forget_tokenizer(folder, meta):
+    (folder / "spiece.model").unlink()
+
+
+def change_tokenizer(folder, meta):
+    (folder / "spiece.model").write_bytes((folder / "spiece.model").read_bytes() + b" ")
+
+
+def damage_weights(folder, meta):
+    (folder / "ema.safetensors").write_bytes(b"\xff" * 100)
+    meta["sha256"]["ema.safetensors"] = sha256_of(folder / "ema.safetensors")
+
+
+def nan_weights(folder, meta):
+    tensors = load_file(folder / "ema.safetensors")
+    save_file({name: tensor * math.nan for name, tensor in tensors.items()}, folder / "ema.safetensors")
+    meta["sha256"]["ema.safetensors"] = sha256_of(folder / "ema.safetensors")
+
+
+@pytest.mark.parametrize("edit, says", [
+    (change("num_layers", 10**9), "num_layers is 1000000000"),
+    (change("in_dim", 10**9), "in_dim is 1000000000"),
+    (change("prediction", "x"), "prediction 'x'"),
+    (change("dim", 96), "does not fit"),
+    (change("more", 1), "'more'"),
+    (change("size", 10**9, "world"), "its world .* is none of toy.WORLDS"),
+    (change("frames", None, "world"), "its world .* is none of toy.WORLDS"),
+    (lambda folder, meta: meta.pop("world"), "its world .* is none of toy.WORLDS"),
+    (lambda folder, meta: meta["sha256"].pop("spiece.model"), "spiece.model is missing or damaged"),
+    (forget_tokenizer, "spiece.model is missing or damaged"),
+    (change_tokenizer, "spiece.model is missing or damaged"),
+    (damage_weights, "ema.safetensors cannot be read"),
+    (nan_weights, "not finite"),
+])
+@pytest.mark.parametrize("export", [False, True])
+def test_junk_in_a_checkpoint_is_one_short_line(edit, says, export, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(find_checkpoint(tiny / "out" / "tiny"), "ckpt")
+    meta = json.loads(Path("ckpt/checkpoint.json").read_text())
+    edit(Path("ckpt"), meta)
+    Path("ckpt/checkpoint.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError) as error:
+        what = ["--export", "new"] if export else ["--prompt", "x", "--steps", "1", "--out", "x"]
+        sample.main(["--ckpt", "ckpt", *what])
+    assert re.search(says, str(error.value)) and len(str(error.value)) < 400
+    assert [path.name for path in Path().iterdir()] == ["ckpt"]
+
+
+def cut(name):
+    return lambda folder: os.truncate(folder / name, 300)
+
+
+@pytest.mark.parametrize("release, damage, flags", [
+    ("2.1", cut("Wan2.1_VAE.pth"), ""),
+    ("2.1", cut("models_t5_umt5-xxl-enc-bf16.pth"), ""),
+    ("2.1", cut("google/umt5-xxl/spiece.model"), ""),
+    ("2.2", cut("low_noise_model/diffusion_pytorch_model.safetensors"), ""),
+    ("2.2", lambda folder: shutil.rmtree(folder / "low_noise_model"), ""),
+    ("2.1", lambda folder: None, "--tile 20"),
+    ("2.1", lambda folder: None, "--out .."),
+    ("2.1", lambda folder: None, "--fps 2147483648"),
+    ("2.1", lambda folder: None, "--views front"),
+    ("2.1", lambda folder: None, "--swap"),
+])
+def test_all_of_wan_is_checked_before_the_first_step(release, damage, flags, wan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "generate", None)
+    shutil.copytree(wan / release, "wan")
+    damage(Path("wan"))
+    with pytest.raises(UserError):
+        sample.main(["--ckpt", "wan", *SMALL, "--prompt", "x", "--out", "x", *flags.split()])
+
+
+def test_references_for_wan_need_its_vit_before_the_first_step(wan, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **WAN_SMALL)
+    weights = HarmoView(config).state_dict()
+    shutil.copytree(wan / "2.1", "wan")
+    save_checkpoint("ckpt", {"ema": weights}, {"config": asdict(config), "wan": "wan"})
+    shutil.copy(pictures / "0_front.png", "a_front.png")
+    Path("jobs.jsonl").write_text('{"prompt": "x", "refs": [["a_front.png"]]}')
+    command = ["--ckpt", "ckpt", *SMALL, "--prompts", "jobs.jsonl", "--out", "x"]
+    sample.main(command)
+    Path("wan/dinov2_vits14_pretrain.pth").unlink()
+    monkeypatch.setattr(sample, "generate", None)
+    with pytest.raises(UserError, match="holds no DINOv2"):
+        sample.main(command)
+
+
+def test_many_prompts_are_written_in_rounds(tiny, tmp_path, monkeypatch):
+    """Each with its sheet and its line; what comes after a failure does not take back what was made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "ROUND", 2)
+    Path("jobs.jsonl").write_text('{"prompt": "one person"}\n' * 5)
+    command = ["--prompts", "jobs.jsonl", "--steps", "1", "--ckpt", str(tiny / "out" / "tiny"), "--out", "v"]
+    said = call("sample.py", *command, cwd=tmp_path)
+    assert [line.split(" in ")[0] for line in said.splitlines() if "v-" in line] == [
+        "v-1.mp4, v-2.mp4 and v-1.png", "v-3.mp4, v-4.mp4 and v-3.png", "v-5.mp4 and v-5.png"]
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("v-*")}
+    assert len(before) == 8
+    sheets = []
+
+    def full_disk(jobs):
+        sheets.append(len(jobs))
+        if len(sheets) == 2:
+            raise OSError("No space left on device")
+        return data_sheet(jobs)
+
+    data_sheet = data.contact_sheet
+    monkeypatch.setattr(data, "contact_sheet", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        sample.main([*command, "--seed", "1"])
+    after = {path.name: path.read_bytes() for path in tmp_path.glob("v-*")}
+    changed = [name for name in sorted(before) if before[name] != after[name]]
+    assert changed == ["v-1.mp4", "v-1.png", "v-2.mp4", "v-3.mp4", "v-4.mp4"]
+    assert not list(tmp_path.glob(".*"))  # nothing unfinished stays
+
+
+def test_files_do_not_tell_where_they_were_made(tiny, pictures, tmp_path):
+    command = ["--refs", pictures / "0_front.png", f"left={pictures}/0_left.png", "--prompt", "one person"]
+    call("sample.py", *command, "--steps", 1, "--ckpt", tiny / "out" / "tiny", "--out", tmp_path / "v",
+         cwd=tmp_path)
+    for path in (tmp_path / "v.mp4", tmp_path / "v.png"):
+        assert str(tmp_path.parent).encode() not in path.read_bytes()
+    with Image.open(tmp_path / "v.png") as sheet:
+        note = json.loads(sheet.text["video 1"])
+    assert note["refs"] == [["0_front.png", "0_left.png"]] and note["ckpt"] == "tiny"
 
 
 def test_the_script_exits_with_that_line(tmp_path):
