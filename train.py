@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, count, find_checkpoint, find_valid, fraction, in_range,
-                        load_tensors, lock, not_negative, parent_of, positive, probe_writable, read_lines,
-                        read_meta, remove, run_script, save_checkpoint, seed_number)
+from checkpoint import (Parser, UserError, atomic_file, check_replaceable, count, find_checkpoint,
+                        find_valid, fraction, in_range, load_tensors, lock, not_negative, parent_of,
+                        positive, probe_writable, read_lines, read_meta, remove, run_script,
+                        save_checkpoint, seed_number)
 from encoders import WanEncoders
 from kernels import use_fused
 from model import CONFIGS, HarmoView, autocast, load_checkpoint, load_wan, uses_bf16
@@ -387,6 +388,9 @@ def train_stage(number, start, args, dataset, available, world, stop):
     model, ema, optimizers, first_step, parent = start
     if first_step >= steps:
         return
+    for step in range(first_step, steps):
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            check_replaceable(folder / f"step-{step + 1:06d}")  # now, not after hours
     share = args.batch // world.size  # samples per rank and step
     metrics = open_metrics(folder, first_step) if world.rank == 0 else None
 
@@ -482,7 +486,8 @@ def open_metrics(folder, step):
     path = folder / "metrics.jsonl"
     lines = [line for line in read_lines(path) if isinstance(line.get("step"), int) and line["step"] <= step]
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return open(path, "a")
 
 
@@ -511,12 +516,16 @@ def wan_root(args):
     return folder if any(folder.glob("models_t5*")) else folder.parent
 
 
-def load_data(args, encoders):
-    """The training set, rendered and encoded where that was not done yet."""
-    world = toy.WORLDS[args.config]
-    folder = toy.render_cache(args.data, world["size"], world["frames"], args.clips, args.pairs)
-    encoders = encoders or toy.ToyEncoders(folder, world["size"])
-    return data.Dataset(data.encode_cache(folder, encoders, args.mask))
+def load_data(args, encoders, world):
+    """The training set, rendered and encoded where that was not done yet, by one process on all cores."""
+    clips, threads = toy.WORLDS[args.config], torch.get_num_threads()
+    if world.size > 1 and world.device.type == "cpu":
+        torch.set_num_threads(cores())
+    folder = toy.render_cache(args.data, clips["size"], clips["frames"], args.clips, args.pairs)
+    encoders = encoders or toy.ToyEncoders(folder, clips["size"])
+    dataset = data.Dataset(data.encode_cache(folder, encoders, args.mask))
+    torch.set_num_threads(threads)
+    return dataset
 
 
 def main(argv=None):
@@ -530,49 +539,39 @@ def main(argv=None):
     encoders = None
     if config.is_wan:
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        encoders = WanEncoders(wan_root(args), world.device, dtype)
+        encoders = WanEncoders(wan_root(args), world.device, dtype, need_vit=True)
     probe_writable(args.out)
     probe_writable(args.data)
-    if world.rank > 0:
-        world.barrier()
-        return train(stages, start, args, config, load_data(args, encoders), world)
-    with lock(args.out):
-        print(f"{args.config}: {config}\n"
-              f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
-              f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
-              f"clips {args.clips}, {args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, "
-              f"shift {args.shift}, {args.precision} on {world.device}, {kernels_in_use}", flush=True)
-        if world.size == 1 and world.device.type == "cpu" and cores() > 1 and args.batch % 2 == 0:
-            print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
-        threads = torch.get_num_threads()
-        if world.size > 1 and world.device.type == "cpu":
-            torch.set_num_threads(cores())  # the others wait
-        dataset = load_data(args, encoders)
-        torch.set_num_threads(threads)
-        if args.overwrite:  # all now: a later stage of the old run would pass for newer
-            for number in stages:
-                remove(args.out / f"stage{number}")
-        world.barrier()
-        train(stages, start, args, config, dataset, world)
-
-
-def train(stages, start, args, config, dataset, world):
-    """All stages, the first one from `start`."""
     available = VIEWS if args.pairs == "cross" else toy.IN_PAIR_VIEWS
     if args.front_only:
         available = ("front",)
     stop = stop_on_signal(world)
-    for number in stages:
-        start = start or prepare(number, args, config, world)
-        train_stage(number, start, args, dataset, available, world, stop)
-        start = None
-        if stop():
-            break
-        # what a user would run; a process of its own, since sample.py is above this file
-        if world.rank == 0 and not args.no_samples and not config.is_wan:  # Wan's need a prompt
-            sheet = args.out / f"stage{number}"
-            subprocess.run([sys.executable, Path(__file__).with_name("sample.py"),
-                            "--ckpt", sheet, "--out", sheet / "sample"], check=False)
+    with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
+        if world.rank == 0:
+            print(f"{args.config}: {config}\n"
+                  f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
+                  f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
+                  f"clips {args.clips}, {args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, "
+                  f"shift {args.shift}, {args.precision} on {world.device}, {kernels_in_use}", flush=True)
+            if world.size == 1 and world.device.type == "cpu" and cores() > 1 and args.batch % 2 == 0:
+                print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
+            load_data(args, encoders, world)  # what it renders and encodes, it leaves for the other ranks
+            if args.overwrite:  # all now: a later stage of the old run would pass for newer
+                for number in stages:
+                    remove(args.out / f"stage{number}")
+        world.barrier()
+        dataset = load_data(args, encoders, world)
+        for number in stages:
+            start = start or prepare(number, args, config, world)
+            train_stage(number, start, args, dataset, available, world, stop)
+            start = None
+            if stop():
+                break
+            # what a user would run; a process of its own, since sample.py is above this file
+            if world.rank == 0 and not args.no_samples and not config.is_wan:  # Wan's need a prompt
+                sheet = args.out / f"stage{number}"
+                subprocess.run([sys.executable, Path(__file__).with_name("sample.py"),
+                                "--ckpt", sheet, "--out", sheet / "sample"], check=False)
     if world.size > 1:
         dist.destroy_process_group()
 

@@ -331,7 +331,7 @@ def test_without_curriculum_and_with_the_front_only(fresh, monkeypatch):
 
     monkeypatch.setattr(data, "draw_views", recorded_views)
     monkeypatch.setattr(data.Dataset, "batch", recorded_batch)
-    call("train.py", *FAST, "--steps", 12, "--no-curriculum", "--front-only", "--out", "x", cwd=fresh)
+    call("train.py", *FAST, "--steps", 20, "--no-curriculum", "--front-only", "--out", "x", cwd=fresh)
     assert {s.name for s in stages} == {"harmony"} and stages[0].lr == train.STAGES[1].lr
     given = {names for step in views for names in step}
     assert given == {("front",), ()} and {len(step) for step in views} == {1, 2}
