@@ -168,13 +168,15 @@ def encode_references(encoders, batches, with_vit, device):
     All latents first, then all features, so that each encoder loads once."""
     if batches[0][0].references is None:  # plain Wan
         return [(None, None) for _ in batches]
-    # {view: pictures [B, 3, h, w]} for each person
-    batches = [default_collate([job.references for job in jobs]) for jobs in batches]
+    # of each batch: one {view: pictures [B, 3, h, w]} per person
+    stacked = [default_collate([job.references for job in jobs]) for jobs in batches]
     refs, vit = [], []
-    for people in batches:
-        refs.append([{view: encoders.encode(pictures[:, :, None])[:, :, 0].to(device)
-                      for view, pictures in views.items()} for views in people])
-    for people in batches:
+    for people in stacked:
+        refs.append([])
+        for views in people:
+            latents = {view: encoders.encode(p[:, :, None])[:, :, 0] for view, p in views.items()}
+            refs[-1].append({view: latent.to(device) for view, latent in latents.items()})
+    for people in stacked:
         vit.append([encoders.features(views["front"]).to(device) if with_vit and "front" in views else None
                     for views in people])
     return list(zip(refs, vit))
@@ -184,11 +186,8 @@ def encode_references(encoders, batches, with_vit, device):
 def generate(model, encoders, jobs, recipe, frames, batch=1):
     """The videos of these jobs, [3, frames, H, W] in -1..1 each. Captions, references, denoising, decoding:
     one network after the other is in memory. A video's noise depends on its own seed only.
-
-    model   an Experts
-    jobs    of one size; every `batch` neighbours have the same views and share a forward
-    recipe  a row of SAMPLE_RECIPES
-    """
+    model is an Experts, recipe a row of SAMPLE_RECIPES. All jobs have one size, and every `batch` neighbours
+    have the same views and share a forward."""
     text = encoders.text([*(job.prompt for job in jobs), recipe["negative"]]).to(model.device)
     text, no_text = text[:-1], text[-1:]
     parts = [slice(i, i + batch) for i in range(0, len(jobs), batch)]
@@ -346,10 +345,10 @@ def make_jobs(args, found, frames, size):
                             "give one that train.py made, or leave --refs out")
         if job.files:
             job.references = data.read_references(job.files, size)
-        elif is_toy and job.references is None:  # people that training never saw
+        elif job.references is None and is_toy:  # people that training never saw
             cast = (0, 1) if "two people" in job.prompt else (0,)
             job.references = toy.held_out_references(cast, args.views or VIEWS, size[0])
-        elif found.meta and job.references is None:
+        elif job.references is None and found.meta:
             job.references = [{}]  # one person's proxies
         job.size = toy.frame_size(size[0], len(job.references)) if is_toy else size
     return swapped(jobs) if args.swap else jobs
@@ -361,9 +360,8 @@ def swapped(jobs):
     for job in jobs:
         if len(job.references or ()) != 2:
             raise UserError("--swap exchanges two people: give --refs twice, or a prompt of two people")
-        first = replace(job, note="", truth=None)
-        result += [first, replace(first, references=job.references[::-1], files=job.files[::-1],
-                                  note=" (references exchanged)")]
+        first, note = replace(job, note="", truth=None), " (references exchanged)"
+        result += [first, replace(first, references=job.references[::-1], files=job.files[::-1], note=note)]
     return result
 
 
@@ -372,8 +370,7 @@ def picture_size(text):
     """A type for add_argument: "480x832", or one side of a square -> (H, W)."""
     sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
     if not sides:
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected HEIGHTxWIDTH, for example 480x832, "
-                                         "or one side of a square")
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected HEIGHTxWIDTH, such as 480x832")
     return int(sides[1]), int(sides[2] or sides[1])
 
 
@@ -385,11 +382,9 @@ def recipe_flags(add):
     """Flags that override SAMPLE_RECIPES; eval.py has them too."""
     add("--steps", type=count, help="solver steps")
     add("--shift", type=time_shift, help="timestep shift: more than 1 spends more steps at high noise")
-    add("--guide-text", type=guidance, nargs="+",
-        help="guidance towards the caption; 1 is none; two numbers: at high noise, at low noise")
     add("--guide-refs", type=guidance, help="guidance towards the references; 1 is none")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="matmuls under autocast; auto: bf16 if fast here")
+    add("--guide-text", type=guidance, nargs="+", help="the same for the caption; two: at high and low noise")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
 
 
 def override(recipe, args):
@@ -409,10 +404,8 @@ def arguments(argv=None):
     what("--prompts", type=Path, help='JSONL of {"prompt": "...", "refs": [["a_front.png"]], "seed": 0}')
     what("--views", nargs="+", choices=VIEWS, help="toy, without --refs: the views that are given")
     what("--swap", action="store_true", help="again with two people's references exchanged, same noise")
-    what("--ckpt", type=nonempty, help="a checkpoint, a run (its newest one), or a Wan checkpoint (default: "
-         "out/toy, or the toy that comes with the code)")
-    what("--wan", metavar="DIR", type=nonempty, help="where umT5, the VAE and the ViT are (default: the Wan "
-         "folder that --ckpt is or started from)")
+    what("--ckpt", type=nonempty, help="a checkpoint, a run or a Wan release (default: out/toy, else ours)")
+    what("--wan", type=nonempty, help="folder of umT5, VAE and ViT (default: that --ckpt is or started from)")
     what("--out", default="out/sample", help="where to write, without suffix (default out/sample)")
     how = p.add_argument_group("how (defaults by kind of checkpoint: SAMPLE_RECIPES)").add_argument
     how("--frames", type=count, help="frames, for Wan 4n+1 (default: as trained; Wan 81)")
@@ -447,8 +440,7 @@ def check_wan_size(frames, size):
 
 
 def output_files(args, jobs):
-    """The names of the MP4s, one a job, and of the contact sheets, one a round. UserError where one cannot be
-    written or is a file that is read."""
+    """Names of the MP4s, one a job, and of the sheets, one a round. UserError for one that may not be."""
     out = args.out.removesuffix(".mp4").removesuffix(".png")
     if os.path.basename(out) in ("", ".", ".."):
         raise UserError(f"--out {args.out!r}: expected the name of a file to write, without suffix")
@@ -472,7 +464,9 @@ def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
         for job, video in zip(same, generate(model, encoders, same, recipe, frames)):
             job.video = video
     for n, (job, path) in enumerate(zip(jobs, videos), 1):
-        refs = [[Path(data.view_of(file)[1]).name for file in files] for files in job.files]
+        refs = []
+        for files in job.files:
+            refs.append([Path(data.view_of(file)[1]).name for file in files])
         how = {"prompt": job.prompt, "seed": job.seed, "refs": refs, "frames": frames, "size": job.size,
                "ckpt": Path(os.path.abspath(ckpt)).name, **recipe}  # not this machine's folders
         how = json.dumps(how, ensure_ascii=False)
