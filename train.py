@@ -545,7 +545,6 @@ def main(argv=None):
     available = VIEWS if args.pairs == "cross" else toy.IN_PAIR_VIEWS
     if args.front_only:
         available = ("front",)
-    stop = stop_on_signal(world)
     with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
         if world.rank == 0:
             print(f"{args.config}: {config}\n"
@@ -561,6 +560,7 @@ def main(argv=None):
                     remove(args.out / f"stage{number}")
         world.barrier()
         dataset = load_data(args, encoders, world)
+        stop = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)
             train_stage(number, start, args, dataset, available, world, stop)

@@ -6,7 +6,7 @@ import shutil
 
 from conftest import ROOT, call, run
 
-from model import find_checkpoint
+from checkpoint import find_checkpoint
 
 README = (ROOT / "README.md").read_text()
 TINY = {
@@ -14,7 +14,7 @@ TINY = {
     "train.py": ["--config", "tiny", "--out", "out/toy", "--no-samples"],
     "eval.py": ["--limit", "2", "--steps", "1"],
     "sample.py": ["--steps", "1"],
-    "data.py": ["--size", "32", "--frames", "3"],
+    "toy.py": ["--size", "32", "--frames", "3"],
 }
 
 
@@ -31,8 +31,9 @@ def commands():
 
 
 def test_the_two_commands_stand_in_the_first_screen():
-    first = "\n".join(README.splitlines()[:60])
-    assert "pip install -r requirements.txt && torchrun train.py --stage all && python sample.py" in first
+    first = "\n".join(README.splitlines()[:40])
+    assert "pip install -r requirements.txt && python sample.py" in first
+    assert "torchrun --nproc-per-node 2 train.py --stage all && python sample.py" in first
     assert "pip install -r requirements.txt -r tests/requirements.txt && pytest" in README
 
 
@@ -40,7 +41,7 @@ def test_every_command_runs_on_the_tiny_preset(tiny, tmp_path):
     shutil.copytree(tiny / "cache", tmp_path / "cache")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     found = commands()
-    assert {"train.py", "sample.py", "eval.py", "data.py"} <= {word for c in found for word in c.split()}
+    assert {"train.py", "sample.py", "eval.py", "toy.py", "bench.py", "kernels.py"} <= {word for c in found for word in c.split()}
     for command in found:
         words = shlex.split(command.replace("$(sed -n 3p out/look/captions.txt)", "two people"))
         launcher, script = words[0], next(w for w in words if w.endswith(".py"))
@@ -67,3 +68,9 @@ def test_every_file_is_named_and_every_named_file_exists():
     ours = {p.name for p in ROOT.glob("*.py")}
     assert ours <= set(re.findall(r"\b\w+\.py\b", README))
     assert all((ROOT / link).exists() for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+
+
+def test_it_is_short_and_narrow():
+    prose = re.sub(r"```.*?```|^\|.*$", "", README, flags=re.S | re.M)
+    assert len(prose.split()) < 1300
+    assert max(len(line) for line in prose.splitlines() if "](" not in line) <= 110
