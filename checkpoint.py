@@ -41,7 +41,8 @@ def run_script(main, less_memory=""):
     script = Path(sys.argv[0]).name
 
     def fail(message, code=1):
-        print(f"{script}: {' '.join(str(message).split())}", file=sys.stderr)
+        line = " ".join(str(message).split())
+        print(f"{script}: {line if len(line) < 1500 else line[:1500] + ' ...'}", file=sys.stderr)
         sys.exit(code)
     advice = f"; try {less_memory}" if less_memory else ""
     try:
@@ -220,8 +221,8 @@ def check_outputs(outputs, inputs):
     for path in outputs:
         if os.path.realpath(path) in read:
             raise UserError(f"{path} is one of the inputs and would be overwritten: choose another --out")
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder, expected the name of a file to write: choose another --out")
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path} is a folder or a device, expected a file to write: choose another --out")
         try:  # a name that is too long, say, is an error now
             temporary_name(Path(path)).touch()
             temporary_name(Path(path)).unlink()

@@ -24,8 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from checkpoint import (UserError, check_files, check_fit, layers_of, load_tensors, load_weights, put_tensor,
-                        read_meta, read_wan, read_weights)
+from checkpoint import (UserError, check_files, check_fit, layers_of, load_weights, put_tensor, read_meta,
+                        read_wan, read_weights)
 from kernels import qk_norm_rope, rope_tables
 from rope import VIEWS, check_layout, reference_positions, video_positions
 
@@ -481,9 +481,10 @@ def check_checkpoint(folder, weights="ema"):
     return model
 
 
-def load_checkpoint(folder, weights="ema"):
-    """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights, and what
-    checkpoint.json holds. Raises UserError for a damaged file, and for keys or shapes that do not fit."""
+def load_checkpoint(folder, weights="ema", dtype=None):
+    """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights in dtype (default
+    float32), and what checkpoint.json holds. Raises UserError for a file that is damaged or does not fit."""
     model = check_checkpoint(folder, weights)
-    model.load_state_dict(load_tensors(folder, weights), assign=True)
+    check_files(folder, f"{weights}.safetensors")
+    load_weights(model, read_weights(Path(folder) / f"{weights}.safetensors"), dtype)
     return model, read_meta(folder)

@@ -279,7 +279,7 @@ def export(ckpt, folder):
         raise UserError(f"--export {folder} exists: remove it or choose another folder")
     probe_writable(folder.parent)
     source = found.networks[0]
-    weights = load_checkpoint(source)[0].bfloat16().state_dict()
+    weights = load_checkpoint(source, dtype=torch.bfloat16)[0].state_dict()
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise UserError(f"{source}: its weights are not finite, the training has diverged")
     save_checkpoint(folder, {"ema": weights}, found.meta, sorted(source.glob("*.model")))
@@ -305,7 +305,7 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
     def load_expert(network):
         encoders.drop()
         if is_trained(network):
-            model = load_checkpoint(network)[0].to(dtype)
+            model = load_checkpoint(network, dtype=dtype)[0]
         else:
             model = on_meta(network).to(dtype)
             load_wan(model, network)

@@ -389,7 +389,7 @@ def test_no_output_is_an_input(tmp_path):
         with pytest.raises(UserError, match="is one of the inputs .*choose another --out"):
             check_outputs([other, output], [source])
     for folder in (tmp_path, tmp_path / "there", "", ".", "/", ".."):
-        with pytest.raises(UserError, match="is a folder, expected the name of a file"):
+        with pytest.raises(UserError, match="is a folder or a device, expected a file"):
             check_outputs([folder], [photo])
     for impossible in (tmp_path / ("x" * 300), tmp_path / "nowhere" / "new.png", photo / "new.png"):
         with pytest.raises((OSError, UserError)):
