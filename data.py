@@ -86,8 +86,10 @@ def encode_cache(folder, encoders, mask=0.0, variants=4):
     """
     folder, variants = Path(folder), variants if mask else 1
     result = folder / f"{encoders.name}-mask{mask:g}x{variants}-{source_hash('data', 'encoders')}"
+    if result.exists():
+        return result
     with lock(folder, wait=True):
-        if result.exists():
+        if result.exists():  # by now, of another process
             return result
         one, two = (load_cached(folder / f"{name}.safetensors", ("video", "refs")) for name in ("one", "two"))
         n, captions = len(one["video"]), load_cached(folder / "captions.txt")

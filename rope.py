@@ -17,7 +17,7 @@ RD_GAP = 1  # Mv2ID's temporal offset o; the paper gives no number
 
 
 def _jump(k, v, r, T, H, W, jump):
-    """Jump-RoPE (HarmoView): identity k owns the times from T + jump*(k+1) on; a dropped view moves nobody."""
+    """Jump-RoPE (HarmoView): identity k owns the times from T + jump*(k+1); a dropped view moves nobody."""
     if jump < len(VIEWS):
         raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
                         "they would overlap")

@@ -197,7 +197,8 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
                          model.boundary) for part, (refs, vit) in zip(parts, encoded)]
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs])
-    with tqdm(total=len(jobs) * recipe["steps"], desc="sampling", unit=" steps", disable=None) as bar:
+    total = len(jobs) * recipe["steps"]
+    with tqdm(total=total, desc="sampling", unit=" steps", disable=None, leave=None) as bar:
         def velocity(x, t):  # all jobs step together, so that each expert loads once
             bar.update(len(jobs))
             return torch.cat([v(x[part], t) for part, v in zip(parts, velocities)])
@@ -477,8 +478,8 @@ def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
     for job in jobs:
         job.video = None  # 10,000 videos do not fit into memory
     took = time.perf_counter() - start
-    print(f"{', '.join(videos)} and {sheet} in {took:.1f} s, with loading and decoding "
-          f"{took / len(jobs) / recipe['steps']:.3g} seconds a step", flush=True)
+    rate = took / len(jobs) / recipe["steps"]
+    print(f"{', '.join(videos)} and {sheet} in {took:.1f} s, {rate:.3g} seconds a step", flush=True)
 
 
 def main(argv=None):

@@ -444,8 +444,10 @@ def render_cache(root, size, frames, clips, pairs="cross"):
     folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
     # sweeps twice as often: they show the views that the references are for
     motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
+    if folder.exists():
+        return folder
     with lock(root, wait=True):
-        if folder.exists():
+        if folder.exists():  # by now, of another process
             return folder
         with atomic_folder(folder) as build:
             train_tokenizer(build / ToyEncoders.TOKENIZER)

@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 # before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# in some steps every parameter is used, and DDP would warn that it need not look for unused ones
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -201,9 +203,7 @@ def unpack_optimizers(optimizers, packed):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class World:
         if gpus:
             torch.cuda.set_device(device)
         elif size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, for any machine
-            torch.set_num_threads(max(1, cores() // local_size))
+            torch.set_num_threads(max(1, CORES // local_size))
         if size > 1:
             dist.init_process_group("nccl" if gpus else "gloo", rank=rank, world_size=size)
         return cls(rank, size, device)
@@ -274,10 +274,10 @@ def resolve(args, world):
     if config.is_wan and not args.wan:
         raise UserError(f"--config {args.config} trains on Wan's latents: "
                         "give --wan DIR, the folder of a Wan checkpoint")
-    changes = {name: getattr(args, name) for name in ("rope_layout", "rope_jump", "proxy_tokens")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if args.no_mfi:
-        changes |= {"vit_dim": 0, "vit_levels": 0}
+    changes = {"vit_dim": 0, "vit_levels": 0} if args.no_mfi else {}
+    for name in ("rope_layout", "rope_jump", "proxy_tokens"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
     stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
     return stages, replace(config, **changes)
 
@@ -316,6 +316,7 @@ def prepare(number, args, config, world):
     """The Start of a stage: from its own checkpoint with --resume, from the stage before's EMA, from --wan,
     or from nothing. Raises UserError where the stage before is missing or not finished, and where a
     checkpoint was trained with other flags."""
+    same_run = f"--config {args.config} --out {args.out}"
     own = find_valid(args.out / f"stage{number}") if args.resume else None
     before = find_checkpoint(args.out / f"stage{number - 1}")
     torch.manual_seed(args.seed)  # for what is new in the model
@@ -326,7 +327,7 @@ def prepare(number, args, config, world):
         model, meta = load_checkpoint(before)
         if not meta["finished"]:
             raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
-                            f"`python train.py --stage {number - 1} {same_run(args)} --resume` finishes it")
+                            f"`python train.py --stage {number - 1} {same_run} --resume` finishes it")
         compare(before, meta["config"], asdict(config))
     elif args.wan:
         with torch.device("meta"):
@@ -336,7 +337,7 @@ def prepare(number, args, config, world):
             print(f"{args.wan}: loaded; new are {', '.join(absent) or 'no parameters'}")
     elif number > 1:
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
-                        f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run(args)}` "
+                        f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}` "
                         "first")
     else:
         model = HarmoView(config)
@@ -349,10 +350,6 @@ def prepare(number, args, config, world):
     for name, saved in load_tensors(own, "ema").items():
         ema[name].copy_(saved)
     return Start(model, ema, optimizers, meta["step"], meta.get("parent"))
-
-
-def same_run(args):
-    return f"--config {args.config} --out {args.out}"
 
 
 def compare(checkpoint, stored, current):
@@ -520,7 +517,7 @@ def load_data(args, encoders, world):
     """The training set, rendered and encoded where that was not done yet, by one process on all cores."""
     clips, threads = toy.WORLDS[args.config], torch.get_num_threads()
     if world.size > 1 and world.device.type == "cpu":
-        torch.set_num_threads(cores())
+        torch.set_num_threads(CORES)
     folder = toy.render_cache(args.data, clips["size"], clips["frames"], args.clips, args.pairs)
     encoders = encoders or toy.ToyEncoders(folder, clips["size"])
     dataset = data.Dataset(data.encode_cache(folder, encoders, args.mask))
@@ -552,7 +549,7 @@ def main(argv=None):
                   f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
                   f"clips {args.clips}, {args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, "
                   f"shift {args.shift}, {args.precision} on {world.device}, {kernels_in_use}", flush=True)
-            if world.size == 1 and world.device.type == "cpu" and cores() > 1 and args.batch % 2 == 0:
+            if world.size == 1 and world.device.type == "cpu" and CORES > 1 and args.batch % 2 == 0:
                 print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
             load_data(args, encoders, world)  # what it renders and encodes, it leaves for the other ranks
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
