@@ -233,7 +233,7 @@ def check_outputs(outputs, inputs):
 def read_lines(path):
     """The JSON objects of a .jsonl file that we wrote ourselves; a line cut off by a kill is left out."""
     lines = []
-    if Path(path).exists():
+    if Path(path).is_file():  # not a pipe, which would never end
         for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(line))

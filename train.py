@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_replaceable, count, find_checkpoint,
-                        find_valid, fraction, in_range, load_tensors, lock, not_negative, parent_of,
+                        find_valid, fraction, in_range, load_tensors, lock, nonempty, not_negative, parent_of,
                         positive, probe_writable, read_lines, read_meta, remove, run_script,
                         save_checkpoint, seed_number)
 from encoders import WanEncoders
@@ -78,12 +78,12 @@ def arguments(argv=None):
     run = p.add_argument_group("run").add_argument
     run("--stage", default="all", choices=[*map(str, STAGES), "all"], help="1, 2, 3, 4 or all (default)")
     run("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
-    run("--out", type=Path, help="folder of the run (default out/CONFIG)")
-    run("--data", type=Path, default=Path("cache"), help="folder for rendered and encoded training data")
+    run("--out", type=nonempty, help="folder of the run (default out/CONFIG)")
+    run("--data", type=nonempty, default="cache", help="folder for rendered and encoded training data")
     run("--clips", type=count, nargs=2, metavar=("ONE", "TWO"),
         help="toy clips to render, with one person and with two (default: the config's)")
-    run("--wan", type=Path, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained starts "
-        "from its transformer, and the configs 1.3b and 14b use its encoders")
+    run("--wan", type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained "
+        "starts from its transformer, and the configs 1.3b and 14b use its encoders")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
     run("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
     run("--seed", type=seed_number, default=0)
@@ -203,6 +203,7 @@ def unpack_optimizers(optimizers, packed):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
+# that this process may use
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -249,7 +250,9 @@ def resolve(args, world):
     recipe, config = TRAIN_RECIPES[args.config], CONFIGS[args.config]
     args.optimizer = args.optimizer or ("adamw" if args.wan or config.is_wan else "muon")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
-    args.out = args.out or Path("out") / args.config
+    args.out, args.data = Path(args.out or f"out/{args.config}"), Path(args.data)
+    if args.out.resolve() == args.data.resolve():
+        raise UserError(f"--out {args.out} is the folder of --data: give each one of its own")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
     for name in ("batch", "muon_lr", "adamw_lr", "shift"):
         if getattr(args, name) is None:
@@ -509,7 +512,7 @@ def stop_on_signal(world):
 
 def wan_root(args):
     """Where --wan's encoders are: next to the transformer, or a folder up where it is one of two experts."""
-    folder = args.wan.resolve()
+    folder = Path(args.wan).resolve()
     return folder if any(folder.glob("models_t5*")) else folder.parent
 
 

@@ -362,6 +362,8 @@ def test_without_curriculum_and_with_the_front_only(fresh, monkeypatch):
         ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is not a multiple of"),
         ("--stage 1 --out file/below", "cannot write to"),
         ("--stage 1 --out new --data file/below", "cannot write to"),
+        ("--stage 1 --out same --data same", "--out same is the folder of --data"),
+        ("--stage 1 --out=", "--out: is empty"),
         ("--stage 1 --ou new", "unrecognized arguments: --ou"),  # no abbreviations
         ("--stage 1 --out new --clips 0 5", "--clips: got '0', expected"),
         ("--stage 1 --out new --clips 5 100000000000000000000", "--clips: got '10+', expected"),
