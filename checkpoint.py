@@ -462,8 +462,9 @@ def find_checkpoint(path):
         return path
     newest = (steps_in(path) or [None])[-1]
     before = None
-    for number in range(1, 5):
-        steps = steps_in(path / f"stage{number}")
+    stages = [f for f in path.glob("stage*") if re.fullmatch(r"stage[1-9]\d?", f.name)]
+    for stage in sorted(stages, key=lambda f: int(f.name[5:])):
+        steps = steps_in(stage)
         if steps and before and read_meta(steps[-1]).get("parent") not in (None, parent_of(before)):
             break
         before = steps[-1] if steps else None

@@ -76,7 +76,7 @@ TRAIN_RECIPES = {  # per config: steps of each stage, global batch, peak learnin
 def arguments(argv=None):
     p = Parser(description=__doc__)
     run = p.add_argument_group("run").add_argument
-    run("--stage", default="all", choices=[*map(str, STAGES), "all"], help="1, 2, 3, 4 or all (default)")
+    run("--stage", default="all", choices=[*map(str, STAGES), "all"], help="one stage, or all (default)")
     run("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
     run("--out", type=nonempty, help="folder of the run (default out/CONFIG)")
     run("--data", type=nonempty, default="cache", help="folder for rendered and encoded training data")
@@ -88,7 +88,7 @@ def arguments(argv=None):
     run("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
     run("--seed", type=seed_number, default=0)
     opt = p.add_argument_group("optimization").add_argument
-    opt("--steps", type=count, nargs="+", help="steps of each stage: one number for all, or four")
+    opt("--steps", type=count, nargs="+", help="steps of each stage: one number for all, or one a stage")
     opt("--batch", type=count, help="global batch size: all ranks, all micro-steps")
     opt("--micro-batch", type=count, help="samples per forward on a rank (default: its whole share)")
     opt("--muon-lr", type=positive, help="peak learning rate of Muon")
@@ -257,12 +257,13 @@ def resolve(args, world):
     for name in ("batch", "muon_lr", "adamw_lr", "shift"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
-    args.steps = list(args.steps or recipe["steps"])
+    if args.steps is None:  # a stage that was added takes as many steps as the recipe's last one
+        args.steps = [recipe["steps"][min(n, len(recipe["steps"])) - 1] for n in STAGES]
     if len(args.steps) == 1:
         args.steps *= len(STAGES)
     if len(args.steps) != len(STAGES):
         raise UserError(f"--steps {' '.join(map(str, args.steps))}: "
-                        "expected one number, or four, one a stage")
+                        f"expected one number, or {len(STAGES)}, one a stage")
     if args.batch % world.size:
         fits = max(n for n in range(1, world.size) if args.batch % n == 0)
         raise UserError(f"--batch {args.batch} does not split over {world.size} processes: "

@@ -644,7 +644,7 @@ def test_the_last_stage_of_the_same_run_is_found(tmp_path):
     two = save(tmp_path / "stage2" / "step-000002", 2.0, parent=parent(one))
     three = save(tmp_path / "stage3" / "step-000001", 3.0, parent=parent(two))
     four = save(tmp_path / "stage4" / "step-000001", 4.0, parent=parent(three))
-    for name in ("stage4-old", "stage5", "stage", "stage04", "old-stage4"):
+    for name in ("stage4-old", "stage5x", "stage", "stage04", "old-stage4"):
         save(tmp_path / name / "step-000900", 9.0)
     assert find_checkpoint(tmp_path) == four
     save(three, 3.5, parent=parent(two))  # trained again: stage 4 is of the older run

@@ -1,5 +1,5 @@
-"""The rules of the house: each file's lines, who imports whom, and the packages. To change a rule is to change
-this page, on purpose."""
+"""The rules of the house: lines of each file, who imports whom, and the packages. To change a rule is to
+change this page, on purpose."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # lines that a file may have, and our own files that it may import
 FILES = {
-    "rope": (100, "checkpoint"),
+    "rope": (105, "checkpoint"),
     "model": (420, "rope kernels checkpoint"),
     "data": (450, "rope checkpoint"),
     "train": (610, "model data toy encoders kernels rope checkpoint"),

@@ -334,7 +334,8 @@ def test_wan_weights_load_exactly(oracle, tmp_path, layout, shards, device):
     with torch.device(device):
         ours = HarmoView(SMALL_WAN)
     absent = load_wan(ours, write(tmp_path / "wan", named, shards))
-    assert absent == [name for name in ours.state_dict() if name.startswith(NEW_PREFIXES)] and len(absent) == 7
+    assert absent == [name for name in ours.state_dict() if name.startswith(NEW_PREFIXES)]
+    assert len(absent) == 7
     g = torch.Generator().manual_seed(1)
     x, text = torch.randn(3, 16, 3, 6, 10, generator=g), torch.randn(3, 512, 24, generator=g)
     t = torch.tensor([999.0, 500.0, 3.0])

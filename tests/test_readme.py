@@ -41,7 +41,8 @@ def test_every_command_runs_on_the_tiny_preset(tiny, tmp_path):
     shutil.copytree(tiny / "cache", tmp_path / "cache")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     found = commands()
-    assert {"train.py", "sample.py", "eval.py", "toy.py", "bench.py", "kernels.py"} <= {word for c in found for word in c.split()}
+    scripts = {"train.py", "sample.py", "eval.py", "toy.py", "bench.py", "kernels.py"}
+    assert scripts <= {word for c in found for word in c.split()}
     for command in found:
         words = shlex.split(command.replace("$(sed -n 3p out/look/captions.txt)", "two people"))
         launcher, script = words[0], next(w for w in words if w.endswith(".py"))

@@ -209,6 +209,15 @@ def test_every_stage_starts_from_the_one_before(tiny):
     assert start.step == 0 and all(torch.equal(p, ema[name]) for name, p in start.model.named_parameters())
 
 
+def test_a_stage_more_is_a_row_more(fresh, monkeypatch):
+    monkeypatch.setitem(train.STAGES, 5, replace(train.STAGES[4], name="polish"))
+    call("train.py", "--config", "tiny", "--no-samples", cwd=fresh)
+    folder = find_checkpoint(fresh / "out" / "tiny")
+    meta = json.loads((folder / "checkpoint.json").read_text())
+    assert folder.parent.name == "stage5" and meta["finished"]
+    assert (meta["name"], meta["step"]) == ("polish", 2)
+
+
 def test_a_stage_ends_with_a_sample_sheet(fresh):
     out = fresh / "out" / "tiny" / "stage1"
     call("train.py", "--config", "tiny", "--stage", 1, "--steps", 1, cwd=fresh)
@@ -358,7 +367,7 @@ def test_without_curriculum_and_with_the_front_only(fresh, monkeypatch):
         ("--stage all --resume --steps 3", "stage4.* started from stage 3 before its 3 steps"),
         ("--stage 2 --resume --overwrite", "give one of them"),
         ("--stage 1 --out new --rope-jump 2", "rope jump 2 is smaller"),
-        ("--stage 1 --out new --steps 1 2", "--steps 1 2: expected one number, or four"),
+        ("--stage 1 --out new --steps 1 2", "--steps 1 2: expected one number, or 4"),
         ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is not a multiple of"),
         ("--stage 1 --out file/below", "cannot write to"),
         ("--stage 1 --out new --data file/below", "cannot write to"),
