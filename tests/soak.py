@@ -23,7 +23,12 @@ from checkpoint import (  # noqa: E402
     seed_number,
 )
 
-KILLED_AFTER = (4, 16)  # seconds, drawn evenly; torch alone takes a few to start
+KILLED_WITHIN = 4  # seconds after the first new line in metrics.jsonl, drawn evenly
+
+
+def progress(out):
+    """Bytes of all metrics."""
+    return sum(path.stat().st_size for path in out.glob("stage*/metrics.jsonl"))
 
 
 def weights(out):
@@ -49,7 +54,7 @@ def main(argv=None):
     probe_writable(args.out)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                str(args.processes), str(ROOT / "train.py"), "--steps", str(args.steps), "--save-every", "7",
-               "--clips", "64", "64", "--no-samples", "--precision", args.precision,
+               "--clips", "64", "64", "--no-samples", "--log-every", "1", "--precision", args.precision,
                "--data", str(args.out / "cache")]
     log = open(args.out / "log.txt", "w")
     start = time.perf_counter()
@@ -59,8 +64,11 @@ def main(argv=None):
     while True:
         flags = ["--out", str(args.out / "killed"), "--resume"]
         process = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
+        before = progress(args.out / "killed")
+        while process.poll() is None and (kills == args.kills or progress(args.out / "killed") <= before):
+            time.sleep(0.05)
         try:
-            process.wait(rng.uniform(*KILLED_AFTER) if kills < args.kills else None)
+            process.wait(rng.uniform(0, KILLED_WITHIN))
         except subprocess.TimeoutExpired:
             # torchrun gives each process a session of its own, so their common argument finds them
             subprocess.run(["pkill", "-KILL", "-f", str(args.out / "killed")], check=True)
