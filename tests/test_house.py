@@ -19,6 +19,7 @@ FILES = {
     "encoders": (565, "checkpoint"),
     "checkpoint": (330, ""),
     "toy": (560, "data encoders rope checkpoint"),
+    "faces": (400, "checkpoint"),
     "eval": (600, "sample toy data rope checkpoint"),
     "claims": (190, "eval checkpoint"),
     "bench": (180, "model train sample data toy encoders kernels rope checkpoint"),
