@@ -21,10 +21,10 @@ import data
 import sample
 import toy
 import train
-from checkpoint import Parser, UserError, count, nonempty, run_script
+from checkpoint import Parser, UserError, autocast, count, nonempty, run_script, uses_bf16
 from encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
 from kernels import use_fused
-from model import CONFIGS, NEW_PREFIXES, PATCH, HarmoView, autocast, uses_bf16
+from model import CONFIGS, NEW_PREFIXES, PATCH, HarmoView
 from rope import VIEWS
 
 GIB = 2**30
@@ -88,7 +88,7 @@ def time_network(args, training):
     elif not all(side and side % encoders.mask_block == 0 for side in size):
         raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {encoders.mask_block}")
     shape = encoders.latent_shape(frames, size)
-    print(use_fused(False if args.no_fused else None))
+    print("kernels:", use_fused(False if args.no_fused else None))
     with device:
         model = HarmoView(config)
     model.recompute = args.recompute

@@ -1,6 +1,6 @@
 """What all scripts share, and every file that holds weights. Knows no network.
 
-  errors and arguments   UserError, run_script, Parser and the types of its flags
+  errors and arguments   UserError, run_script, Parser and the types of its flags; precision
   files                  atomic_file and atomic_folder: written whole or not at all; lock; check_outputs
   weight files           any .safetensors or torch.save file, read tensor by tensor
   Wan's files            shards, the original and diffusers' names
@@ -110,6 +110,23 @@ def nonempty(text):
 def is_seed(value):
     """What every generator here can be seeded with."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def uses_bf16(device, precision="auto"):
+    """Are matmuls in bf16? auto: what the environment variable HARMOVIEW_PRECISION says ("bf16" or "fp32"),
+    else yes on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
+    if precision == "auto":
+        precision = os.environ.get("HARMOVIEW_PRECISION", "auto")
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"HARMOVIEW_PRECISION={precision}: expected bf16 or fp32")
+    if precision == "auto":
+        return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return precision == "bf16"
+
+
+def autocast(device, precision="auto"):
+    """Matmuls in bf16 or fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -523,3 +540,18 @@ def load_tensors(folder, name):
     path = Path(folder) / f"{name}.safetensors"
     with as_user_error(path):
         return safetensors.torch.load_file(path)
+
+
+def pack_optimizers(optimizers):
+    """The optimizers' states as a flat dict of tensors, for safetensors; unpack_optimizers puts them back."""
+    return {f"{o}.{p}.{name}": value for o, optimizer in enumerate(optimizers)
+            for p, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+
+
+def unpack_optimizers(optimizers, packed):
+    states = [{} for _ in optimizers]
+    for key, value in packed.items():
+        o, p, name = key.split(".")
+        states[int(o)].setdefault(int(p), {})[name] = value
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

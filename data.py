@@ -32,24 +32,25 @@ def draw_views(stage, progress, rng, available=VIEWS):
     stage      a row of train.STAGES
     progress   0..1 through the stage, which moves the dropout from drop[0] to drop[1]
     available  the views that the training set has
-    returns    one tuple of view names per person; all samples of a step share it, so every rank does the
-               same work and shapes stay static. A person is without views only where all are (all_drop).
+    returns    one tuple of view names per person; all samples of a step share it, so shapes and work are
+               equal on all ranks. A person is without views only where all are (all_drop).
     """
     if stage.views == "none" or rng.random() < stage.all_drop:
         return ((),) * rng.choice(stage.people)
-    views = ("front",) if stage.views == "front" else available
+    candidates = ("front",) if stage.views == "front" else available
     drop = stage.drop[0] + (stage.drop[1] - stage.drop[0]) * progress
 
     def one_person():
-        remaining = tuple(v for v in views if rng.random() >= (stage.drop_front if v == "front" else drop))
-        return remaining or (rng.choice(views),)
+        views = tuple(v for v in candidates
+                      if rng.random() >= (stage.drop_front if v == "front" else drop))
+        return views or (rng.choice(candidates),)
     return tuple(one_person() for _ in range(rng.choice(stage.people)))
 
 
 def mask_regions(image, fraction, block, generator):
-    """Mv2ID's region masking: image [3, H, W] with a random `fraction` of its block x block squares
-    painted grey."""
-    C, H, W = image.shape
+    """Mv2ID's region masking: image [3, H, W] in -1..1, sides multiples of block, with a random `fraction` of
+    its block x block squares painted grey (0)."""
+    _, H, W = image.shape
     squares = (H // block) * (W // block)
     mask = torch.randperm(squares, generator=generator) < round(fraction * squares)
     mask = mask.view(H // block, W // block).repeat_interleave(block, 0).repeat_interleave(block, 1)
@@ -161,11 +162,11 @@ class Dataset:
     def batch(self, views, generators, device):
         """views from draw_views, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
         text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
-        clips = self.clips[len(views) - 1]
+        clips = self.clips[len(views) - 1]  # those with as many people
         n, variants = len(clips["latents"]), clips["refs"].shape[2]
         index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
         no_text = torch.tensor([torch.rand((), generator=g) < self.text_dropout for g in generators])
-        text = clips["text"][torch.where(no_text, n, index)].float()
+        text = clips["text"][torch.where(no_text, n, index)].float()  # the last one is empty
         variant = torch.zeros_like(index)
         if variants > 1:
             variant = torch.tensor([int(torch.randint(variants, (), generator=g)) for g in generators])

@@ -30,9 +30,9 @@ from tqdm import tqdm
 import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_outputs, find_checkpoint, in_range, lock,
-                        nonempty, read_lines, run_script, source_hash)
+                        nonempty, read_lines, run_script, source_hash, uses_bf16)
 from rope import VIEWS
-from sample import (SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags, uses_bf16)
+from sample import SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags
 
 CASES = 100
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given

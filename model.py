@@ -11,11 +11,11 @@ Every parameter that Wan has too carries the name it has in the released checkpo
 
 Dimension key
   B batch       L tokens        D width            N heads      K head width, D = N*K
-  C channels    T H W latent grid of the video, in tokens       h w the same of one reference
-  S text tokens M MFI tokens    E text width       V view slots (4)    I identities    P proxy tokens
+  C channels    T H W grid of the video (latents or, where it says so, tokens)     h w of one reference
+  S text context, MFI's tokens included     E text width     V view slots (4)     I identities
+  P proxy tokens
 """
 import functools
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -31,11 +31,7 @@ from rope import VIEWS, check_layout, reference_positions, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
-# with --recompute, keep attention outputs: expensive to recompute, cheap to store
-SAVED_OPS = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in
-             ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
-             if hasattr(torch.ops.aten, f"_scaled_dot_product_{kind}")]
-SIGMA_MIN = 0.05  # below this noise level an x0 prediction's velocity is no longer divided by sigma
+SIGMA_MIN = 0.05  # an x0 prediction's velocity is divided by sigma, but by no less than this
 NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan
 
 
@@ -51,7 +47,7 @@ class DiTConfig:
     text_dim: int = 4096  # E: width of the text encoder's output
     text_len: int = 512  # S: tokens of text context, padding included; MFI's are among them
     vit_dim: int = 0  # width of the ViT features; 0 builds no MFI
-    vit_levels: int = 0  # hidden layers of the ViT that MFI reads
+    vit_levels: int = 0  # hidden layers of the ViT that MFI reads; for the toy as many as toy.VIT_LEVELS
     proxy_tokens: int = 16  # P: learnable tokens for a missing view; 0 leaves the view out
     rope_layout: str = "jump"  # a key of rope.LAYOUTS
     rope_jump: int = 16  # Jump-RoPE's gap between identities
@@ -106,23 +102,6 @@ def in_float32(sequential, x):
     for m in sequential:
         x = F.linear(x, m.weight.float(), m.bias.float()) if isinstance(m, nn.Linear) else m(x)
     return x
-
-
-def uses_bf16(device, precision="auto"):
-    """Are matmuls in bf16? auto: what the environment variable HARMOVIEW_PRECISION says ("bf16" or "fp32"),
-    else yes on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
-    if precision == "auto":
-        precision = os.environ.get("HARMOVIEW_PRECISION", "auto")
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"HARMOVIEW_PRECISION={precision}: expected bf16 or fp32")
-    if precision == "auto":
-        return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return precision == "bf16"
-
-
-def autocast(device, precision="auto"):
-    """Matmuls in bf16 or fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -190,6 +169,12 @@ class Block(nn.Module):
         return x + gate_ffn * self.ffn(h)
 
 
+# with --recompute, keep attention outputs: expensive to recompute, cheap to store
+SAVED_OPS = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in
+             ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
+             if hasattr(torch.ops.aten, f"_scaled_dot_product_{kind}")]
+
+
 class Head(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -206,8 +191,8 @@ class Head(nn.Module):
 class MFI(nn.Module):
     """Multi-level Feature Injection: hidden states of a frozen ViT as further tokens of the text context.
 
-    Everything that can move a token away from zero starts at zero. Wan pads its text with zeros and attends
-    to them, so a network that has just been given an MFI is bit for bit the base model.
+    proj, identity and level start at zero, so MFI's tokens are zeros at first, and Wan pads its text with
+    zeros and attends to them: a network that has just been given an MFI is bit for bit the base model.
     """
 
     def __init__(self, c):
@@ -286,7 +271,7 @@ class HarmoView(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.modulation)
             block.modulation.data[:, [GATE_SA, GATE_FFN]] = 1
-            # equal biases: q times k peaks where positions agree, so that attention starts local (+0.5 dB)
+            # biases of one: q times k peaks where positions agree, so that attention starts local (+0.5 dB)
             nn.init.ones_(block.self_attn.q.bias)
             nn.init.ones_(block.self_attn.k.bias)
             for last in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
@@ -319,7 +304,8 @@ class HarmoView(nn.Module):
         tokens = self.embed(x)  # [B, D, T, H, W] in tokens
         grid = tokens.shape[2:]
         tokens = tokens.flatten(2).transpose(1, 2)  # [B, L, D]
-        video_len, present, ref_hw = tokens.shape[1], None, tuple(grid[1:])
+        video_len, ref_hw = tokens.shape[1], tuple(grid[1:])
+        present = None
         if refs is not None:
             present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
             ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
@@ -370,7 +356,8 @@ class HarmoView(nn.Module):
 
     def text_and_mfi(self, text, vit):
         """Text, zero padding, MFI tokens: [B, S, E]. MFI replaces padding, so the length stays text_len; only
-        a caption so long that it leaves MFI no room makes it longer. Cross-attention has no positions."""
+        a caption so long that it leaves MFI no room makes it longer. Cross-attention has no positions, so any
+        order is the same network, up to rounding; in this one a new MFI is the base model bit for bit."""
         mfi = []
         if self.mfi is not None and vit is not None:
             mfi = [self.mfi(features, k) for k, features in enumerate(vit) if features is not None]

@@ -1,11 +1,12 @@
 """Rotary positions: where every token of a video and of its references sits, as data.
 
 Positions are an int64 tensor [L, 3] of (t, h, w); the network never branches on them. To try another layout
-of the references, write one function like _jump and add it to LAYOUTS: train.py and the kernels then know it.
+of the references, write one function like _jump and add it to LAYOUTS, and every script takes it. It returns
+the (t, h, w) that is added to each token of one reference or of one missing view's proxies.
 
 T H W  token grid of the video        h w  token grid of one reference
 k      identity, from 0               v    view slot, index into VIEWS
-r      running number of the reference blocks that hold tokens, from 0
+r      how many references and groups of proxies come before this one
 """
 import torch
 
@@ -46,7 +47,7 @@ def check_layout(layout, jump):
     """Raise UserError for an unknown layout, and for a jump that would let two identities overlap."""
     if layout not in LAYOUTS:
         raise UserError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    LAYOUTS[layout](0, 0, 0, 1, 1, 1, jump)  # raises where the jump does not fit
+    LAYOUTS[layout](0, 0, 0, 1, 1, 1, jump)  # a trial: it raises where the jump does not fit
 
 
 def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16):
@@ -84,11 +85,11 @@ def rope_table(positions, head_dim, theta=1e4):
     """positions [L, 3] -> cos, sin float32 [L, head_dim // 2]; angles in float64, as Wan computes them."""
     if head_dim % 2:
         raise UserError(f"head_dim {head_dim} is odd; rotary needs pairs")
-    angles = []
+    angles_by_axis = []
     for axis, pairs in enumerate(axis_pairs(head_dim)):
         exponent = torch.arange(pairs, dtype=torch.float64, device=positions.device) / max(pairs, 1)
-        angles.append(positions[:, axis, None].double() * theta**-exponent)
-    angles = torch.cat(angles, dim=1)
+        angles_by_axis.append(positions[:, axis, None].double() * theta**-exponent)
+    angles = torch.cat(angles_by_axis, dim=1)
     return angles.cos().float(), angles.sin().float()
 
 

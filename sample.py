@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, atomic_file, check_files, check_outputs, count, find_checkpoint,
-                        frame_rate, in_range, nonempty, probe_writable, read_meta, run_script,
-                        save_checkpoint, seed_number)
+from checkpoint import (Parser, UserError, atomic_file, autocast, check_files, check_outputs, count,
+                        find_checkpoint, frame_rate, in_range, nonempty, probe_writable, read_meta,
+                        run_script, save_checkpoint, seed_number, uses_bf16)
 from data import Job
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
-from model import (DiTConfig, HarmoView, autocast, check_checkpoint, load_checkpoint, load_wan, match_wan,
-                   uses_bf16, wan_config)
+from model import (DiTConfig, HarmoView, check_checkpoint, load_checkpoint, load_wan, match_wan,
+                   wan_config)
 from rope import VIEWS
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -65,9 +65,9 @@ def solve(velocity, x, steps, shift, solver):
     velocity  function (x, t) -> noise - x0, t a float32 scalar tensor in 0..1000
     shift     sigma -> shift * sigma / (1 + (shift - 1) * sigma): more than 1 spends more steps at high noise
     solver    "euler"; "dpm++", DPM-Solver++(2M) (Lu et al. 2022); "unipc", UniPC of order 2 with
-              B(h) = e^h - 1 (Zhao et al. 2023), which is the same predictor and then, with the network's
-              answer at the predicted point, a corrector. Both work on x0 over
-              lambda = log((1 - sigma) / sigma).
+              B(h) = e^h - 1 (Zhao et al. 2023): the predictor of dpm++, then a corrector that uses the
+              network's answer at the predicted point. Both work on x0 over lambda = log((1 - sigma) / sigma),
+              at first order in the first and the last step, as in diffusers.
     Raises UserError for an unknown solver or less than one step.
     """
     if solver not in SOLVERS:
@@ -88,7 +88,7 @@ def solve(velocity, x, steps, shift, solver):
         """From level i to i + 1 where x0 is expected to move by `slope`: exact for a constant x0 + slope."""
         growth = (1 - sigma[i + 1]) * math.expm1(lam[i] - lam[i + 1])
         return sigma[i + 1] / sigma[i] * x - growth * (x0 + slope)
-    older = old = before = None  # x0 two levels before and one; x one level before
+    older = old = before = None  # x0 at levels i - 2 and i - 1, x at level i - 1
     for i in range(steps):
         x0 = x - sigma[i] * velocity(x, times[i])
         if i and solver == "unipc":
@@ -132,9 +132,10 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
 
     def velocity(x, t):
         scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
+        # without any reference the second term gets weight 0: that is Wan's guidance
         weights = guidance_weights(scale, guide_refs if any(refs or ()) else scale)
-        return sum(weight * model(x, t.expand(len(x)), tokens.expand(len(x), -1, -1), r, v)
-                   for weight, (tokens, r, v) in zip(weights, terms) if weight)
+        return sum(weight * model(x, t.expand(len(x)), tokens.expand(len(x), -1, -1), r, features)
+                   for weight, (tokens, r, features) in zip(weights, terms) if weight)
     return velocity
 
 
@@ -201,7 +202,7 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     with tqdm(total=total, desc="sampling", unit=" steps", disable=None, leave=None) as bar:
         def velocity(x, t):  # all jobs step together, so that each expert loads once
             bar.update(len(jobs))
-            return torch.cat([v(x[part], t) for part, v in zip(parts, velocities)])
+            return torch.cat([one(x[part], t) for part, one in zip(parts, velocities)])
         with autocast(model.device, model.precision):
             latents = solve(velocity, noise.to(model.device), recipe["steps"], recipe["shift"],
                             recipe["solver"]).cpu()
@@ -244,6 +245,7 @@ def find(ckpt):
     meta = metas[0] if metas else {}
     if config.is_wan:
         return Found(networks, config, "wan2.2" if pair else "wan2.1", meta)
+    toy.check_config(config)
     check_files(networks[0], toy.ToyEncoders.TOKENIZER)
     world = meta.get("world", {})
     if world not in [{name: known[name] for name in ("size", "frames")} for known in toy.WORLDS.values()]:
@@ -486,7 +488,7 @@ def main(argv=None):
     args = arguments(argv)
     if args.export:
         return export(args.ckpt, args.export)
-    print(use_fused(False if args.no_fused else None))
+    print("kernels:", use_fused(False if args.no_fused else None))
     found = find(args.ckpt)
     recipe = override(SAMPLE_RECIPES[found.kind], args)
     frames, size = args.frames or found.frames, args.size or found.size

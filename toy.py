@@ -361,6 +361,13 @@ WORLDS = {
 TEXT_DIM, VIT_DIM, VIT_LEVELS = 96, 96, (1, 3)
 
 
+def check_config(config):
+    """UserError where a network's MFI reads another number of ViT levels than ToyEncoders gives."""
+    if config.vit_dim and config.vit_levels != len(VIT_LEVELS):
+        raise UserError(f"this network reads {config.vit_levels} levels of the ViT, toy.VIT_LEVELS names "
+                        f"{len(VIT_LEVELS)}: set vit_levels in model.TOY to the same, or train anew")
+
+
 class ToyCodec:
     """The toy's exactly invertible VAE: 4x4 pixels of a frame become one latent of 48 channels."""
     stride = 4

@@ -35,20 +35,20 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, atomic_file, check_replaceable, count, find_checkpoint,
+from checkpoint import (Parser, UserError, atomic_file, autocast, check_replaceable, count, find_checkpoint,
                         find_valid, fraction, in_range, load_tensors, lock, nonempty, not_negative, parent_of,
-                        positive, probe_writable, read_lines, read_meta, remove, run_script,
-                        save_checkpoint, seed_number)
+                        pack_optimizers, positive, probe_writable, read_lines, read_meta, remove, run_script,
+                        save_checkpoint, seed_number, unpack_optimizers, uses_bf16)
 from encoders import WanEncoders
 from kernels import use_fused
-from model import CONFIGS, HarmoView, autocast, load_checkpoint, load_wan, uses_bf16
+from model import CONFIGS, HarmoView, load_checkpoint, load_wan
 from rope import LAYOUTS, VIEWS
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    people: tuple  # how many people a clip shows, drawn per step
+    people: tuple  # numbers of people to draw from, each step
     views: str  # references: "none", "front" or "all"
     drop: tuple  # probability that a non-frontal view is left out, at the stage's start and end
     drop_front: float  # the same for the front; the last view left is never dropped
@@ -56,14 +56,15 @@ class Stage:
     lr: tuple  # times the recipe's learning rate, at the stage's start and end
 
 
-STAGES = {
+STAGES = {  # name, people, views, drop, drop_front, all_drop, lr
     1: Stage("t2v", (1, 2), "none", (0, 0), 0, 0, (1, 1)),
     2: Stage("single", (1,), "front", (0, 0), 0, 0.1, (1, 1)),
     3: Stage("multi", (1,), "all", (0.5, 0.2), 0.1, 0.1, (1, 1)),
     4: Stage("harmony", (1, 2), "all", (0.1, 0.1), 0.1, 0.1, (0.8, 0.02)),
 }
 TRAIN_RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
-    # shift 100 for the toy: less noise still shows how the head is turned, so the caption is not read (+1 dB)
+    # shift 100 for the toy: with less noise the clip itself shows how the head is turned, and the network
+    # does not learn to read the caption (+1 dB)
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=100.0),
     "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
     "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=100.0),
@@ -115,7 +116,7 @@ def arguments(argv=None):
     method("--pairs", choices=("cross", "in"), default="cross",
            help="references from elsewhere or from the clip itself")
     method("--no-curriculum", action="store_true",
-           help="stage 4's clips and references from the first step on; steps as in the stages")
+           help="the last stage's clips and references from the first step on; steps as in the stages")
     method("--front-only", action="store_true", help="no view but the front is ever given")
     method("--mask", type=fraction, default=0.0,
            help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
@@ -188,22 +189,7 @@ def make_optimizers(model, args):
     return [adamw, Muon([matrices], args.muon_lr, args.weight_decay)]
 
 
-def pack_optimizers(optimizers):
-    """The optimizers' states as a flat dict of tensors, for safetensors; unpack_optimizers puts them back."""
-    return {f"{o}.{p}.{name}": value for o, optimizer in enumerate(optimizers)
-            for p, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
-
-
-def unpack_optimizers(optimizers, packed):
-    states = [{} for _ in optimizers]
-    for key, value in packed.items():
-        o, p, name = key.split(".")
-        states[int(o)].setdefault(int(p), {})[name] = value
-    for optimizer, state in zip(optimizers, states):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
-# that this process may use
+# CPU cores that this process may use
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -275,6 +261,8 @@ def resolve(args, world):
                         f"--micro-batch {args.micro_batch}")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
+    if not config.is_wan:
+        toy.check_config(replace(config, vit_dim=0) if args.no_mfi else config)
     if config.is_wan and not args.wan:
         raise UserError(f"--config {args.config} trains on Wan's latents: "
                         "give --wan DIR, the folder of a Wan checkpoint")
@@ -429,7 +417,7 @@ def train_stage(number, start, args, dataset, available, world, stop):
         # micro-steps
         rng = random.Random(seed_of(args.seed, number, step))
         views = data.draw_views(stage, progress, rng, available)
-        total = torch.zeros((), device=world.device)
+        total = torch.zeros((), device=world.device)  # this step's loss
         samples = range(world.rank * share, (world.rank + 1) * share)
         for first in samples[::args.micro_batch]:
             generators = [torch.Generator().manual_seed(seed_of(args.seed, number, step, i))
@@ -448,7 +436,7 @@ def train_stage(number, start, args, dataset, available, world, stop):
             skipped = 0
             for optimizer in optimizers:
                 optimizer.step()
-            decay = min(args.ema, (step + 1) / (step + 10))
+            decay = min(args.ema, (step + 1) / (step + 10))  # a short memory at first
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
         else:  # every rank sees the same summed gradient, so every rank skips
             skipped += 1
