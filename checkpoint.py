@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +59,11 @@ def run_script(main, less_memory=""):
     except (UserError, OSError, safetensors.SafetensorError) as error:
         fail(error)
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+        if "can't allocate memory" in str(error) or "bad_alloc" in str(error):  # how torch says it on a CPU
+            fail(f"out of memory{advice}")
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
-        fail(f"out of memory{advice}")
+        fail("another process of this run has ended: its own message says why")
 
 
 def is_text(value):
@@ -193,10 +196,10 @@ def is_running(pid):
 @contextlib.contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process and delete what killed ones left unfinished below it.
-    Raises UserError where another process holds it, or waits for that one to end."""
+    Raises UserError where another process holds it; with wait (caches), waits for that one to end."""
     folder = Path(folder)
     probe_writable(folder)
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / (".cache-lock" if wait else ".lock"), "a+") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,7 +212,7 @@ def lock(folder, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
-        for left in list(folder.rglob(".*-*-*")):
+        for left in [*folder.glob(".*-*-*"), *folder.glob("*/.*-*-*")]:
             match = re.fullmatch(r"\.(?P<state>unfinished|replaced)-(?P<owner>\d+)-(?P<name>.+)", left.name)
             if not match or is_running(int(match["owner"])):
                 continue  # the user's, or of another script, which may write here without the lock
@@ -303,7 +306,8 @@ def read_weights(path):
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             return WeightFile(path, shapes, file.get_tensor)
         # torch maps zip files only; those of torch < 1.6 are read whole
-        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # its hints at a pickle that is refused
+            tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         if not isinstance(tensors, dict) or not all(
                 isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()):
             raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors only")
@@ -390,6 +394,8 @@ def wan_files(path):
         path = indexes[0] if indexes else files[0]
     if not path.name.endswith(".index.json"):
         return [path]
+    if not path.is_file():
+        raise UserError(f"{path}: not a file")
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         if any(Path(shard).name != shard or shard in ("", "..") for shard in shards):
@@ -446,8 +452,12 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None):
     if keep:
         others = [step for step in steps_in(folder.parent) if step != folder]
         for old in others[:max(0, len(others) + 1 - keep)]:
-            os.replace(old, temporary_name(old))  # a kill must not leave half of it under its name
-            remove(temporary_name(old))
+            delete_checkpoint(old)
+
+
+def delete_checkpoint(folder):
+    os.replace(folder, temporary_name(folder))  # a kill must not leave half of it under its name
+    remove(temporary_name(folder))
 
 
 def check_replaceable(folder):
@@ -514,8 +524,11 @@ def read_meta(folder):
         kinds = {"config": dict, "sha256": dict, "world": dict, "flags": dict, "step": int, "stage": int,
                  "name": str, "preset": str, "finished": bool, "wan": str}
         for name in ("config", "sha256", *meta):
-            if name in kinds and not isinstance(meta[name], kinds[name]):
+            if name in kinds and type(meta[name]) is not kinds[name]:
                 raise ValueError(f"{name} is {str(meta[name])[:40]!r}")
+        named = re.fullmatch(r"step-(\d{1,12})", path.parent.name)
+        if named and meta.setdefault("step", int(named[1])) != int(named[1]):
+            raise ValueError(f"step {str(meta['step'])[:40]} in {path.parent.name}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected the folder of a checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -542,6 +555,15 @@ def load_tensors(folder, name):
         return safetensors.torch.load_file(path)
 
 
+def compare(checkpoint, stored, current):
+    """UserError where a checkpoint's config or flags differ from these."""
+    differences = [f"{name} {str(value)[:40]} there, {current[name]} here" for name, value in stored.items()
+                   if name in current and current[name] != value]
+    if differences:
+        raise UserError(f"{checkpoint} was trained otherwise ({'; '.join(differences)}): "
+                        "give the same flags, or another --out")
+
+
 def pack_optimizers(optimizers):
     """The optimizers' states as a flat dict of tensors, for safetensors; unpack_optimizers puts them back."""
     return {f"{o}.{p}.{name}": value for o, optimizer in enumerate(optimizers)
@@ -552,6 +574,10 @@ def unpack_optimizers(optimizers, packed):
     states = [{} for _ in optimizers]
     for key, value in packed.items():
         o, p, name = key.split(".")
+        groups = optimizers[int(o)].param_groups
+        parameter = [parameter for group in groups for parameter in group["params"]][int(p)]
+        if value.shape not in ((), parameter.shape) or not value.is_floating_point():
+            raise UserError(f"{key} is {value.dtype} {list(value.shape)}; expected {list(parameter.shape)}")
         states[int(o)].setdefault(int(p), {})[name] = value
     for optimizer, state in zip(optimizers, states):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

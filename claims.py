@@ -17,7 +17,7 @@ from typing import NamedTuple
 # eval comes first: it says how torch's threads wait, before torch starts them
 from eval import (METRICS, Estimate, Metric, benchmark_flags, by_case, estimate, evaluate, interval, mean,
                   plan_of, select, show)
-from checkpoint import Parser, UserError, in_range, lock, nonempty, run_script
+from checkpoint import Parser, UserError, find_checkpoint, in_range, lock, nonempty, run_script
 import torch
 
 ABLATIONS = {  # row: flags of train.py
@@ -190,7 +190,7 @@ def main(argv=None):
                 evaluate(out, plan, out / "cases.jsonl")
         for path in sorted(root.glob("*/cases.jsonl")):
             name, _, seed = path.parent.name.rpartition("-")
-            if name in ABLATIONS and seed.isdecimal():
+            if name in ABLATIONS and seed.isdecimal() and find_checkpoint(path.parent):
                 evaluations[name][int(seed)] = evaluate(path.parent, plan, path)
     print(tables(evaluations))
 

@@ -100,8 +100,6 @@ def encode_cache(folder, encoders, mask=0.0, variants=4):
             for name, clips, words in (("one", one, captions[:n]), ("two", two, captions[n:])):
                 save_tensors(build / f"{name}.safetensors",
                              encode_clips(clips, words, encoders, mask, variants))
-            for file in encoders.files:
-                (build / file.name).write_bytes(file.read_bytes())
     encoders.drop()
     return result
 
@@ -138,6 +136,8 @@ def damaged(path, cause):
 def load_cached(path, names=()):
     """What a file of a cache holds: the lines of a .txt, or tensors of these names."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise FileNotFoundError("no such file")
         if path.suffix == ".txt":
             return path.read_text(encoding="utf-8").split("\n")[:-1]
         tensors = safetensors.torch.load_file(path)
@@ -151,13 +151,16 @@ class Dataset:
     are the same for any number of ranks and micro-batches.
 
     text_dropout  share of the samples that lose their caption
-    files         what sampling needs of the folder
     """
 
     def __init__(self, folder, text_dropout=0.1):
         names = ("latents", "refs", "vit", "text")
         self.clips = [load_cached(Path(folder) / f"{people}.safetensors", names) for people in ("one", "two")]
-        self.files, self.text_dropout = sorted(Path(folder).glob("*.model")), text_dropout
+        self.text_dropout = text_dropout
+        for clips in self.clips:
+            n = len(clips["latents"])
+            if not n or [len(clips[name]) for name in ("refs", "vit", "text")] != [n, n, n + 1]:
+                raise damaged(folder, "its tensors are of different lengths")
 
     def batch(self, views, generators, device):
         """views from draw_views, one torch.Generator a sample -> latents x0 [B, C, T, H, W],

@@ -248,7 +248,8 @@ def find(ckpt):
     toy.check_config(config)
     check_files(networks[0], toy.ToyEncoders.TOKENIZER)
     world = meta.get("world", {})
-    if world not in [{name: known[name] for name in ("size", "frames")} for known in toy.WORLDS.values()]:
+    known = [{name: row[name] for name in ("size", "frames")} for row in toy.WORLDS.values()]
+    if world not in known or not all(type(value) is int for value in world.values()):
         raise UserError(f"{networks[0]}/checkpoint.json: its world {world!r:.60} is none of toy.WORLDS")
     return Found(networks, config, "toy", meta, world["frames"], (world["size"], world["size"]))
 

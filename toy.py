@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import (Parser, UserError, atomic_file, atomic_folder, frame_rate, in_range, lock,
+from checkpoint import (Parser, UserError, atomic_file, atomic_folder, frame_rate, in_range, lock, nonempty,
                         probe_writable, run_script, save_tensors, source_hash)
 from data import Job, to_bytes, to_image, write_video
 from encoders import UMT5, DINOv2, Tokenizer
@@ -542,7 +542,7 @@ NAMES = ("ann", "ben", "cho", "dan")  # the first held-out identities
 def main(argv=None):
     p = Parser(description=__doc__)
     add = p.add_argument
-    add("--out", required=True, type=Path, help="folder to write to")
+    add("--out", required=True, type=nonempty, help="folder to write to")
     add("--size", type=in_range(int, 16, 1024, "16 to 1024 pixels"), default=128, help="pixels a side, even")
     add("--frames", type=in_range(int, 1, 1000, "1 to 1000 frames"), default=16, help="frames of a clip")
     add("--fps", type=frame_rate, default=8, help="frames per second")
@@ -550,7 +550,7 @@ def main(argv=None):
     if args.size % 2:
         raise UserError(f"--size {args.size}: expected an even number of pixels")
     probe_writable(args.out)
-    write_samples(args.out, args.size, args.frames, args.fps)
+    write_samples(Path(args.out), args.size, args.frames, args.fps)
 
 
 def write_samples(folder, size, frames, fps):

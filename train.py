@@ -12,6 +12,7 @@ the same samples.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -35,10 +36,11 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, atomic_file, autocast, check_replaceable, count, find_checkpoint,
-                        find_valid, fraction, in_range, load_tensors, lock, nonempty, not_negative, parent_of,
-                        pack_optimizers, positive, probe_writable, read_lines, read_meta, remove, run_script,
-                        save_checkpoint, seed_number, unpack_optimizers, uses_bf16)
+from checkpoint import (Parser, UserError, as_user_error, atomic_file, autocast, check_replaceable, compare,
+                        count, delete_checkpoint, find_checkpoint, find_valid, fraction, in_range,
+                        load_tensors, lock, nonempty, not_negative, pack_optimizers, parent_of, positive,
+                        probe_writable, read_lines, read_meta, run_script, save_checkpoint, seed_number,
+                        steps_in, unpack_optimizers, uses_bf16)
 from encoders import WanEncoders
 from kernels import use_fused
 from model import CONFIGS, HarmoView, load_checkpoint, load_wan
@@ -205,8 +207,14 @@ class World:
         """Under torchrun the process group of its environment (nccl on GPUs, gloo else), alone without it.
         On one machine with fewer GPUs than processes, those without a GPU leave quietly, so that the same
         command serves a CPU and any number of GPUs."""
-        rank, size, local, local_size = (int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        try:
+            rank, size, local, local_size = (int(os.environ.get(name, defaults[name])) for name in defaults)
+            if not (0 <= rank < size and 0 <= local < local_size <= size):
+                raise ValueError(f"process {rank} of {size}, here {local} of {local_size}")
+        except ValueError as error:
+            raise UserError(f"{', '.join(defaults)} do not fit ({error}): "
+                            "unset them, or start with torchrun") from None
         gpus = torch.cuda.device_count()
         if gpus and local_size > gpus:
             if size > local_size:
@@ -237,8 +245,6 @@ def resolve(args, world):
     args.optimizer = args.optimizer or ("adamw" if args.wan or config.is_wan else "muon")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
     args.out, args.data = Path(args.out or f"out/{args.config}"), Path(args.data)
-    if args.out.resolve() == args.data.resolve():
-        raise UserError(f"--out {args.out} is the folder of --data: give each one of its own")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
     for name in ("batch", "muon_lr", "adamw_lr", "shift"):
         if getattr(args, name) is None:
@@ -261,27 +267,36 @@ def resolve(args, world):
                         f"--micro-batch {args.micro_batch}")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
-    if not config.is_wan:
-        toy.check_config(replace(config, vit_dim=0) if args.no_mfi else config)
     if config.is_wan and not args.wan:
         raise UserError(f"--config {args.config} trains on Wan's latents: "
                         "give --wan DIR, the folder of a Wan checkpoint")
-    changes = {"vit_dim": 0, "vit_levels": 0} if args.no_mfi else {}
+    if args.no_mfi:
+        config = replace(config, vit_dim=0, vit_levels=0)
     for name in ("rope_layout", "rope_jump", "proxy_tokens"):
         if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
-    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
-    return stages, replace(config, **changes)
+            config = replace(config, **{name: getattr(args, name)})
+    if not config.is_wan:
+        toy.check_config(config)
+    return list(STAGES) if args.stage == "all" else [int(args.stage)], config
 
 
 def check_existing(stages, args):
-    """Refuse to overwrite a checkpoint, or to resume a stage whose predecessor is unfinished."""
+    """Refuse to overwrite what is there, or to resume a stage whose predecessor is unfinished or was trained
+    again."""
     later = None
     for number in reversed(stages):
-        own = find_checkpoint(args.out / f"stage{number}")
+        folder = args.out / f"stage{number}"
+        own = find_checkpoint(folder)
         if own and not (args.resume or args.overwrite):
             raise UserError(f"{own} exists: --resume goes on from it, --overwrite starts the stage afresh, "
                             "--out chooses another folder")
+        before = find_checkpoint(args.out / f"stage{number - 1}")
+        if args.resume and own and before and read_meta(own).get("parent") not in (None, parent_of(before)):
+            raise UserError(f"{own} did not grow from {before}: give --stage {number} --overwrite")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: move it away")
+        for step in range(args.save_every, args.steps[number - 1] + args.save_every, args.save_every):
+            check_replaceable(folder / f"step-{min(step, args.steps[number - 1]):06d}")
         if args.resume and later and (own is None or read_meta(own)["step"] < args.steps[number - 1]):
             raise UserError(f"{later} started from stage {number} before its {args.steps[number - 1]} steps: "
                             "give the --steps it had, or --overwrite, or another --out")
@@ -310,6 +325,9 @@ def prepare(number, args, config, world):
     checkpoint was trained with other flags."""
     same_run = f"--config {args.config} --out {args.out}"
     own = find_valid(args.out / f"stage{number}") if args.resume else None
+    if args.resume and not own and steps_in(args.out / f"stage{number}"):
+        raise UserError(f"{args.out}/stage{number}: none of its checkpoints is whole; "
+                        "--overwrite starts the stage afresh")
     before = find_checkpoint(args.out / f"stage{number - 1}")
     torch.manual_seed(args.seed)  # for what is new in the model
     if own:
@@ -317,7 +335,7 @@ def prepare(number, args, config, world):
         compare(own, meta["config"] | meta.get("flags", {}), asdict(config) | step_flags(args, number))
     elif before:
         model, meta = load_checkpoint(before)
-        if not meta["finished"]:
+        if not meta.get("finished"):
             raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
                             f"`python train.py --stage {number - 1} {same_run} --resume` finishes it")
         compare(before, meta["config"], asdict(config))
@@ -338,19 +356,12 @@ def prepare(number, args, config, world):
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     if not own:
         return Start(model, ema, optimizers, 0, parent_of(before) if before else None)
-    unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
-    for name, saved in load_tensors(own, "ema").items():
-        ema[name].copy_(saved)
+    with as_user_error(own / "optimizer.safetensors"):
+        unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
+    averaged, _ = load_checkpoint(own)
+    for name, p in averaged.named_parameters():
+        ema[name].copy_(p.detach())
     return Start(model, ema, optimizers, meta["step"], meta.get("parent"))
-
-
-def compare(checkpoint, stored, current):
-    """UserError where a checkpoint's config or flags differ from these."""
-    differences = [f"{name} {value} there, {current[name]} here" for name, value in stored.items()
-                   if name in current and current[name] != value]
-    if differences:
-        raise UserError(f"{checkpoint} was trained otherwise ({'; '.join(differences)}): "
-                        "give the same flags, or another --out")
 
 
 def loss_of(model, batch, sigma, noise):
@@ -368,18 +379,15 @@ def draw_noise(x0, generators, shift):
     return (shift * u / (1 + (shift - 1) * u)).to(x0.device), noise.to(x0.device)
 
 
-def train_stage(number, start, args, dataset, available, world, stop):
+def train_stage(number, start, args, dataset, files, available, world, stop):
     """One stage from its Start to its last step, unless stop() ends it early, after saving.
-    available: the views that the dataset has."""
+    files: what a checkpoint needs besides the network; available: the views that the dataset has."""
     stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
     if args.no_curriculum:
         stage = replace(STAGES[len(STAGES)], lr=stage.lr)
     model, ema, optimizers, first_step, parent = start
     if first_step >= steps:
         return
-    for step in range(first_step, steps):
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            check_replaceable(folder / f"step-{step + 1:06d}")  # now, not after hours
     share = args.batch // world.size  # samples per rank and step
     metrics = open_metrics(folder, first_step) if world.rank == 0 else None
 
@@ -394,7 +402,7 @@ def train_stage(number, start, args, dataset, available, world, stop):
         if model.config.is_wan:
             meta["wan"] = str(wan_root(args))
         tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
-        save_checkpoint(folder / f"step-{step:06d}", tensors, meta, dataset.files, keep=args.keep)
+        save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, keep=args.keep)
 
     model.recompute = args.recompute
     if args.compile:
@@ -403,9 +411,7 @@ def train_stage(number, start, args, dataset, available, world, stop):
     if world.size > 1:  # a step's views leave some proxies or MFI unused, the same on all ranks
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
-               disable=None if world.rank == 0 else True,
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-                          "[{elapsed}, {remaining} left, {rate_fmt}{postfix}]")
+               disable=None if world.rank == 0 else True)
     skipped, began = 0, time.perf_counter()
     for step in bar:
         # learning rate
@@ -442,8 +448,8 @@ def train_stage(number, start, args, dataset, available, world, stop):
             skipped += 1
             tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; "
                        "step skipped, no weight changed")
-            if skipped == 10:
-                raise UserError(f"stage {number}: 10 steps in a row without a finite gradient, "
+            if skipped == min(10, steps):
+                raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, "
                                 f"the last one {step}; try smaller learning rates")
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -454,8 +460,9 @@ def train_stage(number, start, args, dataset, available, world, stop):
             if metrics:
                 line = dict(stage=number, step=step + 1, loss=float(total) / world.size,
                             grad_norm=float(norm), lr_factor=factor)
-                print(json.dumps(line), file=metrics, flush=True)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}")
+                line = {name: value if math.isfinite(value) else None for name, value in line.items()}
+                print(json.dumps(line), file=metrics, flush=True)
         stopping = stop()
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stopping:
             if world.rank == 0:
@@ -506,15 +513,19 @@ def wan_root(args):
 
 
 def load_data(args, encoders, world):
-    """The training set, rendered and encoded where that was not done yet, by one process on all cores."""
+    """The training set, rendered and encoded where that was not done yet, by one process on all cores; and
+    the files that sampling needs besides the network."""
     clips, threads = toy.WORLDS[args.config], torch.get_num_threads()
     if world.size > 1 and world.device.type == "cpu":
         torch.set_num_threads(CORES)
     folder = toy.render_cache(args.data, clips["size"], clips["frames"], args.clips, args.pairs)
-    encoders = encoders or toy.ToyEncoders(folder, clips["size"])
+    try:
+        encoders = encoders or toy.ToyEncoders(folder, clips["size"])
+    except UserError as error:
+        raise data.damaged(folder, error) from None
     dataset = data.Dataset(data.encode_cache(folder, encoders, args.mask))
     torch.set_num_threads(threads)
-    return dataset
+    return dataset, encoders.files
 
 
 def main(argv=None):
@@ -530,7 +541,8 @@ def main(argv=None):
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         encoders = WanEncoders(wan_root(args), world.device, dtype, need_vit=True)
     probe_writable(args.out)
-    probe_writable(args.data)
+    if not args.data.is_dir():
+        probe_writable(args.data)
     available = VIEWS if args.pairs == "cross" else toy.IN_PAIR_VIEWS
     if args.front_only:
         available = ("front",)
@@ -545,14 +557,15 @@ def main(argv=None):
                 print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
             load_data(args, encoders, world)  # what it renders and encodes, it leaves for the other ranks
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
-                for number in stages:
-                    remove(args.out / f"stage{number}")
+                for number in reversed(stages):
+                    for step in reversed(steps_in(args.out / f"stage{number}")):
+                        delete_checkpoint(step)  # and nothing else, which may be the user's
         world.barrier()
-        dataset = load_data(args, encoders, world)
+        dataset, files = load_data(args, encoders, world)
         stop = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)
-            train_stage(number, start, args, dataset, available, world, stop)
+            train_stage(number, start, args, dataset, files, available, world, stop)
             start = None
             if stop():
                 break

@@ -3,7 +3,6 @@
 Every token stands where rope.py puts it: its time t chooses the column, w and h the place in the column.
 tests/test_figure.py holds images/method.svg to what this file draws. Lengths are pixels.
 """
-import argparse
 import random
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from checkpoint import Parser, atomic_file, run_script  # noqa: E402
 from rope import VIEWS, reference_positions, video_positions  # noqa: E402
 
 T, SIDE = 6, 5  # the example: a video of T times, each of SIDE x SIDE tokens; references have the same size
@@ -256,14 +256,12 @@ def figure():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "images" / "method.svg", help="SVG file to write")
     out = parser.parse_args().out
-    try:
-        out.write_bytes(figure().encode())
-    except OSError as error:
-        sys.exit(f"method.py: {error}")
+    with atomic_file(out) as path:
+        path.write_bytes(figure().encode())
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,7 +28,7 @@ FILES = {
 OVER = {
     "model": (485, "configs, files and inputs are checked before a network is built"),
     "sample": (520, "what can be known of a job is refused before its first step"),
-    "checkpoint": (575, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (590, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (200, "as above"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting

@@ -336,7 +336,7 @@ def test_what_a_killed_rendering_leaves_is_removed_by_the_next(tmp_path):
     kill(process)
     assert list(tmp_path.glob(".unfinished-*"))
     folder = toy.render_cache(tmp_path, *TWO_CLIPS)
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", folder.name}
+    assert {path.name for path in tmp_path.iterdir()} == {".cache-lock", folder.name}
 
 
 @pytest.mark.parametrize("file", ["captions.txt", "one.safetensors", "two.safetensors"])

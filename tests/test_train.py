@@ -18,6 +18,7 @@ from conftest import ROOT, WAN_SMALL, call, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import checkpoint
 import data
 import sample
 import toy
@@ -313,7 +314,7 @@ def test_a_step_without_finite_gradients_changes_nothing(fresh, monkeypatch, cap
         return real(*args) * (float("nan") if len(calls) == 2 else 1)
 
     monkeypatch.setattr(train, "loss_of", spoiled)
-    train.main([*map(str, FAST), "--stage", "1", "--steps", "2"])
+    train.main([*map(str, FAST), "--stage", "1", "--steps", "3"])
     assert "step 1: gradient norm nan; step skipped" in capsys.readouterr().out
     state = weights(fresh / "out" / "tiny")["model.safetensors"]
     assert all(torch.isfinite(v).all() for v in state.values())
@@ -380,7 +381,6 @@ def test_without_curriculum_and_with_the_front_only(fresh, monkeypatch):
         ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is not a multiple of"),
         ("--stage 1 --out file/below", "cannot write to"),
         ("--stage 1 --out new --data file/below", "cannot write to"),
-        ("--stage 1 --out same --data same", "--out same is the folder of --data"),
         ("--stage 1 --out=", "--out: is empty"),
         ("--stage 1 --ou new", "unrecognized arguments: --ou"),  # no abbreviations
         ("--stage 1 --out new --clips 0 5", "--clips: got '0', expected"),
@@ -427,6 +427,121 @@ def test_a_users_folders_among_the_checkpoints_are_left_alone(fresh):
     assert {p.name for p in stage.iterdir()} == left
 
 
+def test_overwriting_deletes_checkpoints_and_nothing_else(fresh, tiny):
+    shutil.copytree(tiny / "out", fresh / "out")
+    names = ("stage4/notes.txt", "stage4/step-000500-best/ema", "stage1/x")
+    mine = [fresh / "out" / "tiny" / name for name in names]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    call("train.py", *FAST, "--overwrite", "--steps", 1, cwd=fresh)
+    assert all(path.read_text() == "mine" for path in mine)
+    assert sorted(p.name for p in (fresh / "out" / "tiny").glob("stage*/step-??????")) == 4 * ["step-000001"]
+
+
+def test_one_folder_may_hold_the_run_and_the_data(tmp_path):
+    call("train.py", *FAST, "--stage", 1, "--steps", 1, "--out", "x", "--data", "x", cwd=tmp_path)
+    assert find_checkpoint(tmp_path / "x")
+
+
+@pytest.mark.parametrize("harm", ["folder", "file"])
+def test_what_is_in_the_way_of_a_later_stage_is_said_before_the_first(fresh, harm):
+    stage = fresh / "out" / "tiny" / "stage4"
+    if harm == "file":
+        stage.parent.mkdir(parents=True)
+        stage.write_text("")
+    else:
+        (stage / "step-000002").mkdir(parents=True)
+        (stage / "step-000002" / "mine").write_text("")
+    with pytest.raises(UserError, match="stage4.*move it away"):
+        call("train.py", *FAST, cwd=fresh)
+    assert not (fresh / "out" / "tiny" / "stage1").exists()
+
+
+def test_a_stage_of_an_older_run_is_not_resumed(fresh, tiny):
+    shutil.copytree(tiny / "out", fresh / "out")
+    call("train.py", *FAST, "--stage", 2, "--steps", 3, "--overwrite", cwd=fresh)
+    with pytest.raises(UserError, match="stage3.* did not grow from .*stage2.*: give --stage 3 --overwrite"):
+        call("train.py", *FAST, "--steps", 2, 3, 2, 2, "--resume", cwd=fresh)
+
+
+def test_a_stage_without_a_whole_checkpoint_is_not_begun_again_unasked(fresh, tiny):
+    shutil.copytree(tiny / "out", fresh / "out")
+    file = find_checkpoint(fresh / "out" / "tiny" / "stage2") / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes() + b"!")
+    with pytest.raises(UserError, match="stage2: none of its checkpoints is whole; --overwrite"):
+        call("train.py", *FAST, "--stage", 2, "--resume", cwd=fresh)
+    assert file.exists()
+
+
+def changed(folder, name, tensors=None, **meta):
+    """A checkpoint edited by hand, with the right sha256."""
+    if tensors is not None:
+        safetensors.torch.save_file(tensors, folder / name)
+    path = folder / "checkpoint.json"
+    stored = json.loads(path.read_text()) | meta
+    stored["sha256"][name] = checkpoint.sha256_of(folder / name)
+    path.write_text(json.dumps({key: value for key, value in stored.items() if value != "gone"}))
+
+
+@pytest.mark.parametrize(
+    "name, edit, says",
+    [
+        ("ema", lambda t: t | {"x": torch.zeros(1)}, r"ema.safetensors does not fit HarmoView.*1 unknown"),
+        ("ema", lambda t: {k: v for k, v in t.items() if k != "proxies"}, "ema.*1 missing"),
+        ("ema", lambda t: t | {"proxies": t["proxies"].long()}, "'proxies' is torch.int64"),
+        ("model", lambda t: t | {"proxies": t["proxies"].long()}, "'proxies' is torch.int64"),
+        ("optimizer", lambda t: t | {"x": torch.zeros(1)}, "optimizer.safetensors cannot be read"),
+        ("optimizer", lambda t: t | {"0.9999.x": torch.zeros(1)}, "optimizer.safetensors cannot be read"),
+        ("optimizer", lambda t: t | {"0.0.exp_avg": torch.zeros(7)}, r"optimizer.*0.0.exp_avg is .* \[7\]"),
+    ],
+)
+def test_hand_edited_tensors_are_one_line(name, edit, says, fresh):
+    command = [*FAST, "--stage", 1, "--steps", 4, "--save-every", 2]
+    call("train.py", *command, cwd=fresh)
+    shutil.rmtree(fresh / "out" / "tiny" / "stage1" / "step-000004")
+    folder = find_checkpoint(fresh / "out" / "tiny")
+    file = f"{name}.safetensors"
+    changed(folder, file, edit(safetensors.torch.load((folder / file).read_bytes())))
+    with pytest.raises(UserError, match=says) as error:
+        call("train.py", *command, "--resume", cwd=fresh)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("meta", [{"step": 999}, {"step": -5}, {"step": 2.0}, {"step": None}])
+def test_hand_edited_steps_are_damage(meta, fresh):
+    call("train.py", *FAST, "--stage", 1, "--steps", 2, cwd=fresh)
+    changed(find_checkpoint(fresh / "out" / "tiny"), "ema.safetensors", **meta)
+    with pytest.raises(UserError, match="checkpoint.json is damaged|none of its checkpoints is whole"):
+        call("train.py", *FAST, "--stage", 1, "--steps", 2, "--resume", cwd=fresh)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [dict(WORLD_SIZE="abc"), dict(WORLD_SIZE="0"), dict(WORLD_SIZE="-1"), dict(WORLD_SIZE=""), dict(RANK="1"),
+     dict(RANK="5", WORLD_SIZE="2"), dict(LOCAL_WORLD_SIZE="0")],
+)
+def test_torchruns_variables_half_set_are_one_line(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="RANK, WORLD_SIZE.* do not fit .*start with torchrun"):
+        train.World.join()
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_said_before_training(fresh):
+    next((fresh / "cache").glob("toy-*/spiece.model")).write_bytes(b"junk")
+    with pytest.raises(UserError, match="spiece.model.*delete its folder, it is made again"):
+        call("train.py", *FAST, "--stage", 1, cwd=fresh)
+
+
+def test_a_stage_without_any_finite_step_is_not_finished(fresh, monkeypatch):
+    real = train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *args: real(*args) * float("nan"))
+    with pytest.raises(UserError, match="2 steps in a row without a finite gradient"):
+        call("train.py", *FAST, "--stage", 1, "--steps", 2, cwd=fresh)
+    assert [line["loss"] for line in metrics(fresh / "out" / "tiny", 1)] == [None]
+
+
 def test_weights_that_are_not_finite_are_never_saved(fresh, monkeypatch):
     def poison(self):
         next(p for group in self.param_groups for p in group["params"]).data[:] = float("nan")
@@ -465,7 +580,7 @@ def test_an_interrupted_rendering_leaves_no_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "render_clips", interrupted)
     with pytest.raises(KeyboardInterrupt):
         toy.render_cache(tmp_path, **toy.WORLDS["tiny"])
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    assert [p.name for p in tmp_path.iterdir()] == [".cache-lock"]
 
 
 def test_recomputing_and_compiling_blocks_change_no_gradient(monkeypatch):
