@@ -511,6 +511,7 @@ def nan_weights(folder, meta):
     (change("dim", 96), "does not fit"),
     (change("more", 1), "'more'"),
     (change("size", 10**9, "world"), "its world .* is none of toy.WORLDS"),
+    (change("size", 32.0, "world"), "its world .* is none of toy.WORLDS"),
     (change("frames", None, "world"), "its world .* is none of toy.WORLDS"),
     (lambda folder, meta: meta.pop("world"), "its world .* is none of toy.WORLDS"),
     (lambda folder, meta: meta["sha256"].pop("spiece.model"), "spiece.model is missing or damaged"),
