@@ -19,6 +19,7 @@ FILES = {
     "encoders": (565, "checkpoint"),
     "checkpoint": (330, ""),
     "toy": (560, "data encoders rope checkpoint"),
+    "curate": (400, "data faces checkpoint"),
     "faces": (400, "checkpoint"),
     "eval": (600, "sample toy data rope checkpoint"),
     "claims": (190, "eval checkpoint"),
@@ -30,6 +31,7 @@ OVER = {
     "sample": (520, "what can be known of a job is refused before its first step"),
     "checkpoint": (590, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (200, "as above"),
+    "curate": (775, "names what is wrong with every video; tracks, identities in bounded memory, report"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
