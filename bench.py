@@ -17,7 +17,6 @@ from argparse import Namespace
 import torch
 from torch.utils.benchmark import Timer
 
-import data
 import sample
 import toy
 import train
@@ -25,6 +24,7 @@ from checkpoint import Parser, UserError, autocast, count, nonempty, run_script,
 from encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
 from kernels import use_fused
 from model import CONFIGS, NEW_PREFIXES, PATCH, HarmoView
+from pictures import picture_size, view_of
 from rope import VIEWS
 
 GIB = 2**30
@@ -133,7 +133,7 @@ def dry_run(args):
     recipe, frames, (H, W) = sample.SAMPLE_RECIPES[kind], args.frames or 81, args.size or (480, 832)
     sample.check_wan_size(frames, (H, W))
     check_tile(args.tile)
-    people = [dict(map(data.view_of, files)) for files in args.refs or ()]
+    people = [dict(map(view_of, files)) for files in args.refs or ()]
     if len(people) > config.max_identities:
         raise UserError(f"{len(people)} people (one --refs each): expected at most {config.max_identities}")
     with torch.device("meta"):
@@ -177,7 +177,7 @@ def main(argv=None):
         speed = what.add_parser(name, help=help).add_argument
         speed("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS")
         speed("--frames", type=count, help="frames of a clip (default: as in training)")
-        speed("--size", type=sample.picture_size, help="HEIGHTxWIDTH of a clip (default: as in training)")
+        speed("--size", type=picture_size, help="HEIGHTxWIDTH of a clip (default: as in training)")
         speed("--batch", type=count, default=1, help="samples of a forward")
         for flag in ("--recompute", "--compile", "--no-fused"):
             speed(flag, action="store_true", help="as in train.py")
@@ -186,7 +186,7 @@ def main(argv=None):
     dry("--ckpt", type=nonempty, default="1.3b", help="a preset of model.CONFIGS, or a folder of Wan's size")
     dry("--refs", nargs="+", action="append", help="one person's views, as a_front.png; not read")
     dry("--frames", type=count, help="frames (default 81)")
-    dry("--size", type=sample.picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
+    dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")
     dry("--tile", type=count, help="as in sample.py")
     args = p.parse_args(argv)

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, count, fraction,
                         frame_rate, in_range, is_text, lock, nonempty, not_negative, probe_writable,
                         read_lines, remove, run_script, save_tensors, sha256_of)
-from data import VIEWS, from_bytes, write_video
+from pictures import VIEWS, from_bytes, write_video
 from faces import Faces, align, crop_faces, iou
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".flv")

@@ -1,27 +1,31 @@
-"""What a training step is made of: which views it gets, region masks, and batches from a cache of latents;
-pictures, videos and contact sheets.
+"""What a training step is made of: which views it gets, region masks, batches from an encoded set. And
+encoding, which makes one.
 
-Clips are encoded once by frozen networks that are handed in (encoders.WanEncoders or toy.ToyEncoders), so
-the training loop reads latents only. The toy and Wan have the same cache.
+  python data.py encode --data DIR --wan WAN      a manifest's clips, once through Wan's frozen networks
+  python data.py show --data DIR                  a summary of a set, and a contact sheet of a sample
+
+Clips are encoded once, so the training loop reads latents only. The toy and Wan have the same encoded sets.
 """
+import collections
+import concurrent.futures
+import functools
+import hashlib
 import json
-import math
-import re
-import textwrap
-import warnings
-from dataclasses import dataclass
-from fractions import Fraction
+import os
+import random
 from pathlib import Path
 
-import av
-import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import (UserError, atomic_file, atomic_folder, is_seed, is_text, lock, save_tensors,
-                        source_hash)
+import manifest
+from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, fraction, frame_rate, in_range,
+                        lock, nonempty, probe_writable, read_lines, run_script, save_tensors, sha256_of,
+                        uses_bf16)
+from encoders import WanEncoders
+from pictures import from_bytes, picture_size, to_bytes
 from rope import VIEWS
 
 
@@ -62,307 +66,314 @@ def noise_of(shape, generators):
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-# -------------------------------------------------------------------------------------------------- the cache
-def pack(latent, dtype):
-    """A latent as a cache stores it; uint8 is for latents that are pixels in -1..1."""
-    return to_bytes(latent) if dtype == torch.uint8 else latent.to(dtype)
+# ------------------------------------------------------------------------------------------------ the dataset
+# An encoded set is a folder: settings.json, index.jsonl with a line a sample, and a file each, which holds
+# "latents" [C, T, H, W], "text" [S, E] at its true length, and for person k "refs.k.VIEW" [variants, C, h,
+# w] and, of the frontal view, "vit.k" [variants, levels, tokens, width]. The sample "empty" is no caption.
+VERSION = 2
 
 
-def unpack(latent):
-    return from_bytes(latent) if latent.dtype == torch.uint8 else latent.float()
-
-
-@torch.no_grad()
-def encode_cache(folder, encoders, mask=0.0, variants=4):
-    """Encode a folder of clips once; returns the folder inside it with what Dataset reads.
-
-    folder    holds one.safetensors and two.safetensors (clips with one person and with two: video uint8
-              [n, 3, F, H, W], refs uint8 [n, people, V, 3, h, w]) and captions.txt, a line a clip
-    encoders  WanEncoders or ToyEncoders
-    mask      region masking: this fraction of each reference is hidden before any network sees it
-    variants  differently masked versions of each reference; 1 where nothing is masked
-    Both files then hold latents [n, C, T, H, W] and refs [n, people, variants, V, C, h, w] in the encoders'
-    latent_dtype, vit float16 [n, people, variants, levels, tokens, width] of the frontal references, and
-    text float16 [n + 1, S, E], whose last row is the empty caption.
-    """
-    folder, variants = Path(folder), variants if mask else 1
-    result = folder / f"{encoders.name}-mask{mask:g}x{variants}-{source_hash('data', 'encoders')}"
-    if result.exists():
-        return result
-    with lock(folder, wait=True):
-        if result.exists():  # by now, of another process
-            return result
-        one, two = (load_cached(folder / f"{name}.safetensors", ("video", "refs")) for name in ("one", "two"))
-        n, captions = len(one["video"]), load_cached(folder / "captions.txt")
-        if len(captions) != n + len(two["video"]):
-            raise damaged(folder / "captions.txt", f"{len(captions)} lines")
-        with atomic_folder(result) as build:
-            for name, clips, words in (("one", one, captions[:n]), ("two", two, captions[n:])):
-                save_tensors(build / f"{name}.safetensors",
-                             encode_clips(clips, words, encoders, mask, variants))
-    encoders.drop()
-    return result
-
-
-def encode_clips(clips, captions, encoders, mask, variants):
-    """{"video", "refs"} of encode_cache and a caption a clip -> {"latents", "refs", "vit", "text"}.
-    One network after the other, since the real ones do not fit into memory together."""
-    def references():
-        """The pictures [V, 3, h, w] of every person and variant, the same at every call."""
-        generator = torch.Generator().manual_seed(0)
-        for pictures in clips["refs"].flatten(0, 1):
-            for _ in range(variants):
-                views = from_bytes(pictures)
-                if mask:
-                    views = torch.stack([mask_regions(p, mask, block, generator) for p in views])
-                yield views
-    dtype, block, shape = encoders.latent_dtype, encoders.mask_block, (*clips["refs"].shape[:2], variants)
-    text = encoders.text([*captions, ""])
-    front = VIEWS.index("front")
-    vit = torch.cat([encoders.features(views[front, None]).half() for views in references()])
-    refs = []
-    for views in references():
-        refs.append(torch.cat([pack(encoders.encode(p[None, :, None])[:, :, 0], dtype) for p in views]))
-    bar = tqdm(clips["video"], desc="encoding", unit=" clips", disable=None)
-    latents = torch.cat([pack(encoders.encode(from_bytes(video)[None]), dtype) for video in bar])
-    return {"latents": latents, "refs": torch.stack(refs).unflatten(0, shape),
-            "vit": vit.unflatten(0, shape), "text": text.half()}
-
-
-def damaged(path, cause):
-    return UserError(f"{path} is damaged ({cause}): delete its folder, it is made again")
-
-
-def load_cached(path, names=()):
-    """What a file of a cache holds: the lines of a .txt, or tensors of these names."""
-    try:
-        if not path.is_file():  # a pipe would never end
-            raise FileNotFoundError("no such file")
-        if path.suffix == ".txt":
-            return path.read_text(encoding="utf-8").split("\n")[:-1]
-        tensors = safetensors.torch.load_file(path)
-        return {name: tensors[name] for name in names}
-    except (OSError, UnicodeError, KeyError, safetensors.SafetensorError) as error:
-        raise damaged(path, error) from None
+def sample_path(folder, name):
+    return folder / name[:2] / f"{name}.safetensors"
 
 
 class Dataset:
-    """Batches from a folder of encode_cache. Every sample is drawn from a generator of its own, so batches
-    are the same for any number of ranks and micro-batches.
+    """Batches from an encoded set. Samples are drawn in an order that (seed, epoch) decides, and all that is
+    random in one comes from a generator of its own, so batches are the same for any number of ranks and
+    micro-batches. A sample that cannot be read is named once, and the next one with its views stands in.
 
     text_dropout  share of the samples that lose their caption
     """
 
     def __init__(self, folder, text_dropout=0.1):
-        names = ("latents", "refs", "vit", "text")
-        self.clips = [load_cached(Path(folder) / f"{people}.safetensors", names) for people in ("one", "two")]
-        self.text_dropout = text_dropout
-        for clips in self.clips:
-            n = len(clips["latents"])
-            if not n or [len(clips[name]) for name in ("refs", "vit", "text")] != [n, n, n + 1]:
-                raise damaged(folder, "its tensors are of different lengths")
+        self.folder, self.text_dropout = Path(folder), text_dropout
+        self.settings = read_settings(self.folder)
+        self.index = read_lines(self.folder / "index.jsonl")
+        if not self.index:
+            raise UserError(f"{folder} holds no encoded sample: see the output of `python data.py encode`")
+        self.people = sorted({len(entry["views"]) for entry in self.index})
+        self.views = [v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
+        self.empty = self.load("empty", ["text"])["text"]
+        self.taken, self.broken = collections.Counter(), set()
 
-    def batch(self, views, generators, device):
-        """views from draw_views, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
+    def draw(self, stage, progress, rng, available, batch, seed):
+        """What one step trains on: its views, as from draw_views, and the numbers of `batch` samples of one
+        shape that have them. Call it for every step from a stage's first one on, in order.
+
+        stage  a row of train.STAGES; with probability stage.cross only samples are drawn whose references
+               are all from other clips, where there are any
+        """
+        views = draw_views(stage, progress, rng, available)
+        cross = rng.random() < stage.cross
+        members = self.having(views, cross) or self.having(views, False)
+        if not members:  # nobody has all of these: those that one sample has
+            entry = rng.choice([entry for entry in self.index if len(entry["views"]) == len(views)])
+            views = tuple(tuple(v for v in names if v in person) or tuple(v for v in VIEWS if v in person)
+                          for names, person in zip(views, entry["views"]))
+            members = self.having(views, False)
+        shape = self.index[rng.choice(members)]["shape"]
+        members = tuple(n for n in members if self.index[n]["shape"] == shape)
+        key = views, tuple(shape), len(members)
+        start = self.taken[key]
+        self.taken[key] += batch
+        return views, [shuffled(members, seed, n // len(members))[n % len(members)]
+                       for n in range(start, start + batch)]
+
+    @functools.lru_cache(maxsize=1000)
+    def having(self, views, cross):
+        """Numbers of the samples with as many people and at least these views of each, as a tuple."""
+        def fits(entry):
+            return len(entry["views"]) == len(views) and all(
+                view in person and (person[view] or not cross)
+                for names, person in zip(views, entry["views"]) for view in names)
+        return tuple(n for n, entry in enumerate(self.index) if fits(entry))
+
+    def load(self, name, keys, sha256=None):
+        path = sample_path(self.folder, name)
+        if sha256 and sha256_of(path) != sha256:
+            raise ValueError("its sha256 is not the one in index.jsonl")
+        with safetensors.safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in keys}
+
+    def sample(self, number, views):
+        """The tensors of a sample that these views need, or of the next one where it is damaged."""
+        keys = ["latents", "text"]
+        for k, names in enumerate(views):
+            keys += [f"refs.{k}.{view}" for view in names] + [f"vit.{k}"] * ("front" in names)
+        while True:
+            entry = self.index[number]
+            try:
+                # read once to check it; afterwards its pages are mapped
+                tensors = self.load(entry["name"], keys, None if entry.get("checked") else entry["sha256"])
+                entry["checked"] = True
+                return tensors
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out")
+                self.broken.add(number)
+            others = [n for n in self.having(views, False)
+                      if n not in self.broken and self.index[n]["shape"] == entry["shape"]]
+            if not others:
+                raise UserError(f"{self.folder}: no whole sample is left for views {views}: encode it again")
+            number = min((n for n in others if n > number), default=others[0])
+
+    def batch(self, views, numbers, generators, device):
+        """views and numbers from draw, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
         text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
-        clips = self.clips[len(views) - 1]  # those with as many people
-        n, variants = len(clips["latents"]), clips["refs"].shape[2]
-        index = torch.tensor([int(torch.randint(n, (), generator=g)) for g in generators])
-        no_text = torch.tensor([torch.rand((), generator=g) < self.text_dropout for g in generators])
-        text = clips["text"][torch.where(no_text, n, index)].float()  # the last one is empty
-        variant = torch.zeros_like(index)
-        if variants > 1:
-            variant = torch.tensor([int(torch.randint(variants, (), generator=g)) for g in generators])
+        samples = [self.sample(number, views) for number in numbers]
+        text, variants = [], []
+        for sample, generator in zip(samples, generators):
+            dropped = torch.rand((), generator=generator) < self.text_dropout
+            text.append((self.empty if dropped else sample["text"]).float())
+            variants.append(int(torch.randint(self.settings["variants"], (), generator=generator)))
         refs, vit = [], []
         for k, names in enumerate(views):
-            person = clips["refs"][index, k, variant]  # [B, V, C, h, w]
-            refs.append({v: unpack(person[:, VIEWS.index(v)]).to(device) for v in names})
-            vit.append(clips["vit"][index, k, variant].float().to(device) if "front" in names else None)
-        return unpack(clips["latents"][index]).to(device), text.to(device), refs, vit
+            latents = {view: [s[f"refs.{k}.{view}"][v] for s, v in zip(samples, variants)] for view in names}
+            refs.append({view: unpack(torch.stack(some)).to(device) for view, some in latents.items()})
+            vit.append(None)
+            if "front" in names and f"vit.{k}" in samples[0]:
+                features = torch.stack([s[f"vit.{k}"][v] for s, v in zip(samples, variants)])
+                vit[k] = features.float().to(device)
+        x0 = unpack(torch.stack([sample["latents"] for sample in samples])).to(device)
+        return x0, nn.utils.rnn.pad_sequence(text, batch_first=True).to(device), refs, vit
+
+    def check(self, config):
+        """UserError where a network of this DiTConfig cannot train on the set."""
+        found = {"in_dim": self.index[0]["shape"][0], "text_dim": self.empty.shape[1]}
+        if config.vit_dim:
+            found |= dict(zip(("vit_levels", "vit_dim"), self.settings["vit"] or (0, 0)))
+        wrong = [f"{name} {value}, the network has {getattr(config, name)}" for name, value in found.items()
+                 if value != getattr(config, name)]
+        if wrong:
+            raise UserError(f"{self.folder} is encoded with {'; '.join(wrong)}: encode with other networks")
 
 
-# ---------------------------------------------------------------------------------------- pictures and videos
-@dataclass
-class Job:
-    """A video to make, and then the video. Pictures and videos are in -1..1."""
-    prompt: str
-    references: list | None  # {view: picture [3, h, w]} per identity, {} for one without; None: plain Wan
-    seed: int = 0
-    size: tuple = None  # (H, W) in pixels
-    files: list = ()  # the references' file names, a list per identity
-    note: str = ""  # printed behind the prompt
-    truth: torch.Tensor | None = None  # [3, F, H, W]
-    video: torch.Tensor | None = None  # [3, F, H, W]
+@functools.lru_cache(maxsize=16)
+def shuffled(members, seed, epoch):
+    members = list(members)
+    random.Random(f"{seed}-{epoch}").shuffle(members)
+    return members
 
 
-def to_bytes(video):
-    return ((video + 1) * 127.5).round().clamp(0, 255).byte().contiguous()
+def prefetch(items):
+    """Yield the items of an iterator, each prepared by a thread while the one before it is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        end = object()
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
 
 
-def from_bytes(video):
-    return video.float() / 127.5 - 1
+# --------------------------------------------------------------------------------------------------- encoding
+def pack(latent, dtype):
+    """A latent as it is stored; uint8 is for latents that are pixels in -1..1."""
+    return to_bytes(latent) if dtype == torch.uint8 else latent.to(dtype)
 
 
-def to_image(picture, height, width=None):
-    """[3, H, W] in -1..1 -> PIL image of height x width (default: square); nearest where it grows, so that
-    the toy's pixels stay pixels."""
-    image = Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy())
-    resample = Image.Resampling.NEAREST if height >= image.height else Image.Resampling.LANCZOS
-    return image.resize((width or height, height), resample)
+def unpack(stored):
+    return from_bytes(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, size=1):
+    """Encode those of the Samples that are not in the set yet; process `rank` of `size` takes every size-th.
 
-
-def read_picture(path, size):
-    """A picture file -> [3, H, W] in -1..1, size (H, W): EXIF orientation, alpha on white, Lanczos fit,
-    white padding."""
-    formats = f"a {', '.join(PICTURE_FORMATS)} file"
-    if not Path(path).is_file():  # a pipe might never end
-        problem = "not a file" if Path(path).exists() else "no such file"
-        raise UserError(f"{path}: {problem}; expected {formats}")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURE_FORMATS) as file:  # of others, some start programs
-                image = ImageOps.exif_transpose(file)
-                image.load()
-    except Exception as error:  # Pillow's readers raise a dozen kinds
-        raise UserError(f"{path}: not a readable picture ({error}); expected {formats}") from None
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image = ImageOps.pad(image, size[::-1], Image.Resampling.LANCZOS, color="white")
-    return from_bytes(torch.from_numpy(np.array(image))).permute(2, 0, 1)
-
-
-def view_of(argument):
-    """"left=path" or a path with one view's word in its name -> (view, path)."""
-    view, equals, path = argument.partition("=")
-    if equals and view in VIEWS:
-        return view, path
-    words = [word for word in re.findall("[a-z]+", Path(argument).stem.lower()) if word in VIEWS]
-    if len(words) != 1:
-        raise UserError(f"{argument}: which view is it? Its name says {' and '.join(words) or 'none'}; "
-                        f"name the file or write view=path with one of {', '.join(VIEWS)}, "
-                        f"for example front={argument}")
-    return words[0], argument
-
-
-def read_references(people, size):
-    """Picture files, a list per person -> [{view: [3, H, W]}]. size: (H, W)"""
-    references = []
-    for files in people:
-        views = {}
-        for view, path in map(view_of, files):
-            if view in views:
-                raise UserError(f"{path}: a second {view} view of the same person; "
-                                "give one picture a view, and one --refs a person")
-            views[view] = read_picture(path, size)
-        references.append(views)
-    return references
-
-
-def read_jobs(path, seed):
-    """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...}, the
-    last two optional -> Jobs, their pictures not read yet. seed: of lines without one."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("a pipe or folder")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable text file ({error})") from None
-    jobs = []
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                jobs.append(read_job(line, seed))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise UserError(f'{path} line {n}: expected {{"prompt": "...", "refs": [["front.png", ...], '
-                                f'...], "seed": 0}}, the last two optional; got {line[:60]} ({error})'
-                                ) from None
-    if not jobs:
-        raise UserError(f"{path} holds no prompt; expected one JSON object a line")
-    return jobs
-
-
-def read_job(line, seed):
-    """A line of read_jobs -> Job. Raises ValueError or TypeError where it is anything else."""
-    entry = json.loads(line)
-    if not isinstance(entry, dict):
-        raise ValueError("not an object")
-    if unknown := sorted(entry.keys() - {"prompt", "refs", "seed"}):
-        raise ValueError(f"unknown key {unknown[0]!r}")
-    if not is_text(entry.get("prompt")) or not entry["prompt"].strip():
-        raise ValueError("no prompt")
-    entry = {"refs": [], "seed": seed} | {key: value for key, value in entry.items() if value is not None}
-    if not is_seed(entry["seed"]):
-        raise ValueError("seed is not a whole number from 0 to 2**63 - 1")
-    if not isinstance(entry["refs"], list):
-        raise ValueError("refs is not a list")
-    for files in entry["refs"]:
-        if not isinstance(files, list) or not files or not all(map(is_text, files)):
-            raise ValueError("refs is not a list of lists of file names")
-    return Job(entry["prompt"], None, entry["seed"], files=entry["refs"])
-
-
-def write_video(path, video, fps=16, comment=""):
-    """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that."""
-    _, frames, height, width = video.shape
-    grow = max(1, math.ceil(256 / height))
-    with atomic_file(path) as temporary, av.open(str(temporary), "w") as container:
-        container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.width, stream.height, stream.pix_fmt = grow * width, grow * height, "yuv420p"
-        for f in range(frames):
-            picture = to_image(video[:, f], grow * height, grow * width)
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
-
-
-def contact_sheet(jobs, tile=112):
-    """Jobs with their videos -> one PIL image, a strip a job.
-
-    Each person is a block of 2 x 2 views on the left, with an empty square for a view that was not given.
-    At most eight evenly spaced frames are on the right, the truth's below them, and the prompt is under both.
+    settings  JSON-able; a set that was made with others is refused
+    mask      region masking: this fraction of each reference is hidden before any network sees it
+    variants  differently masked versions of each reference
+    Whoever finishes last writes index.jsonl, in the order of `samples`, and failed.jsonl, with reasons.
     """
-    font, gap, line_height, max_frames = ImageFont.load_default(13), 6, 17, 8
+    folder = Path(folder)
+    settings = {"schema": "harmoview encoded set", "version": VERSION, "mask": mask,
+                "variants": variants if mask else 1, "vit": encoders.vit_shape, **settings}
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "settings.json").exists():
+        stored = read_settings(folder)
+        different = [f"{name} {stored.get(name)} there, {value} here" for name, value in settings.items()
+                     if stored.get(name) != value]
+        if different:
+            raise UserError(f"{folder} was encoded with other settings ({'; '.join(different)}): "
+                            "give the same, or another --out")
+    done = {entry["name"] for entry in finished(folder)}
+    todo = [sample for sample in samples[rank::size] if sample.name not in done]
+    if todo:
+        write_sample(folder, "empty", {"text": encoders.text([""])[0].half()})
+        with atomic_file(folder / "settings.json") as path:
+            path.write_text(json.dumps(settings, indent=1))
+    with (open(folder / f"done-{rank}-{size}.jsonl", "a") as log,
+          tqdm(total=len(todo), desc="encoding", unit=" clips", disable=None if rank == 0 else True) as bar):
+        for first in range(0, len(todo), 64):  # so many at a time, as each network is loaded once for them
+            for entry in encode_samples(todo[first:first + 64], folder, encoders, mask, settings["variants"]):
+                log.write(f"\n{json.dumps(entry)}\n")  # the line before may have been cut off
+                log.flush()
+                bar.update()
+    with lock(folder, wait=True):
+        entries = {entry["name"]: entry for entry in finished(folder)}
+        if all(sample.name in entries for sample in samples):
+            for name, failed in (("index", False), ("failed", True)):
+                with atomic_file(folder / f"{name}.jsonl") as path:
+                    lines = [entries[sample.name] for sample in samples]
+                    lines = [line for line in lines if ("error" in line) == failed]
+                    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            for log in folder.glob("done-*.jsonl"):
+                log.unlink()
 
-    def width_of(picture):  # [3, H, W], when it is `tile` high
-        return round(tile * picture.shape[2] / picture.shape[1])
-    people = sum((list(job.references or ()) for job in jobs), [])
-    # the width of a person's 2 x 2, whose pictures have one size
-    block = max((width_of(next(iter(views.values()))) for views in people if views), default=tile)
-    left = max(len(job.references or ()) for job in jobs) * (block + gap) + gap
-    total = left + gap + max(min(max_frames, job.video.shape[1]) * width_of(job.video[:, 0]) for job in jobs)
-    strips = []  # (videos, prompt in lines, height)
-    for job in jobs:
-        videos = [job.video] if job.truth is None else [job.video, job.truth]
-        prompt = textwrap.wrap(job.prompt + job.note, (total - 2 * gap) // 7)
-        strips.append((videos, prompt, tile * len(videos) + line_height * max(1, len(prompt)) + 2 * gap))
-    sheet = Image.new("RGB", (total, sum(height for *_, height in strips) + gap), "white")
-    draw, y = ImageDraw.Draw(sheet), gap
-    for job, (videos, prompt, height) in zip(jobs, strips):
-        for k, views in enumerate(job.references or ()):
-            draw_person(sheet, views, gap + k * (block + gap), y, block, tile)
-        for i, video in enumerate(videos):
-            n, step = min(max_frames, video.shape[1]), width_of(video[:, 0])
-            for column, f in enumerate(torch.linspace(0, video.shape[1] - 1, n).round().long()):
-                frame = to_image(video[:, f], tile - 1, step - 1)
-                sheet.paste(frame, (left + column * step, y + i * tile))
-        if job.truth is not None:
-            draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
-        draw.multiline_text((gap, y + tile * len(videos)), "\n".join(prompt), fill="black", font=font)
-        y += height
-    return sheet
+
+def finished(folder):
+    """Lines of the samples that are encoded, and of those that failed since the last index was written."""
+    logs = [line for log in sorted(folder.glob("done-*.jsonl")) for line in read_lines(log)]
+    return [line for line in read_lines(folder / "index.jsonl") + logs if "name" in line]
 
 
-def draw_person(sheet, views, x, y, width, height):
-    """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view."""
-    w, h = width // 2, height // 2
-    for v, view in enumerate(VIEWS):
-        corner = (x + v % 2 * w, y + v // 2 * h)
-        if view in views:
-            sheet.paste(to_image(views[view], h, w), corner)
-        ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")
+def read_settings(folder):
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+        if settings["version"] != VERSION or settings["variants"] < 1:
+            raise ValueError(f"version {settings['version']}, expected {VERSION}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not an encoded set of this version ({error}): "
+                        "make one with `python data.py encode`") from None
+    return settings
+
+
+@torch.no_grad()
+def encode_samples(samples, folder, encoders, mask, variants):
+    """Write the file of each Sample, one network after the other, since the real ones do not fit into memory
+    together; yields index lines, or {"name", "source", "error"} for one that cannot be read."""
+    def pictures(sample, k, view):
+        """[variants, 3, h, w], the same at every call."""
+        picture = sample.people[k][view]()
+        if not mask:
+            return picture[None]
+        seed = int(hashlib.sha256(f"{sample.name}-{k}-{view}".encode()).hexdigest()[:15], 16)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack([mask_regions(picture, mask, encoders.mask_block, generator)
+                            for _ in range(variants)])
+    text = encoders.text([sample.caption for sample in samples])
+    features, errors = {}, {}
+    for sample in samples:
+        for k, views in enumerate(sample.people):
+            try:
+                if "front" in views and encoders.vit_shape:
+                    features[sample.name, k] = encoders.features(pictures(sample, k, "front")).half()
+            except UserError as error:
+                errors[sample.name] = str(error)
+    for sample, tokens in zip(samples, text):
+        tensors = {"text": tokens[:int(tokens.any(dim=1).nonzero().max()) + 1].half()}
+        try:
+            if sample.name in errors:
+                raise UserError(errors[sample.name])
+            tensors["latents"] = pack(encoders.encode(sample.read_video()[None])[0], encoders.latent_dtype)
+            for k, views in enumerate(sample.people):
+                if (sample.name, k) in features:
+                    tensors[f"vit.{k}"] = features[sample.name, k]
+                for view in views:
+                    refs = [encoders.encode(p[None, :, None])[0, :, 0] for p in pictures(sample, k, view)]
+                    tensors[f"refs.{k}.{view}"] = pack(torch.stack(refs), encoders.latent_dtype)
+        except UserError as error:
+            yield {"name": sample.name, "source": sample.source, "error": str(error)}
+            continue
+        sha256 = write_sample(folder, sample.name, tensors)
+        yield {"name": sample.name, "source": sample.source, "sha256": sha256, "caption": sample.caption,
+               "shape": list(tensors["latents"].shape), "views": sample.cross}
+    encoders.drop()
+
+
+def write_sample(folder, name, tensors):
+    """Write a sample's file, whole or not at all; returns its sha256."""
+    path = sample_path(folder, name)
+    path.parent.mkdir(exist_ok=True)
+    with atomic_file(path) as temporary:
+        save_tensors(temporary, tensors)
+    return sha256_of(path)
+
+
+# -------------------------------------------------------------------------------------------------------- CLI
+def main(argv=None):
+    p = Parser(description=__doc__)
+    what = p.add_subparsers(dest="what", required=True, metavar="encode|show")
+    add = what.add_parser("encode", help="encode a manifest's clips; restartable, spread by torchrun")
+    add = add.add_argument
+    add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
+    add("--wan", required=True, type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: its encoders")
+    add("--out", type=nonempty, help="folder of the encoded set (default: encoded, in --data)")
+    add("--size", type=picture_size, nargs="+", default=[(480, 832)], help="HEIGHTxWIDTH; of several, the "
+        "nearest in shape is a clip's")
+    add("--frames", type=count, nargs="+", default=[81], help="4n+1; of several, the most that a clip has")
+    add("--fps", type=frame_rate, default=16, help="frames per second")
+    add("--mask", type=fraction, default=0.0, help="region masking: fraction of each reference (Mv2ID: 0.6)")
+    add("--mask-variants", type=in_range(int, 1, 100, "1 to 100"), default=4, help="masked versions of each")
+    add("--offload", action="store_true", help="umT5 stays in CPU memory, block by block on the GPU")
+    add("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of umT5 and the ViT")
+    add = what.add_parser("show", help="summary of a set, contact sheet of a sample").add_argument
+    add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
+    add("--index", type=in_range(int, 0, 10**9, "a number from 0 on"), default=0, help="which clip")
+    add("--out", type=nonempty, default="out/show.png", help="PNG to write")
+    args = p.parse_args(argv)
+    if args.what == "show":
+        probe_writable(Path(args.out).parent)
+        check_outputs([args.out], [])
+        return manifest.show(args.data, args.index, Path(args.out))
+    if bad := [f"{h}x{w}" for h, w in args.size if h < 16 or w < 16 or h % 16 or w % 16]:
+        raise UserError(f"--size {' '.join(bad)}: expected multiples of 16")
+    if bad := [str(n) for n in args.frames if n % 4 != 1]:
+        raise UserError(f"--frames {' '.join(bad)}: expected 4n+1, such as 81")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
+    encoders = WanEncoders(args.wan, device, dtype, args.offload, args.tile)
+    samples = manifest.samples_of(args.data, args.size, args.frames, args.fps)
+    settings = {"size": sorted(map(list, args.size)), "frames": sorted(args.frames), "fps": args.fps,
+                "networks": encoders.sizes}
+    out = Path(args.out or f"{args.data}/encoded")
+    probe_writable(out)
+    encode(samples, out, encoders, settings, args.mask, args.mask_variants, rank, size)
+    if rank == 0:
+        encoded, failed = (len(read_lines(out / f"{name}.jsonl")) for name in ("index", "failed"))
+        print(f"{out}: {encoded} clips encoded, {failed} left out (failed.jsonl has the reasons)")
+
+
+if __name__ == "__main__":
+    run_script(main, "--tile 256 or --offload")

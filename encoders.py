@@ -523,6 +523,9 @@ class WanEncoders:
         self.tokenizer = Tokenizer(self.folder / "google/umt5-xxl/spiece.model")
         paths = [(kind, self.path(kind, need_vit or kind is not DINOv2)) for kind in self.FILES]
         networks = [open_network(kind, path)[0] for kind, path in paths if path]
+        self.sizes = {path.name: path.stat().st_size for _, path in paths if path}  # to tell files apart
+        vit = networks[-1] if isinstance(networks[-1], DINOv2) else None
+        self.vit_shape = [len(vit.levels), vit.cls_token.shape[2]] if vit else None  # levels, width
         vocab, pieces = networks[0].token_embedding.num_embeddings, len(self.tokenizer.model)
         if pieces > vocab:
             raise UserError(f"{self.folder}: the tokenizer has {pieces} pieces, the UMT5 {vocab}")

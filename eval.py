@@ -31,6 +31,7 @@ import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_outputs, find_checkpoint, in_range, lock,
                         nonempty, read_lines, run_script, source_hash, uses_bf16)
+from pictures import Job, from_bytes, to_bytes
 from rope import VIEWS
 from sample import SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags
 
@@ -73,7 +74,7 @@ def renderings(number, k, frames, size):
         people = [None] * len(cast)
         people[k] = identities
         videos, masks = toy.render_clips(clips, people, frames, size, {k: pose or {}})
-        return data.to_bytes(square(videos, k)), square(masks[:, k], k)
+        return to_bytes(square(videos, k)), square(masks[:, k], k)
 
     def vary(clips, pose=None):
         videos, _ = render(clips, copies(len(clips)), pose)
@@ -108,7 +109,7 @@ def renderings(number, k, frames, size):
 def distances(video, candidates):
     """Squared error of a video [3, F, S, S] to each uint8 candidate, by frame: [n, F]. Where all candidates
     are alike it adds the same to each, so the nearest is decided by the pixels where they differ."""
-    return (data.from_bytes(candidates) - video).square().sum(dim=(1, 3, 4))
+    return (from_bytes(candidates) - video).square().sum(dim=(1, 3, 4))
 
 
 def psnr(a, b, mask):
@@ -146,7 +147,7 @@ def measure_person(video, number, k, views):
     clip, cast = toy.benchmark_cases()[number]
     _, F, S, _ = video.shape
     rendered, person, given = renderings(number, k, F, S), cast[k], [VIEWS.index(view) for view in views]
-    truth, mask = data.from_bytes(rendered["people"][person]), rendered["mask"]
+    truth, mask = from_bytes(rendered["people"][person]), rendered["mask"]
     yaw = toy.clip_pose([clip], k, F)["yaw"][0]
     to_view = toy.view_distance(yaw[None])[0]  # degrees, [V, F]
     to_person = distances(video, rendered["people"])  # [52, F]
@@ -171,7 +172,7 @@ def measure_person(video, number, k, views):
     if len(cast) == 2:
         other = cast[1 - k]
         result["swapped"] = bool(error[other] < error[person])
-        result["margin"] = result["psnr"] - psnr(video, data.from_bytes(rendered["people"][other]), mask)
+        result["margin"] = result["psnr"] - psnr(video, from_bytes(rendered["people"][other]), mask)
     return result
 
 
@@ -370,7 +371,7 @@ def append(path, line):
 
 def strip(video):
     """[3, F, S, S] as one PNG, frame beside frame, in base64."""
-    pixels = data.to_bytes(video).permute(2, 1, 3, 0).flatten(1, 2).numpy()
+    pixels = to_bytes(video).permute(2, 1, 3, 0).flatten(1, 2).numpy()
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "png")
     return base64.b64encode(png.getvalue()).decode()
@@ -436,7 +437,7 @@ def evaluate(ckpt, plan, path):
             views, jobs = SETTINGS[setting], []
             for n, clip, cast in zip(numbers, clips, casts):
                 references = toy.held_out_references(cast, views, size)
-                jobs.append(data.Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
+                jobs.append(Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
             videos = generate(model, encoders, jobs, plan.recipe, frames, len(jobs))
             for n, video in zip(numbers, videos):
                 if n in missing:

@@ -8,12 +8,10 @@ One --refs per person, in the caption's order. A file's view is the word front, 
 name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames
 on the right.
 """
-import argparse
 import functools
 import json
 import math
 import os
-import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +26,11 @@ import toy
 from checkpoint import (Parser, UserError, atomic_file, autocast, check_files, check_outputs, count,
                         find_checkpoint, frame_rate, in_range, nonempty, probe_writable, read_meta,
                         run_script, save_checkpoint, seed_number, uses_bf16)
-from data import Job
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
 from model import (DiTConfig, HarmoView, check_checkpoint, load_checkpoint, load_wan, match_wan,
                    wan_config)
+from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
 from rope import VIEWS
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -331,7 +329,7 @@ def make_jobs(args, found, frames, size):
         raise UserError("--views chooses among the toy's own references: "
                         "leave it out with --refs, with --prompts and for Wan")
     if args.prompts:
-        jobs = data.read_jobs(args.prompts, args.seed)
+        jobs = read_jobs(args.prompts, args.seed)
     elif args.prompt:
         jobs = [Job(args.prompt, None, args.seed, files=args.refs or [])]
     elif is_toy:
@@ -348,7 +346,7 @@ def make_jobs(args, found, frames, size):
             raise UserError("this checkpoint is plain Wan, which has never seen references: "
                             "give one that train.py made, or leave --refs out")
         if job.files:
-            job.references = data.read_references(job.files, size)
+            job.references = read_references(job.files, size)
         elif job.references is None and is_toy:  # people that training never saw
             cast = (0, 1) if "two people" in job.prompt else (0,)
             job.references = toy.held_out_references(cast, args.views or VIEWS, size[0])
@@ -370,14 +368,6 @@ def swapped(jobs):
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
-def picture_size(text):
-    """A type for add_argument: "480x832", or one side of a square -> (H, W)."""
-    sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
-    if not sides:
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected HEIGHTxWIDTH, such as 480x832")
-    return int(sides[1]), int(sides[2] or sides[1])
-
-
 guidance = in_range(float, -100, 100, "a number from -100 to 100")
 time_shift = in_range(float, 1e-3, 1e6, "a number from 0.001 to a million")
 
@@ -454,7 +444,7 @@ def output_files(args, jobs):
     inputs = [args.prompts] if args.prompts else []
     for job in jobs:
         for files in job.files:
-            inputs += [path for _, path in map(data.view_of, files)]
+            inputs += [path for _, path in map(view_of, files)]
     probe_writable(os.path.dirname(out))
     check_outputs([*videos, *sheets], inputs)
     return videos, sheets
@@ -470,14 +460,14 @@ def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
     for n, (job, path) in enumerate(zip(jobs, videos), 1):
         refs = []
         for files in job.files:
-            refs.append([Path(data.view_of(file)[1]).name for file in files])
+            refs.append([Path(view_of(file)[1]).name for file in files])
         how = {"prompt": job.prompt, "seed": job.seed, "refs": refs, "frames": frames, "size": job.size,
                "ckpt": Path(os.path.abspath(ckpt)).name, **recipe}  # not this machine's folders
         how = json.dumps(how, ensure_ascii=False)
         info.add_itxt(f"video {n}", how)
-        data.write_video(path, job.video, recipe["fps"], how)
+        write_video(path, job.video, recipe["fps"], how)
     with atomic_file(sheet) as path:
-        data.contact_sheet(jobs).save(path, "PNG", pnginfo=info)
+        contact_sheet(jobs).save(path, "PNG", pnginfo=info)
     for job in jobs:
         job.video = None  # 10,000 videos do not fit into memory
     took = time.perf_counter() - start

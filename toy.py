@@ -6,20 +6,24 @@ Another identity in the same call shows somebody else; so eval.py measures ident
   python toy.py --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
 """
 import functools
+import json
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
 from checkpoint import (Parser, UserError, atomic_file, atomic_folder, frame_rate, in_range, lock, nonempty,
                         probe_writable, run_script, save_tensors, source_hash)
-from data import Job, to_bytes, to_image, write_video
 from encoders import UMT5, DINOv2, Tokenizer
+from manifest import Sample
+from pictures import Job, from_bytes, to_bytes, to_image, write_video
 from rope import VIEWS
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
@@ -392,6 +396,7 @@ class ToyEncoders(ToyCodec):
     name = "toy"
     latent_dtype = torch.uint8  # in a cache: latents are pixels, so 8 bits hold them exactly
     mask_block = 2 * ToyCodec.stride  # pixels of one token
+    vit_shape = [len(VIT_LEVELS), VIT_DIM]
 
     def __init__(self, folder, size):
         self.files = [Path(folder) / self.TOKENIZER]  # what a checkpoint has to hold with the network
@@ -442,12 +447,13 @@ IN_PAIR_VIEWS = ("front", "left", "right")  # each of them shows these and no ba
 
 def render_cache(root, size, frames, clips, pairs="cross"):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
-    It holds what data.encode_cache reads and spiece.model.
+    It holds one.safetensors and two.safetensors (video uint8 [n, 3, F, H, W], refs uint8 [n, people, V, 3,
+    size, size]), captions.txt, a line a clip, and spiece.model.
 
     clips  how many with one person and with two
     pairs  "cross": references with a light, shirt and pose of their own; "in": frames of the clip itself
     """
-    code = source_hash("data", "toy")
+    code = source_hash("pictures", "toy")
     folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
     # sweeps twice as often: they show the views that the references are for
     motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
@@ -482,6 +488,52 @@ def render_training(clips, n_people, size, frames, pairs):
                                   chunk if pairs == "in" else None, k, frames) for k in range(n_people)]
         pictures.append(to_bytes(torch.stack(refs, dim=1)))
     return {"video": torch.cat(videos), "refs": torch.cat(pictures)}
+
+
+def encode_cache(folder, encoders, pairs="cross", mask=0.0):
+    """The encoded set of a folder of render_cache, made once; returns its folder. pairs, mask: as train.py's."""
+    code = source_hash("data", "encoders", "toy")
+    result = folder / f"{encoders.name}-{pairs}-mask{mask:g}-{code}"
+    if not (result / "index.jsonl").exists():
+        data.encode(training_samples(folder, pairs), result, encoders, {}, mask)
+    return result
+
+
+def training_samples(folder, pairs):
+    """The clips of a folder of render_cache as Samples."""
+    samples, captions = [], load_cached(folder / "captions.txt")
+    views = VIEWS if pairs == "cross" else IN_PAIR_VIEWS
+
+    def reader(stored):
+        return lambda: from_bytes(stored)
+    for name in ("one", "two"):
+        clips = load_cached(folder / f"{name}.safetensors", ("video", "refs"))
+        for video, refs in zip(clips["video"], clips["refs"]):
+            people = [{view: reader(person[VIEWS.index(view)]) for view in views} for person in refs]
+            cross = [dict.fromkeys(views, pairs == "cross") for _ in people]
+            samples.append(Sample("", "", "", reader(video), people, cross))
+    if len(samples) != len(captions):
+        raise damaged(folder / "captions.txt", f"{len(captions)} lines for {len(samples)} clips")
+    names = [f"{n % 100:02d}-{n:06d}" for n in range(len(samples))]  # a hundred folders
+    return [sample._replace(name=name, source=f"clip {name}", caption=words)
+            for name, words, sample in zip(names, captions, samples)]
+
+
+def damaged(path, cause):
+    return UserError(f"{path} is damaged ({cause}): delete its folder, it is made again")
+
+
+def load_cached(path, names=()):
+    """What a file of a cache holds: the lines of a .txt, or tensors of these names."""
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise FileNotFoundError("no such file")
+        if path.suffix == ".txt":
+            return path.read_text(encoding="utf-8").split("\n")[:-1]
+        tensors = safetensors.torch.load_file(path)
+        return {name: tensors[name] for name in names}
+    except (OSError, UnicodeError, KeyError, safetensors.SafetensorError) as error:
+        raise damaged(path, error) from None
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark
@@ -561,15 +613,19 @@ def write_samples(folder, size, frames, fps):
         for view, picture in zip(VIEWS, views):
             with atomic_file(folder / f"{name}_{view}.png") as path:
                 to_image(picture, size).save(path)
-    captions = ""
+    captions = lines = ""
     for n, indices in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
         clip = draw_clip(random.Random(n), len(indices), SWEEPS)
         captions += f"{caption(clip)}\n"
         video, _ = render_clips([clip], [pick(identities, i) for i in indices], frames, size)
         write_video(folder / f"clip{n}.mp4", video[0], fps)
         print(f"{folder}/clip{n}.mp4, {' and '.join(NAMES[i] for i in indices)}: {caption(clip)}")
-    with atomic_file(folder / "captions.txt") as path:
-        path.write_text(captions)
+        cast = [{"id": NAMES[i], "views": {view: {"image": f"{NAMES[i]}_{view}.png", "cross": True}
+                                           for view in VIEWS}} for i in indices]
+        lines += json.dumps({"video": f"clip{n}.mp4", "caption": caption(clip), "identities": cast}) + "\n"
+    for name, text in (("captions.txt", captions), ("manifest.jsonl", lines)):
+        with atomic_file(folder / name) as path:
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,9 @@ from checkpoint import (Parser, UserError, as_user_error, atomic_file, autocast,
                         load_tensors, lock, nonempty, not_negative, pack_optimizers, parent_of, positive,
                         probe_writable, read_lines, read_meta, run_script, save_checkpoint, seed_number,
                         steps_in, unpack_optimizers, uses_bf16)
-from encoders import WanEncoders
 from kernels import use_fused
 from model import CONFIGS, HarmoView, load_checkpoint, load_wan
-from rope import LAYOUTS, VIEWS
+from rope import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,15 @@ class Stage:
     drop: tuple  # probability that a non-frontal view is left out, at the stage's start and end
     drop_front: float  # the same for the front; the last view left is never dropped
     all_drop: float  # probability of a step without any reference: the null condition of guidance
+    cross: float  # probability of a step with references from other clips only, where there are any
     lr: tuple  # times the recipe's learning rate, at the stage's start and end
 
 
-STAGES = {  # name, people, views, drop, drop_front, all_drop, lr
-    1: Stage("t2v", (1, 2), "none", (0, 0), 0, 0, (1, 1)),
-    2: Stage("single", (1,), "front", (0, 0), 0, 0.1, (1, 1)),
-    3: Stage("multi", (1,), "all", (0.5, 0.2), 0.1, 0.1, (1, 1)),
-    4: Stage("harmony", (1, 2), "all", (0.1, 0.1), 0.1, 0.1, (0.8, 0.02)),
+STAGES = {  # name, people, views, drop, drop_front, all_drop, cross, lr
+    1: Stage("t2v", (1, 2), "none", (0, 0), 0, 0, 0, (1, 1)),
+    2: Stage("single", (1,), "front", (0, 0), 0, 0.1, 0.5, (1, 1)),
+    3: Stage("multi", (1,), "all", (0.5, 0.2), 0.1, 0.1, 0.5, (1, 1)),
+    4: Stage("harmony", (1, 2), "all", (0.1, 0.1), 0.1, 0.1, 0.9, (0.8, 0.02)),
 }
 TRAIN_RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
     # shift 100 for the toy: with less noise the clip itself shows how the head is turned, and the network
@@ -82,11 +82,12 @@ def arguments(argv=None):
     run("--stage", default="all", choices=[*map(str, STAGES), "all"], help="one stage, or all (default)")
     run("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
     run("--out", type=nonempty, help="folder of the run (default out/CONFIG)")
-    run("--data", type=nonempty, default="cache", help="folder for rendered and encoded training data")
+    run("--data", type=nonempty, default="cache", help="an encoded set (`python data.py encode`), or the "
+        "folder to render and encode the toy in")
     run("--clips", type=count, nargs=2, metavar=("ONE", "TWO"),
         help="toy clips to render, with one person and with two (default: the config's)")
     run("--wan", type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained "
-        "starts from its transformer, and the configs 1.3b and 14b use its encoders")
+        "starts from its transformer, and sampling takes its encoders")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
     run("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
     run("--seed", type=seed_number, default=0)
@@ -267,9 +268,9 @@ def resolve(args, world):
                         f"--micro-batch {args.micro_batch}")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
-    if config.is_wan and not args.wan:
-        raise UserError(f"--config {args.config} trains on Wan's latents: "
-                        "give --wan DIR, the folder of a Wan checkpoint")
+    if config.is_wan and not (args.wan and encoded_data(args)):
+        raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and "
+                        "--data DIR, a set that `python data.py encode` made")
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
     for name in ("rope_layout", "rope_jump", "proxy_tokens"):
@@ -379,16 +380,39 @@ def draw_noise(x0, generators, shift):
     return (shift * u / (1 + (shift - 1) * u)).to(x0.device), noise.to(x0.device)
 
 
+def micro_batches(stage, number, first_step, args, dataset, available, world):
+    """For each step from first_step on, the batches of this rank's micro-steps, each with its samples'
+    generators. The first steps are drawn too, since the order of the samples goes on from them."""
+    share, steps = args.batch // world.size, args.steps[number - 1]  # samples per rank and step
+    dataset.taken.clear()
+    for step in range(steps):
+        rng = random.Random(seed_of(args.seed, number, step))
+        views, members = dataset.draw(stage, step / steps, rng, available, args.batch, args.seed)
+        batches = []
+        for first in range(world.rank * share, (world.rank + 1) * share, args.micro_batch):
+            generators = [torch.Generator().manual_seed(seed_of(args.seed, number, step, i))
+                          for i in range(first, first + args.micro_batch)]
+            if step >= first_step:
+                some = members[first:first + args.micro_batch]
+                batches.append((dataset.batch(views, some, generators, world.device), generators))
+        if step >= first_step:
+            yield batches
+
+
 def train_stage(number, start, args, dataset, files, available, world, stop):
     """One stage from its Start to its last step, unless stop() ends it early, after saving.
-    files: what a checkpoint needs besides the network; available: the views that the dataset has."""
+    files: what a checkpoint needs besides the network; available: the views that may be given."""
     stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
     if args.no_curriculum:
         stage = replace(STAGES[len(STAGES)], lr=stage.lr)
     model, ema, optimizers, first_step, parent = start
     if first_step >= steps:
         return
-    share = args.batch // world.size  # samples per rank and step
+    people = tuple(n for n in stage.people if n in dataset.people)
+    if not people:
+        raise UserError(f"stage {number} shows {' or '.join(map(str, stage.people))} people, the set has "
+                        f"clips of {' or '.join(map(str, dataset.people))}: leave the stage out")
+    stage = replace(stage, people=people)
     metrics = open_metrics(folder, first_step) if world.rank == 0 else None
 
     def save(step):
@@ -413,7 +437,8 @@ def train_stage(number, start, args, dataset, files, available, world, stop):
     bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
                disable=None if world.rank == 0 else True)
     skipped, began = 0, time.perf_counter()
-    for step in bar:
+    batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, available, world))
+    for step, micro_steps in zip(bar, batches):
         # learning rate
         progress = step / steps
         factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
@@ -421,19 +446,13 @@ def train_stage(number, start, args, dataset, files, available, world, stop):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
         # micro-steps
-        rng = random.Random(seed_of(args.seed, number, step))
-        views = data.draw_views(stage, progress, rng, available)
         total = torch.zeros((), device=world.device)  # this step's loss
-        samples = range(world.rank * share, (world.rank + 1) * share)
-        for first in samples[::args.micro_batch]:
-            generators = [torch.Generator().manual_seed(seed_of(args.seed, number, step, i))
-                          for i in range(first, first + args.micro_batch)]
-            batch = dataset.batch(views, generators, world.device)
+        for i, (batch, generators) in enumerate(micro_steps, 1):
             sigma, noise = draw_noise(batch[0], generators, args.shift)
-            synchronize = world.size == 1 or first + args.micro_batch > samples[-1]
+            synchronize = world.size == 1 or i == len(micro_steps)
             with contextlib.nullcontext() if synchronize else wrapped.no_sync():
                 with autocast(world.device, args.precision):
-                    loss = loss_of(wrapped, batch, sigma, noise) * (args.micro_batch / share)
+                    loss = loss_of(wrapped, batch, sigma, noise) / len(micro_steps)
                 loss.backward()
             total += loss.detach()
         # clip, step, EMA
@@ -512,18 +531,27 @@ def wan_root(args):
     return folder if any(folder.glob("models_t5*")) else folder.parent
 
 
-def load_data(args, encoders, world):
-    """The training set, rendered and encoded where that was not done yet, by one process on all cores; and
-    the files that sampling needs besides the network."""
+def encoded_data(args):
+    """The folder of the encoded set that --data is or holds, or None."""
+    return next((f for f in (args.data, args.data / "encoded") if (f / "index.jsonl").is_file()), None)
+
+
+def load_data(args, config, world):
+    """The Dataset, and the files that sampling needs besides the network. The toy's is rendered and encoded
+    where that was not done yet, by one process on all cores."""
+    if folder := encoded_data(args):
+        dataset = data.Dataset(folder)
+        dataset.check(config)
+        return dataset, ()
     clips, threads = toy.WORLDS[args.config], torch.get_num_threads()
     if world.size > 1 and world.device.type == "cpu":
         torch.set_num_threads(CORES)
     folder = toy.render_cache(args.data, clips["size"], clips["frames"], args.clips, args.pairs)
     try:
-        encoders = encoders or toy.ToyEncoders(folder, clips["size"])
+        encoders = toy.ToyEncoders(folder, clips["size"])
     except UserError as error:
-        raise data.damaged(folder, error) from None
-    dataset = data.Dataset(data.encode_cache(folder, encoders, args.mask))
+        raise toy.damaged(folder, error) from None
+    dataset = data.Dataset(toy.encode_cache(folder, encoders, args.pairs, args.mask))
     torch.set_num_threads(threads)
     return dataset, encoders.files
 
@@ -536,16 +564,9 @@ def main(argv=None):
     # what can be refused is refused here, before minutes of rendering
     check_existing(stages, args)
     start = prepare(stages[0], args, config, world)
-    encoders = None
-    if config.is_wan:
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        encoders = WanEncoders(wan_root(args), world.device, dtype, need_vit=True)
     probe_writable(args.out)
     if not args.data.is_dir():
         probe_writable(args.data)
-    available = VIEWS if args.pairs == "cross" else toy.IN_PAIR_VIEWS
-    if args.front_only:
-        available = ("front",)
     with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
         if world.rank == 0:
             print(f"{args.config}: {config}\n"
@@ -555,13 +576,14 @@ def main(argv=None):
                   f"shift {args.shift}, {args.precision} on {world.device}, {kernels_in_use}", flush=True)
             if world.size == 1 and world.device.type == "cpu" and CORES > 1 and args.batch % 2 == 0:
                 print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
-            load_data(args, encoders, world)  # what it renders and encodes, it leaves for the other ranks
+            load_data(args, config, world)  # what it renders and encodes, it leaves for the other ranks
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
                 for number in reversed(stages):
                     for step in reversed(steps_in(args.out / f"stage{number}")):
                         delete_checkpoint(step)  # and nothing else, which may be the user's
         world.barrier()
-        dataset, files = load_data(args, encoders, world)
+        dataset, files = load_data(args, config, world)
+        available = ("front",) if args.front_only else dataset.views
         stop = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)

@@ -25,7 +25,7 @@ from PIL import Image
 import curate
 import toy
 from checkpoint import UserError, read_lines
-from data import write_video
+from pictures import write_video
 from faces import ALIGNED, Detection, align, crop_faces
 
 FRAMES, SIZE = 33, 64

@@ -23,6 +23,8 @@ import data
 import toy
 from checkpoint import lock
 from encoders import WanEncoders
+from pictures import (PICTURE_FORMATS, Job, contact_sheet, from_bytes, read_jobs, read_picture,
+                      read_references, to_bytes, to_image, view_of, write_video)
 from rope import VIEWS, UserError
 from train import STAGES
 
@@ -181,14 +183,14 @@ def test_a_cache_is_what_the_networks_say(mask, variants, clips):
         text = encoders.text([*captions[2 * n_people - 2 : 2 * n_people], ""]).half()
         torch.testing.assert_close(tensors["text"], text)
         for i in range(2):
-            latent = encoders.encode(data.from_bytes(raw["video"][i : i + 1]))[0]
+            latent = encoders.encode(from_bytes(raw["video"][i : i + 1]))[0]
             assert torch.equal(tensors["latents"][i], in_cache(latent))
         persons = list(raw["refs"].flatten(0, 1))
         latents, vit = tensors["refs"].flatten(0, 2), tensors["vit"].flatten(0, 2)
         assert len(latents) == len(persons) * variants
         for j, features in enumerate(vit):
             pictures = torch.stack(recorder.for_latents[4 * j : 4 * j + 4])
-            whole = data.from_bytes(persons[j // variants])
+            whole = from_bytes(persons[j // variants])
             assert torch.equal(recorder.for_features[j], pictures[0])
             for picture, original in zip(pictures, whole, strict=True):
                 squares = squares_of(picture, encoders.mask_block)
@@ -290,7 +292,7 @@ def test_a_batch_has_the_views_that_were_drawn(tiny):
     ],
 )
 def test_views_come_from_names(argument, view):
-    assert data.view_of(argument)[0] == view
+    assert view_of(argument)[0] == view
 
 
 @pytest.mark.parametrize(
@@ -298,18 +300,18 @@ def test_views_come_from_names(argument, view):
 )
 def test_a_view_must_be_named_once(argument):
     with pytest.raises(UserError, match="which view is it"):
-        data.view_of(argument)
+        view_of(argument)
 
 
 def test_a_person_has_each_view_once(tmp_path):
     for name in ("a_front.png", "b_front.png", "b_left.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     files = [[str(tmp_path / "a_front.png")], [str(tmp_path / "b_front.png"), str(tmp_path / "b_left.png")]]
-    people = data.read_references(files, (16, 8))
+    people = read_references(files, (16, 8))
     assert [tuple(views) for views in people] == [("front",), ("front", "left")]
     assert people[1]["left"].shape == (3, 16, 8)
     with pytest.raises(UserError, match="b_front.png: a second front view of the same person"):
-        data.read_references([[files[0][0], files[1][0]]], (8, 8))
+        read_references([[files[0][0], files[1][0]]], (8, 8))
 
 
 def test_pictures_are_turned_flattened_and_fitted(tmp_path):
@@ -318,7 +320,7 @@ def test_pictures_are_turned_flattened_and_fitted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right: its left edge becomes the top
     image.save(tmp_path / "a.png", exif=exif)
-    picture = data.read_picture(tmp_path / "a.png", (20, 20))
+    picture = read_picture(tmp_path / "a.png", (20, 20))
     assert picture.shape == (3, 20, 20)
     assert (picture[:, :, 0] == 1).all()  # a white border
     assert (picture[:, 4, 10] == 1).all()  # white where transparent
@@ -344,14 +346,14 @@ def grey16(order):
 )
 def test_every_kind_of_png_reads_right(image, options, colours, tmp_path):
     image.save(tmp_path / "a.png", **options)
-    picture = data.read_picture(tmp_path / "a.png", (2, 3))
+    picture = read_picture(tmp_path / "a.png", (2, 3))
     truth = torch.tensor(colours, dtype=torch.float32).expand(3, 2, 3)
     torch.testing.assert_close(picture, truth, atol=0.003, rtol=0)
 
 
 def test_cmyk_jpeg_reads_right(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
-    mean = data.read_picture(tmp_path / "a.jpg", (8, 8)).mean((1, 2))
+    mean = read_picture(tmp_path / "a.jpg", (8, 8)).mean((1, 2))
     torch.testing.assert_close(mean, torch.tensor([1.0, -1, -1]), atol=0.03, rtol=0)
 
 
@@ -401,7 +403,7 @@ def test_a_bad_picture_is_one_line(kind, tmp_path, no_hang, capfd):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with pytest.raises(UserError, match="a_front.png: ") as error:
-            data.read_picture(path, (32, 32))
+            read_picture(path, (32, 32))
     assert one_line(error) and "expected a PNG, JPEG, WEBP file" in str(error.value)
     assert not told and capfd.readouterr() == ("", "")
 
@@ -426,7 +428,7 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch):
     for name in ("a_front.png", "a_front.jpg", "a_front.eps"):
         (tmp_path / name).write_bytes(POSTSCRIPT)
         with pytest.raises(UserError, match="not a readable picture"):
-            data.read_picture(tmp_path / name, (32, 32))
+            read_picture(tmp_path / name, (32, 32))
     assert not started and not (tmp_path / "started").exists()
 
 
@@ -439,12 +441,12 @@ def test_pillows_warnings_stay_its_own(tmp_path, capfd):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter(filter)
             for name in ("a.jpg", "a.png"):
-                assert data.read_picture(tmp_path / name, (8, 8)).shape == (3, 8, 8)
+                assert read_picture(tmp_path / name, (8, 8)).shape == (3, 8, 8)
         assert not told
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("format", data.PICTURE_FORMATS)
+@pytest.mark.parametrize("format", PICTURE_FORMATS)
 def test_mutated_pictures_never_surprise(format, tmp_path, no_hang):
     rng = random.Random(format)
     image = Image.effect_noise((24, 24), 60).convert("RGB")
@@ -461,7 +463,7 @@ def test_mutated_pictures_never_surprise(format, tmp_path, no_hang):
             del content[rng.randrange(len(content)) :]
         path.write_bytes(content)
         try:
-            picture = data.read_picture(path, (16, 16))
+            picture = read_picture(path, (16, 16))
             assert picture.shape == (3, 16, 16) and picture.abs().max() <= 1
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
@@ -481,7 +483,7 @@ def test_a_jobs_file_is_a_video_a_line(tmp_path):
         {"prompt": "two\u2028lines\x85and\u2029more", "seed": None, "refs": None},
     ]
     text = "\ufeff" + "\r\n\n  \n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
-    jobs = data.read_jobs(jobs_file(tmp_path, text), 9)
+    jobs = read_jobs(jobs_file(tmp_path, text), 9)
     assert [job.prompt for job in jobs] == [line["prompt"] for line in lines]
     assert [job.seed for job in jobs] == [9, 5, 9]
     assert [job.files for job in jobs] == [[], lines[1]["refs"], []]
@@ -537,7 +539,7 @@ REFS = "refs is not a list"
 def test_a_line_that_is_no_job_is_one_line_that_counts_it(line, says, tmp_path):
     path = jobs_file(tmp_path, '{"prompt": "good"}\n\n' + line + "\n")
     with pytest.raises(UserError, match="jobs.jsonl line 3: expected .*" + says) as error:
-        data.read_jobs(path, 0)
+        read_jobs(path, 0)
     assert one_line(error)
     str(error.value).encode()  # it can be printed
 
@@ -563,28 +565,28 @@ def test_a_file_without_jobs_is_one_line(content, says, tmp_path, no_hang):
     if content == "pipe":
         os.mkfifo(path)
     with pytest.raises(UserError, match=f"jobs.jsonl:? {says}") as error:
-        data.read_jobs(path, 0)
+        read_jobs(path, 0)
     assert one_line(error)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 def test_bytes_and_floats_are_the_same_pictures():
     pixels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(data.to_bytes(data.from_bytes(pixels)), pixels)
-    assert data.to_bytes(torch.tensor([-9.0, -1, 1, 9])).tolist() == [0, 0, 255, 255]
+    assert torch.equal(to_bytes(from_bytes(pixels)), pixels)
+    assert to_bytes(torch.tensor([-9.0, -1, 1, 9])).tolist() == [0, 0, 255, 255]
 
 
 def test_pixels_stay_pixels_where_a_picture_grows():
     picture = torch.rand(3, 4, 6) * 2 - 1
-    image = torch.from_numpy(np.array(data.to_image(picture, 8, 12)))
-    assert torch.equal(image[::2, ::2].permute(2, 0, 1), data.to_bytes(picture))
+    image = torch.from_numpy(np.array(to_image(picture, 8, 12)))
+    assert torch.equal(image[::2, ::2].permute(2, 0, 1), to_bytes(picture))
     assert torch.equal(image[::2, ::2], image[1::2, 1::2])
 
 
 def test_writing_a_video_and_reading_it_back(tmp_path):
     video = torch.full((3, 5, 32, 48), -1.0)
     video[0, 3:] = 1
-    data.write_video(tmp_path / "v.mp4", video, fps=4, comment='{"prompt": "Bär"}')
+    write_video(tmp_path / "v.mp4", video, fps=4, comment='{"prompt": "Bär"}')
     with av.open(str(tmp_path / "v.mp4")) as container:
         assert container.streams.video[0].average_rate == 4
         assert container.metadata["comment"] == '{"prompt": "Bär"}'
@@ -594,21 +596,21 @@ def test_writing_a_video_and_reading_it_back(tmp_path):
 
 
 def write_slowly(path, video):
-    real = data.to_image
+    real = to_image
 
     def slow(*arguments):
         time.sleep(0.01)
         return real(*arguments)
 
-    data.to_image = slow
-    data.write_video(path, video)
+    to_image = slow
+    write_video(path, video)
 
 
 def write_on_a_full_disk(path, video):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        data.write_video(path, video)
+        write_video(path, video)
     except OSError:  # which run_script makes a line of
         os._exit(7)
 
@@ -619,7 +621,7 @@ def test_a_video_is_written_whole_or_not_at_all(end, tmp_path, monkeypatch):
     path, video = tmp_path / "v.mp4", noise * 2 - 1
     path.write_text("old")
     if end == "error":
-        images = [data.to_image(video[:, 0], 256)] * 99
+        images = [to_image(video[:, 0], 256)] * 99
 
         def full(*arguments):
             if not images:
@@ -628,7 +630,7 @@ def test_a_video_is_written_whole_or_not_at_all(end, tmp_path, monkeypatch):
 
         monkeypatch.setattr(data, "to_image", full)
         with pytest.raises(OSError, match="No space left"):
-            data.write_video(path, video)
+            write_video(path, video)
     if end == "kill":
         process = fork(write_slowly, path, video)
         wait_for(lambda: len(names(tmp_path)) > 1)
@@ -649,7 +651,7 @@ def test_the_contact_sheet_shows_everything():
 
     def sheet(*prompts, truth=None, **views):
         people = [views or {"front": black}, {}]
-        return data.contact_sheet([data.Job(p, people, video=video, truth=truth) for p in prompts])
+        return contact_sheet([Job(p, people, video=video, truth=truth) for p in prompts])
 
     small, long, two = sheet("short"), sheet("long " * 60), sheet("short", "short")
     assert long.width == small.width and long.height > small.height  # a long prompt goes on in further lines
@@ -675,7 +677,7 @@ def test_the_contact_sheet_shows_everything():
 @pytest.mark.parametrize("prompt", ["", "x" * 3000, "a\n\nb\0\u2028\U0001f600", "Bär " * 400])
 def test_any_job_fits_on_a_contact_sheet(references, frames, size, prompt):
     video = torch.zeros(3, frames, *size)
-    image = data.contact_sheet([data.Job(prompt, references, video=video, note=" (given: none)")])
+    image = contact_sheet([Job(prompt, references, video=video, note=" (given: none)")])
     assert image.height > 112 and image.width > min(frames, 8) * 112 * size[1] // size[0]
 
 

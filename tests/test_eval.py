@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import ROOT, call, run
 
-import data
 import eval as evaluation
 import toy
 from checkpoint import UserError, lock
 from eval import METRICS
+from pictures import Job
 from rope import VIEWS
 from sample import SAMPLE_RECIPES, generate, load
 
@@ -75,7 +75,7 @@ def test_shuffled_references_drop_identity_to_chance():
         for n in cases:
             clip, (person,) = toy.benchmark_cases()[n]
             references = toy.held_out_references([(person + shift) % 52], VIEWS, 32)
-            jobs.append(data.Job(toy.caption(clip), references, n, (32, 32)))
+            jobs.append(Job(toy.caption(clip), references, n, (32, 32)))
         videos = generate(model, encoders, jobs, SAMPLE_RECIPES["toy"], 6, len(jobs))
         found[name] = score("top-1", dict(zip(cases, videos)))
     assert found["own"] > 0.9 and found["shuffled"] == 0

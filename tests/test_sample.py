@@ -21,6 +21,7 @@ import toy
 from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
 from encoders import NEGATIVE_PROMPT, WanEncoders
 from model import DiTConfig, HarmoView, load_wan, wan_config
+from pictures import Job, contact_sheet, to_image
 from rope import VIEWS
 from train import STAGES
 
@@ -36,7 +37,7 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for k, views in enumerate(toy.benchmark_references(48)[:2]):
         for view, picture in zip(VIEWS, views, strict=True):
-            data.to_image(picture, 48).save(folder / f"{k}_{view}.png")
+            to_image(picture, 48).save(folder / f"{k}_{view}.png")
     return folder
 
 
@@ -172,7 +173,7 @@ def toy_jobs(which):
     for number in which:
         clip, cast = toy.benchmark_cases()[number]
         pictures = toy.held_out_references(cast, VIEWS, 32)
-        jobs.append(data.Job(toy.caption(clip), pictures, seed=number, size=(32, 32)))
+        jobs.append(Job(toy.caption(clip), pictures, seed=number, size=(32, 32)))
     return jobs
 
 
@@ -198,7 +199,7 @@ def test_bf16_repeats_to_the_bit_and_is_near_float32(kind, tiny, wan):
     def make(precision):
         folder = tiny / "out" / "tiny" if kind == "toy" else wan / "2.1"
         model, encoders, found = sample.load(folder, precision=precision)
-        jobs = toy_jobs([0, 1]) if kind == "toy" else [data.Job("a close-up", None, size=(32, 48))]
+        jobs = toy_jobs([0, 1]) if kind == "toy" else [Job("a close-up", None, size=(32, 48))]
         recipe = sample.SAMPLE_RECIPES[found.kind] | {"steps": 2}
         return torch.stack(sample.generate(model, encoders, jobs, recipe, 5 if kind == "wan" else 3))
 
@@ -276,7 +277,7 @@ def wan_by_hand(folder, prompt, negative, seed, steps):
 def test_the_whole_pipeline_is_its_parts(wan):
     model, encoders, found = sample.load(wan / "2.1", precision="fp32")
     prompts = ("a close-up", "a dark room of two")
-    jobs = [data.Job(prompt, None, seed, (32, 48)) for seed, prompt in enumerate(prompts)]
+    jobs = [Job(prompt, None, seed, (32, 48)) for seed, prompt in enumerate(prompts)]
     videos = sample.generate(model, encoders, jobs, sample.SAMPLE_RECIPES[found.kind] | {"steps": 3}, 5)
     for job, video in zip(jobs, videos, strict=True):
         truth = wan_by_hand(wan / "2.1", job.prompt, NEGATIVE_PROMPT, job.seed, 3)
@@ -594,7 +595,7 @@ def test_many_prompts_are_written_in_rounds(tiny, tmp_path, monkeypatch):
             raise OSError("No space left on device")
         return data_sheet(jobs)
 
-    data_sheet = data.contact_sheet
+    data_sheet = contact_sheet
     monkeypatch.setattr(data, "contact_sheet", full_disk)
     with pytest.raises(OSError, match="No space"):
         sample.main([*command, "--seed", "1"])

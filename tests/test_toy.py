@@ -14,6 +14,7 @@ from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
 
 import data
 import toy
+from pictures import from_bytes, read_picture, to_bytes, to_image
 from rope import VIEWS, UserError
 
 
@@ -187,7 +188,7 @@ def test_in_pair_motions_show_the_in_pair_views(motion):
 # ------------------------------------------------------------------------------------------------ every pixel
 def fingerprint(picture):
     """Of the bytes that a file would hold: the floats' last bits differ from CPU to CPU."""
-    return hashlib.sha256(data.to_bytes(picture).numpy().tobytes()).hexdigest()[:12]
+    return hashlib.sha256(to_bytes(picture).numpy().tobytes()).hexdigest()[:12]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def encoders(tmp_path_factory):
 
 
 def test_latents_are_pixels_and_come_back_as_such(encoders):
-    video = data.from_bytes(torch.randint(256, (2, 3, 5, 32, 64), dtype=torch.uint8))
+    video = from_bytes(torch.randint(256, (2, 3, 5, 32, 64), dtype=torch.uint8))
     latent = encoders.encode(video)
     assert latent.shape[1:] == encoders.latent_shape(5, (32, 64))
     assert torch.equal(encoders.decode(latent), video) and encoders.decode(3 * latent).abs().max() <= 1
@@ -288,7 +289,7 @@ def test_a_cache_holds_the_clips_that_its_captions_say(cache):
         assert tensors["refs"].shape == (2, people, 4, 3, 32, 32)
         identities = toy.draw_identities(2 * people, toy.TRAIN_SEED + people)
         cast = [toy.pick(identities, range(2 * k, 2 * k + 2)) for k in range(people)]
-        assert torch.equal(tensors["video"], data.to_bytes(toy.render_clips(clips, cast, 2, 32)[0]))
+        assert torch.equal(tensors["video"], to_bytes(toy.render_clips(clips, cast, 2, 32)[0]))
 
 
 def test_a_cache_is_rendered_once(cache, monkeypatch):
@@ -374,8 +375,8 @@ def test_samples_are_files_to_look_at(tmp_path):
     four = toy.pick(toy.benchmark_people(), range(4))
     pictures = toy.render_references(four, toy.BENCHMARK_SEED, 32).flatten(0, 1)
     for name, picture in zip(PICTURES, pictures, strict=True):
-        read = data.read_picture(tmp_path / "x" / name, (32, 32))
-        assert torch.equal(data.to_bytes(read), data.to_bytes(picture))
+        read = read_picture(tmp_path / "x" / name, (32, 32))
+        assert torch.equal(to_bytes(read), to_bytes(picture))
 
 
 @pytest.mark.parametrize("place", range(0, 24, 5))
@@ -391,7 +392,7 @@ def test_samples_never_overwrite_half_a_file(place, tmp_path, monkeypatch):
             raise FULL_DISK
         return real(picture, *size)
 
-    real = data.to_image
+    real = to_image
     for module in (data, toy):
         monkeypatch.setattr(module, "to_image", full)
     with pytest.raises(OSError, match="No space left"):

@@ -25,6 +25,7 @@ import toy
 import train
 from checkpoint import UserError, find_checkpoint
 from model import CONFIGS, NEW_PREFIXES, DiTConfig, HarmoView, load_checkpoint, load_wan
+from pictures import to_image
 from rope import VIEWS
 
 FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
@@ -661,7 +662,7 @@ def test_with_wan_a_stage_goes_on_from_the_one_before(small_wan):
 def test_all_stages_from_wan_and_a_video_from_references(small_wan, wan, tmp_path):
     train.main([*small_wan, "--steps", "1"])
     picture = toy.benchmark_references(64)[0, 0]
-    data.to_image(picture, 64).save("a_front.png")
+    to_image(picture, 64).save("a_front.png")
     sample.main(
         [
             "--ckpt",

@@ -1,0 +1,142 @@
+"""Manifests of real videos: who is in a clip, and which pictures show each of them from which side.
+
+A manifest is DIR/manifest.jsonl: {"video": "clips/a.mp4", "caption": "...", "identities": [{"id": "ann",
+"views": {"front": {"image": "refs/a_front.png", "cross": true}}}]} a line, people in the caption's order.
+Other keys are kept and not read; cross: the picture is from another clip. Paths stay below DIR. curate.py
+writes one, and `python data.py import`; `python data.py encode` reads it.
+"""
+import collections
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from checkpoint import UserError, atomic_file, is_text
+from pictures import Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
+from rope import VIEWS
+
+
+class Sample(NamedTuple):
+    """A training sample before it is encoded. Pictures and videos are in -1..1."""
+    name: str  # of its file, without suffix
+    source: str  # what messages call it
+    caption: str
+    read_video: Callable  # () -> [3, F, H, W]
+    people: list  # {view: () -> picture [3, h, w]} per person
+    cross: list  # {view: is it from another clip} per person
+
+
+def read_manifest(folder):
+    """Lines of a folder's manifest.jsonl; prints the reason of each that is left out, and how many."""
+    path = Path(folder) / "manifest.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; curate.py writes one, and `python data.py import`")
+    entries, skipped = [], 0
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    for n, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            check_entry(entry, path.parent)
+            entries.append(entry)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            print(f"{path} line {n} left out: {type(error).__name__} {error}"[:300])
+            skipped += 1
+    if skipped:
+        print(f"{path}: {len(entries)} lines read, {skipped} left out")
+    if not entries:
+        raise UserError(f"{path} holds no line that can be used")
+    return entries
+
+
+def check_entry(entry, folder):
+    """Raise ValueError, KeyError or TypeError where a line of a manifest cannot be used."""
+    if not is_text(entry["video"]) or not is_text(entry["caption"]) or not entry["caption"].strip():
+        raise ValueError("video or caption is no text")
+    paths = [entry["video"]]
+    for person in entry["identities"]:
+        for view, picture in person["views"].items():
+            if view not in VIEWS:
+                raise ValueError(f"view {view!r}; expected {', '.join(VIEWS)}")
+            paths.append(picture["image"])
+    for path in paths:
+        if os.path.isabs(path) or ".." in Path(path).parts:
+            raise ValueError(f"{path} leaves the folder")
+        if not (folder / path).is_file():
+            raise ValueError(f"{path}: no such file")
+
+
+def samples_of(folder, sizes, frames, fps):
+    """A manifest's lines as Samples of the nearest of `sizes` [(H, W)] and the most of `frames` that fit."""
+    return [sample_of(entry, Path(folder), sizes, sorted(frames), fps) for entry in read_manifest(folder)]
+
+
+def sample_of(entry, folder, sizes, frames, fps):
+    path = folder / entry["video"]
+
+    @functools.cache
+    def size():
+        """The size whose shape is nearest to the video's."""
+        height, width = next(read_frames(path, fps)).shape[:2]
+        return min(sizes, key=lambda hw: abs(math.log(hw[0] / hw[1] * width / height)))
+
+    def read_video():
+        with watch_decoder():
+            pictures = list(itertools.islice(read_frames(path, fps), frames[-1]))
+        most = max((n for n in frames if n <= len(pictures)), default=None)
+        if most is None:
+            raise UserError(f"{len(pictures)} frames at {fps} a second, expected at least {frames[0]}")
+        fitted = [np.asarray(ImageOps.fit(Image.fromarray(picture), size()[::-1], Image.Resampling.LANCZOS))
+                  for picture in pictures[:most]]
+        return from_bytes(torch.from_numpy(np.stack(fitted))).permute(3, 0, 1, 2)
+
+    def reader(image):
+        return lambda: read_picture(folder / image, size())
+    people, cross = [], []
+    for person in entry["identities"]:
+        people.append({view: reader(picture["image"]) for view, picture in person["views"].items()})
+        cross.append({view: bool(picture.get("cross")) for view, picture in person["views"].items()})
+    name = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:20]
+    return Sample(name, entry["video"], entry["caption"], read_video, people, cross)
+
+
+def show(folder, number, out):
+    """Print what a manifest's set holds, and write a contact sheet of one of its clips."""
+    entries = read_manifest(folder)
+    if number >= len(entries):
+        raise UserError(f"--index {number}: the set has {len(entries)} clips, from 0 on")
+    views, identities, pictures = collections.Counter(), set(), []
+    for entry in entries:
+        for person in entry["identities"]:
+            identities.add(person.get("id"))
+            views.update(person["views"].keys())
+            pictures += person["views"].values()
+    people = collections.Counter(len(entry["identities"]) for entry in entries)
+    cross = sum(bool(picture.get("cross")) for picture in pictures)
+    print(f"{len(entries)} clips, {len(identities)} identities; clips by number of people: {dict(people)}\n"
+          f"references: {', '.join(f'{views[view]} {view}' for view in VIEWS)}; {cross} of {len(pictures)} "
+          "from another clip than theirs")
+    entry = entries[number]
+    path = Path(folder) / entry["video"]
+    with watch_decoder():
+        frames = np.stack(list(itertools.islice(read_frames(path, 16, 480), 81)))
+    video = from_bytes(torch.from_numpy(frames)).permute(3, 0, 1, 2)
+    references = []
+    for person in entry["identities"]:
+        references.append({view: read_picture(Path(folder) / picture["image"], video.shape[2:])
+                           for view, picture in person["views"].items()})
+    names = ", ".join(str(person.get("id")) for person in entry["identities"])
+    job = Job(entry["caption"], references, video=video, note=f" ({entry['video']}; {names})")
+    with atomic_file(out) as temporary:
+        contact_sheet([job], 224).save(temporary, "PNG")
+    print(f"{entry['video']}: {entry['caption']}\n{out}")

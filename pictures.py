@@ -1,0 +1,285 @@
+"""Reading and writing pictures and videos: files of a user, whatever they are, and contact sheets; and jobs,
+which say what to make of them. Pictures and videos are tensors in -1..1, [3, H, W] and [3, F, H, W].
+"""
+import argparse
+import contextlib
+import json
+import math
+import re
+import textwrap
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from checkpoint import UserError, atomic_file, is_seed, is_text
+from rope import VIEWS
+
+
+@dataclass
+class Job:
+    """A video to make, and then the video. Pictures and videos are in -1..1."""
+    prompt: str
+    references: list | None  # {view: picture [3, h, w]} per identity, {} for one without; None: plain Wan
+    seed: int = 0
+    size: tuple = None  # (H, W) in pixels
+    files: list = ()  # the references' file names, a list per identity
+    note: str = ""  # printed behind the prompt
+    truth: torch.Tensor | None = None  # [3, F, H, W]
+    video: torch.Tensor | None = None  # [3, F, H, W]
+
+
+def to_bytes(video):
+    return ((video + 1) * 127.5).round().clamp(0, 255).byte().contiguous()
+
+
+def from_bytes(video):
+    return video.float() / 127.5 - 1
+
+
+def to_image(picture, height, width=None):
+    """[3, H, W] in -1..1 -> PIL image of height x width (default: square); nearest where it grows, so that
+    the toy's pixels stay pixels."""
+    image = Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy())
+    resample = Image.Resampling.NEAREST if height >= image.height else Image.Resampling.LANCZOS
+    return image.resize((width or height, height), resample)
+
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def read_picture(path, size):
+    """A picture file -> [3, H, W] in -1..1, size (H, W): EXIF orientation, alpha on white, Lanczos fit,
+    white padding."""
+    formats = f"a {', '.join(PICTURE_FORMATS)} file"
+    if not Path(path).is_file():  # a pipe might never end
+        problem = "not a file" if Path(path).exists() else "no such file"
+        raise UserError(f"{path}: {problem}; expected {formats}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURE_FORMATS) as file:  # of others, some start programs
+                image = ImageOps.exif_transpose(file)
+                image.load()
+    except Exception as error:  # Pillow's readers raise a dozen kinds
+        raise UserError(f"{path}: not a readable picture ({error}); expected {formats}") from None
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = ImageOps.pad(image, size[::-1], Image.Resampling.LANCZOS, color="white")
+    return from_bytes(torch.from_numpy(np.array(image))).permute(2, 0, 1)
+
+
+def view_of(argument):
+    """"left=path" or a path with one view's word in its name -> (view, path)."""
+    view, equals, path = argument.partition("=")
+    if equals and view in VIEWS:
+        return view, path
+    words = [word for word in re.findall("[a-z]+", Path(argument).stem.lower()) if word in VIEWS]
+    if len(words) != 1:
+        raise UserError(f"{argument}: which view is it? Its name says {' and '.join(words) or 'none'}; "
+                        f"name the file or write view=path with one of {', '.join(VIEWS)}, "
+                        f"for example front={argument}")
+    return words[0], argument
+
+
+def read_references(people, size):
+    """Picture files, a list per person -> [{view: [3, H, W]}]. size: (H, W)"""
+    references = []
+    for files in people:
+        views = {}
+        for view, path in map(view_of, files):
+            if view in views:
+                raise UserError(f"{path}: a second {view} view of the same person; "
+                                "give one picture a view, and one --refs a person")
+            views[view] = read_picture(path, size)
+        references.append(views)
+    return references
+
+
+def read_jobs(path, seed):
+    """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...}, the
+    last two optional -> Jobs, their pictures not read yet. seed: of lines without one."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("a pipe or folder")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable text file ({error})") from None
+    jobs = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                jobs.append(read_job(line, seed))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(f'{path} line {n}: expected {{"prompt": "...", "refs": [["front.png", ...], '
+                                f'...], "seed": 0}}, the last two optional; got {line[:60]} ({error})'
+                                ) from None
+    if not jobs:
+        raise UserError(f"{path} holds no prompt; expected one JSON object a line")
+    return jobs
+
+
+def read_job(line, seed):
+    """A line of read_jobs -> Job. Raises ValueError or TypeError where it is anything else."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError("not an object")
+    if unknown := sorted(entry.keys() - {"prompt", "refs", "seed"}):
+        raise ValueError(f"unknown key {unknown[0]!r}")
+    if not is_text(entry.get("prompt")) or not entry["prompt"].strip():
+        raise ValueError("no prompt")
+    entry = {"refs": [], "seed": seed} | {key: value for key, value in entry.items() if value is not None}
+    if not is_seed(entry["seed"]):
+        raise ValueError("seed is not a whole number from 0 to 2**63 - 1")
+    if not isinstance(entry["refs"], list):
+        raise ValueError("refs is not a list")
+    for files in entry["refs"]:
+        if not isinstance(files, list) or not files or not all(map(is_text, files)):
+            raise ValueError("refs is not a list of lists of file names")
+    return Job(entry["prompt"], None, entry["seed"], files=entry["refs"])
+
+
+def write_video(path, video, fps=16, comment=""):
+    """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that."""
+    _, frames, height, width = video.shape
+    grow = max(1, math.ceil(256 / height))
+    with atomic_file(path) as temporary, av.open(str(temporary), "w") as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = grow * width, grow * height, "yuv420p"
+        for f in range(frames):
+            picture = to_image(video[:, f], grow * height, grow * width)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv"  # of others, playlists open further files and addresses
+
+
+def read_frames(path, fps, short_side=None):
+    """Yield a video's pictures uint8 [H, W, 3], fps a second: each is the last frame that began by then,
+    whatever the source's rate; upright, of even sides, alpha on white, larger ones shrunk to short_side.
+    Raises UserError with the reason for a video that cannot be read to its end."""
+    try:
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        with av.open(str(path), options=options) as container:
+            if not container.streams.video:
+                raise UserError("no video in it")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            rate = min(max(float(stream.guessed_rate or 25), 1), 240)
+            start = last = None
+            due = passed = seconds = 0
+            for frame in container.decode(stream):
+                seconds = passed / rate if frame.time is None else frame.time
+                start, passed = (seconds if start is None else start), passed + 1
+                if seconds - start > due / fps + 60:
+                    raise UserError("its time stamps jump")
+                while last and due / fps < seconds - start - 1e-3:
+                    yield to_picture(last, stream, short_side)
+                    due += 1
+                last = frame
+            if not last:
+                raise UserError("no frames in it")
+            while not due or due / fps < seconds - start + 1 / rate - 1e-3:
+                yield to_picture(last, stream, short_side)
+                due += 1
+    except UserError:
+        raise
+    except Exception as error:  # PyAV raises a dozen kinds
+        raise UserError(f"damaged or no video ({type(error).__name__})") from None
+
+
+@contextlib.contextmanager
+def watch_decoder():
+    """Raise UserError at the end where a decoder complained meanwhile: a damaged mp4 decodes without an
+    exception. For one thread and one video at a time."""
+    av.logging.set_level(av.logging.WARNING)
+    av.logging.set_skip_repeated(False)  # or the second of two videos with one complaint would look sound
+    try:
+        with av.logging.Capture(local=False) as log:
+            yield
+        for level, name, text in log:
+            # what a container or swscaler warns of is harmless; what a decoder warns of is a damaged picture
+            if level <= av.logging.ERROR or name.split(",")[0] not in (*FORMATS.split(","), "swscaler"):
+                raise UserError(f"damaged, as the decoder says ({' '.join(text.split())[:80]})")
+    finally:
+        av.logging.set_level(None)
+
+
+def to_picture(frame, stream, short_side=None):
+    """A decoded frame -> uint8 [H, W, 3]."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    height, width = frame.height, frame.width * (aspect if 0.1 < aspect < 10 else 1)
+    if min(height, width) < 16 or max(height, width) > 16384:
+        raise UserError(f"too small or too large ({frame.width} x {frame.height} pixels)")
+    scale = min(1, (short_side or math.inf) / min(height, width))
+    height, width = (max(2, round(n * scale / 2) * 2) for n in (height, width))
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    picture = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", width=width, height=height)
+    if has_alpha:
+        alpha = picture[..., 3:].astype(np.float32) / 255
+        picture = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+
+
+def picture_size(text):
+    """A type for add_argument: "480x832", or one side of a square -> (H, W)."""
+    sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected HEIGHTxWIDTH, such as 480x832")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+def contact_sheet(jobs, tile=112):
+    """Jobs with their videos -> one PIL image, a strip a job.
+
+    Each person is a block of 2 x 2 views on the left, with an empty square for a view that was not given.
+    At most eight evenly spaced frames are on the right, the truth's below them, and the prompt is under both.
+    """
+    font, gap, line_height, max_frames = ImageFont.load_default(13), 6, 17, 8
+
+    def width_of(picture):  # [3, H, W], when it is `tile` high
+        return round(tile * picture.shape[2] / picture.shape[1])
+    people = sum((list(job.references or ()) for job in jobs), [])
+    # the width of a person's 2 x 2, whose pictures have one size
+    block = max((width_of(next(iter(views.values()))) for views in people if views), default=tile)
+    left = max(len(job.references or ()) for job in jobs) * (block + gap) + gap
+    total = left + gap + max(min(max_frames, job.video.shape[1]) * width_of(job.video[:, 0]) for job in jobs)
+    strips = []  # (videos, prompt in lines, height)
+    for job in jobs:
+        videos = [job.video] if job.truth is None else [job.video, job.truth]
+        prompt = textwrap.wrap(job.prompt + job.note, (total - 2 * gap) // 7)
+        strips.append((videos, prompt, tile * len(videos) + line_height * max(1, len(prompt)) + 2 * gap))
+    sheet = Image.new("RGB", (total, sum(height for *_, height in strips) + gap), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    for job, (videos, prompt, height) in zip(jobs, strips):
+        for k, views in enumerate(job.references or ()):
+            draw_person(sheet, views, gap + k * (block + gap), y, block, tile)
+        for i, video in enumerate(videos):
+            n, step = min(max_frames, video.shape[1]), width_of(video[:, 0])
+            for column, f in enumerate(torch.linspace(0, video.shape[1] - 1, n).round().long()):
+                frame = to_image(video[:, f], tile - 1, step - 1)
+                sheet.paste(frame, (left + column * step, y + i * tile))
+        if job.truth is not None:
+            draw.text((gap, y + tile + tile // 2 - 8), "ground truth", fill="#666666", font=font)
+        draw.multiline_text((gap, y + tile * len(videos)), "\n".join(prompt), fill="black", font=font)
+        y += height
+    return sheet
+
+
+def draw_person(sheet, views, x, y, width, height):
+    """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view."""
+    w, h = width // 2, height // 2
+    for v, view in enumerate(VIEWS):
+        corner = (x + v % 2 * w, y + v // 2 * h)
+        if view in views:
+            sheet.paste(to_image(views[view], h, w), corner)
+        ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")
