@@ -143,10 +143,11 @@ class Dataset:
         while True:
             entry = self.index[number]
             try:
-                # read once to check it; afterwards its pages are mapped
-                tensors = self.load(entry["name"], keys, None if entry.get("checked") else entry["sha256"])
-                entry["checked"] = True
-                return tensors
+                if number not in self.broken:
+                    # read once to check it; afterwards its pages are mapped
+                    tensors = self.load(entry["name"], keys, None if entry.get("checked") else entry["sha256"])
+                    entry["checked"] = True
+                    return tensors
             except (OSError, ValueError, safetensors.SafetensorError) as error:
                 tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out")
                 self.broken.add(number)

@@ -359,8 +359,8 @@ WORLDS = {
     "tiny": dict(size=32, frames=3, clips=(12, 12)),
     "toy": dict(size=32, frames=6, clips=(1600, 1600)),
     "toy64": dict(size=64, frames=13, clips=(4000, 4000)),
-    "1.3b": dict(size=256, frames=17, clips=(512, 512)),  # through Wan's own encoders
-    "14b": dict(size=256, frames=17, clips=(512, 512)),
+    "1.3b": dict(size=256, frames=17, clips=(0, 0)),  # bench.py's clips; these train on real ones
+    "14b": dict(size=256, frames=17, clips=(0, 0)),
 }
 TEXT_DIM, VIT_DIM, VIT_LEVELS = 96, 96, (1, 3)
 

@@ -246,6 +246,8 @@ def resolve(args, world):
     args.optimizer = args.optimizer or ("adamw" if args.wan or config.is_wan else "muon")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
     args.out, args.data = Path(args.out or f"out/{args.config}"), Path(args.data)
+    if encoded_data(args) and (args.mask or args.clips or args.pairs != "cross"):
+        raise UserError(f"--mask, --clips and --pairs are for the toy; {args.data} was encoded with its own")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
     for name in ("batch", "muon_lr", "adamw_lr", "shift"):
         if getattr(args, name) is None:

@@ -12,18 +12,20 @@ from conftest import ROOT
 FILES = {
     "rope": (105, "checkpoint"),
     "model": (420, "rope kernels checkpoint"),
-    "data": (450, "rope checkpoint"),
-    "train": (610, "model data toy encoders kernels rope checkpoint"),
-    "sample": (460, "model data toy encoders kernels rope checkpoint"),
+    "data": (450, "manifest pictures encoders rope checkpoint"),
+    "train": (610, "model data toy kernels rope checkpoint"),
+    "sample": (460, "model data toy pictures encoders kernels rope checkpoint"),
     "kernels": (380, "rope checkpoint"),
     "encoders": (565, "checkpoint"),
     "checkpoint": (330, ""),
-    "toy": (560, "data encoders rope checkpoint"),
-    "curate": (400, "data faces checkpoint"),
+    "pictures": (300, "rope checkpoint"),
+    "toy": (625, "data manifest pictures encoders rope checkpoint"),
+    "manifest": (330, "pictures rope checkpoint"),
+    "curate": (400, "data manifest pictures faces checkpoint"),
     "faces": (400, "checkpoint"),
-    "eval": (600, "sample toy data rope checkpoint"),
+    "eval": (600, "sample toy data pictures rope checkpoint"),
     "claims": (190, "eval checkpoint"),
-    "bench": (180, "model train sample data toy encoders kernels rope checkpoint"),
+    "bench": (180, "model train sample pictures toy encoders kernels rope checkpoint"),
 }
 # Past the number above, and why. Nothing else may be, and these may not grow.
 OVER = {
@@ -64,7 +66,7 @@ def test_a_file_keeps_to_its_lines(name):
 
 
 def test_the_method_is_read_in_one_sitting():
-    assert sum(map(lines, METHOD)) <= 2050
+    assert sum(map(lines, METHOD)) <= 2100
 
 
 @pytest.mark.parametrize("name", FILES)

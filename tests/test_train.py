@@ -239,23 +239,21 @@ def test_a_stage_ends_with_a_sample_sheet(fresh):
 def test_one_clip_can_be_overfitted(tiny):
     """80 steps on one clip with one person, then sampling from noise gives that clip."""
     torch.manual_seed(0)
-    dataset = data.Dataset(next((tiny / "cache").glob("toy-*/toy-mask0*")), text_dropout=0)
-    one = {key: value[:1] for key, value in dataset.clips[0].items()}
-    dataset.clips[0] = one | {"text": dataset.clips[0]["text"][[0, -1]]}
+    dataset = data.Dataset(next((tiny / "cache").glob("toy-*/toy-cross-mask0*")), text_dropout=0)
     model = HarmoView(replace(CONFIGS["tiny"], dim=96, ffn_dim=192))
     optimizers = train.make_optimizers(
         model, Namespace(optimizer="muon", muon_lr=1e-2, adamw_lr=3e-3, weight_decay=0.0)
     )
     for step in range(80):
         generators = [torch.Generator().manual_seed(train.seed_of(step, i)) for i in range(4)]
-        batch = dataset.batch((VIEWS,), generators, "cpu")
+        batch = dataset.batch((VIEWS,), 4 * [0], generators, "cpu")
         train.loss_of(model, batch, *train.draw_noise(batch[0], generators, 8.0)).backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1 - step / 80)
             optimizer.step()
             optimizer.zero_grad()
-    x0, text, refs, vit = dataset.batch((VIEWS,), [torch.Generator().manual_seed(0)], "cpu")
+    x0, text, refs, vit = dataset.batch((VIEWS,), [0], [torch.Generator().manual_seed(0)], "cpu")
     noise = torch.randn(x0.shape)
     with torch.no_grad():
         made = sample.solve(sample.guided(model, text, text, refs, vit), noise, 8, 8.0, "euler")
@@ -627,20 +625,30 @@ def test_recomputing_keeps_attention_and_makes_the_rest_again():
 
 
 # ------------------------------------------------------------------------------------------------ from Wan
+@pytest.fixture(scope="session")
+def wan_set(wan, tmp_path_factory):
+    """Toy clips as MP4 and PNG with their manifest, encoded by small random Wan networks."""
+    folder = tmp_path_factory.mktemp("look")
+    toy.main(["--out", str(folder), "--size", "48", "--frames", "9", "--fps", "16"])
+    encode = ["encode", "--data", str(folder), "--wan", str(wan / "2.1"), "--size", "32x32", "32x48"]
+    data.main([*encode, "--frames", "5", "--precision", "fp32", "--mask", "0.5", "--mask-variants", "2"])
+    return folder
+
+
 @pytest.fixture
-def small_wan(wan, monkeypatch, tmp_path):
-    """--config small and --wan: a small folder laid out like Wan2.1's, in an empty working directory."""
+def small_wan(wan, wan_set, monkeypatch, tmp_path):
+    """--config small, --wan and --data: small folders of each kind, in an empty working directory."""
     config = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **WAN_SMALL)
     monkeypatch.setitem(train.CONFIGS, "small", config)
     monkeypatch.setitem(train.TRAIN_RECIPES, "small", train.TRAIN_RECIPES["tiny"] | {"batch": 2})
-    monkeypatch.setitem(toy.WORLDS, "small", dict(size=32, frames=5, clips=(2, 2)))
+    monkeypatch.setitem(toy.WORLDS, "small", toy.WORLDS["1.3b"])
     monkeypatch.chdir(tmp_path)
-    return ["--config", "small", "--no-samples", "--wan", str(wan / "2.1")]
+    return ["--config", "small", "--no-samples", "--data", str(wan_set), "--wan", str(wan / "2.1")]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_wan_is_the_start_of_any_stage(small_wan, wan, stage):
-    train.main([*small_wan, "--stage", str(stage), "--steps", "1", "--adamw-lr", "1e-9", "--mask", "0.6"])
+    train.main([*small_wan, "--stage", str(stage), "--steps", "1", "--adamw-lr", "1e-9"])
     meta = json.loads(next(Path("out/small").rglob("checkpoint.json")).read_text())
     assert meta["stage"] == stage and meta["wan"] == str(wan / "2.1")
     trained, _ = load_checkpoint(find_checkpoint("out/small"), "model")
@@ -659,37 +667,47 @@ def test_with_wan_a_stage_goes_on_from_the_one_before(small_wan):
         torch.testing.assert_close(second["model.safetensors"][name], value, atol=1e-9, rtol=0)
 
 
-def test_all_stages_from_wan_and_a_video_from_references(small_wan, wan, tmp_path):
-    train.main([*small_wan, "--steps", "1"])
-    picture = toy.benchmark_references(64)[0, 0]
-    to_image(picture, 64).save("a_front.png")
-    sample.main(
-        [
-            "--ckpt",
-            "out/small",
-            "--refs",
-            "a_front.png",
-            "--prompt",
-            "one person nods",
-            "--steps",
-            "1",
-            "--frames",
-            "5",
-            "--size",
-            "32x48",
-            "--out",
-            "v",
-        ]
-    )
+def test_from_files_through_all_stages_to_a_video_from_references(small_wan, wan_set):
+    """Manifest, encoding, 20 steps over four stages, and a video of two people from pictures."""
+    train.main([*small_wan, "--steps", "5", "--log-every", "1"])
+    assert all(len(metrics(Path("out/small"), stage)) == 5 for stage in train.STAGES)
+    refs = ["--refs", str(wan_set / "ann_front.png"), "--refs", str(wan_set / "ben_left.png")]
+    words = (wan_set / "captions.txt").read_text().splitlines()[2]
+    size = ["--steps", "1", "--frames", "5", "--size", "32x48"]
+    sample.main(["--ckpt", "out/small", *refs, "--prompt", words, *size, "--out", "v"])
     assert Path("v.mp4").exists() and Path("v.png").exists()
 
 
-def test_wan_configs_need_wan(small_wan, tmp_path):
+def test_resume_on_an_encoded_set_is_bit_exact(small_wan):
+    command = [*small_wan, "--stage", "3", "--steps", "6", "--save-every", "3"]
+    train.main(command)
+    folder = Path("out/small/stage3")
+    straight = weights(folder)
+    shutil.rmtree(folder / "step-000006")
+    train.main([*command, "--resume"])
+    assert_equal(straight, weights(folder))
+
+
+def test_a_damaged_sample_is_named_and_training_goes_on(small_wan, wan_set, tmp_path, capsys):
+    shutil.copytree(wan_set / "encoded", tmp_path / "set")
+    first = json.loads((tmp_path / "set" / "index.jsonl").read_text().splitlines()[0])
+    file = tmp_path / "set" / first["name"][:2] / f"{first['name']}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    small_wan[small_wan.index("--data") + 1] = str(tmp_path / "set")
+    train.main([*small_wan, "--stage", "3", "--steps", "8"])
+    printed = capsys.readouterr().out
+    assert printed.count(f"sample {first['name']} (clip1.mp4) is damaged") == 1
+
+
+def test_wan_configs_need_wan_and_a_set(small_wan, wan_set, tmp_path):
     for arguments, says in (
-        (["--config", "1.3b"], "--config 1.3b trains on Wan's latents: give --wan DIR"),
+        (["--config", "1.3b"], "--config 1.3b needs --wan DIR.*and --data DIR, a set that"),
+        ([*small_wan[:3], *small_wan[5:]], "--config small needs --wan DIR.*and --data DIR"),
         (["--config", "1.3b", *small_wan[2:]], "does not fit HarmoView.*instead of .1536"),
         ([*small_wan[:-1], "nowhere"], "nowhere: no such file"),
+        ([*small_wan, "--mask", "0.6"], "--mask, --clips and --pairs are for the toy"),
+        (["--config", "tiny", "--data", str(wan_set)], "encoded with in_dim 16, the network has 48"),
     ):
         with pytest.raises(UserError, match=says):
             train.main(arguments)
-    assert not any(tmp_path.iterdir())
+    assert not (tmp_path / "out" / "small").exists()
