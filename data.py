@@ -94,7 +94,7 @@ class Dataset:
         self.people = sorted({len(entry["views"]) for entry in self.index})
         self.views = [v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
         self.empty = self.load("empty", ["text"])["text"]
-        self.taken, self.broken = collections.Counter(), set()
+        self.taken, self.checked, self.broken = collections.Counter(), set(), set()
 
     def draw(self, stage, progress, rng, available, batch, seed):
         """What one step trains on: its views, as from draw_views, and the numbers of `batch` samples of one
@@ -144,9 +144,9 @@ class Dataset:
             entry = self.index[number]
             try:
                 if number not in self.broken:
-                    # read once to check it; afterwards its pages are mapped
-                    tensors = self.load(entry["name"], keys, None if entry.get("checked") else entry["sha256"])
-                    entry["checked"] = True
+                    sha256 = None if number in self.checked else entry["sha256"]  # read whole at first only
+                    tensors = self.load(entry["name"], keys, sha256)
+                    self.checked.add(number)
                     return tensors
             except (OSError, ValueError, safetensors.SafetensorError) as error:
                 tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out")

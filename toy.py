@@ -491,7 +491,7 @@ def render_training(clips, n_people, size, frames, pairs):
 
 
 def encode_cache(folder, encoders, pairs="cross", mask=0.0):
-    """The encoded set of a folder of render_cache, made once; returns its folder. pairs, mask: as train.py's."""
+    """The encoded set of a folder of render_cache, made once; returns its folder. Flags as in train.py."""
     code = source_hash("data", "encoders", "toy")
     result = folder / f"{encoders.name}-{pairs}-mask{mask:g}-{code}"
     if not (result / "index.jsonl").exists():

@@ -25,7 +25,6 @@ import toy
 import train
 from checkpoint import UserError, find_checkpoint
 from model import CONFIGS, NEW_PREFIXES, DiTConfig, HarmoView, load_checkpoint, load_wan
-from pictures import to_image
 from rope import VIEWS
 
 FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
