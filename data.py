@@ -105,15 +105,15 @@ class Dataset:
         """
         views = draw_views(stage, progress, rng, available)
         cross = rng.random() < stage.cross
-        members = self.having(views, cross) or self.having(views, False)
-        if not members:  # nobody has all of these: those that one sample has
+        by_shape = self.having(views, cross) or self.having(views, False)
+        if not by_shape:  # nobody has all of these: those that one sample has
             entry = rng.choice([entry for entry in self.index if len(entry["views"]) == len(views)])
             views = tuple(tuple(v for v in names if v in person) or tuple(v for v in VIEWS if v in person)
                           for names, person in zip(views, entry["views"]))
-            members = self.having(views, False)
-        shape = self.index[rng.choice(members)]["shape"]
-        members = tuple(n for n in members if self.index[n]["shape"] == shape)
-        key = views, tuple(shape), len(members)
+            by_shape = self.having(views, False)
+        shape = rng.choices(list(by_shape), [len(members) for members in by_shape.values()])[0]
+        members = by_shape[shape]
+        key = views, shape, len(members)
         start = self.taken[key]
         self.taken[key] += batch
         return views, [shuffled(members, seed, n // len(members))[n % len(members)]
@@ -121,12 +121,15 @@ class Dataset:
 
     @functools.lru_cache(maxsize=1000)
     def having(self, views, cross):
-        """Numbers of the samples with as many people and at least these views of each, as a tuple."""
-        def fits(entry):
-            return len(entry["views"]) == len(views) and all(
-                view in person and (person[view] or not cross)
-                for names, person in zip(views, entry["views"]) for view in names)
-        return tuple(n for n, entry in enumerate(self.index) if fits(entry))
+        """{shape: numbers} of the samples with as many people and at least these views of each, if cross
+        from other clips."""
+        def fits(person, names):
+            return all(view in person and (person[view] or not cross) for view in names)
+        by_shape = {}
+        for n, entry in enumerate(self.index):
+            if len(entry["views"]) == len(views) and all(map(fits, entry["views"], views)):
+                by_shape.setdefault(tuple(entry["shape"]), []).append(n)
+        return {shape: tuple(members) for shape, members in by_shape.items()}
 
     def load(self, name, keys, sha256=None):
         path = sample_path(self.folder, name)
@@ -139,7 +142,9 @@ class Dataset:
         """The tensors of a sample that these views need, or of the next one where it is damaged."""
         keys = ["latents", "text"]
         for k, names in enumerate(views):
-            keys += [f"refs.{k}.{view}" for view in names] + [f"vit.{k}"] * ("front" in names)
+            keys += [f"refs.{k}.{view}" for view in names]
+            if "front" in names and self.settings["vit"]:
+                keys.append(f"vit.{k}")
         while True:
             entry = self.index[number]
             try:
@@ -151,8 +156,8 @@ class Dataset:
             except (OSError, ValueError, safetensors.SafetensorError) as error:
                 tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out")
                 self.broken.add(number)
-            others = [n for n in self.having(views, False)
-                      if n not in self.broken and self.index[n]["shape"] == entry["shape"]]
+            members = self.having(views, False)[tuple(entry["shape"])]
+            others = [n for n in members if n not in self.broken]
             if not others:
                 raise UserError(f"{self.folder}: no whole sample is left for views {views}: encode it again")
             number = min((n for n in others if n > number), default=others[0])
