@@ -21,9 +21,8 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import manifest
-from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, fraction, frame_rate, in_range,
-                        lock, nonempty, probe_writable, read_lines, run_script, save_tensors, sha256_of,
-                        uses_bf16)
+from checkpoint import (Parser, UserError, as_user_error, atomic_file, count, fraction, frame_rate, in_range,
+                        lock, nonempty, probe_writable, read_lines, run_script, sha256_of, uses_bf16)
 from encoders import WanEncoders
 from pictures import from_bytes, picture_size, to_bytes
 from rope import VIEWS
@@ -93,7 +92,8 @@ class Dataset:
             raise UserError(f"{folder} holds no encoded sample: see the output of `python data.py encode`")
         self.people = sorted({len(entry["views"]) for entry in self.index})
         self.views = [v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
-        self.empty = self.load("empty", ["text"])["text"]
+        with as_user_error(sample_path(self.folder, "empty")):
+            self.empty = self.load("empty", ["text"])["text"]
         self.taken, self.checked, self.broken = collections.Counter(), set(), set()
 
     def draw(self, stage, progress, rng, available, batch, seed):
@@ -108,14 +108,13 @@ class Dataset:
         by_shape = self.having(views, cross) or self.having(views, False)
         if not by_shape:  # nobody has all of these: those that one sample has
             entry = rng.choice([entry for entry in self.index if len(entry["views"]) == len(views)])
-            views = tuple(tuple(v for v in names if v in person) or tuple(v for v in VIEWS if v in person)
+            views = tuple(tuple(v for v in names if v in person) or tuple(v for v in available if v in person)
                           for names, person in zip(views, entry["views"]))
             by_shape = self.having(views, False)
         shape = rng.choices(list(by_shape), [len(members) for members in by_shape.values()])[0]
         members = by_shape[shape]
-        key = views, shape, len(members)
-        start = self.taken[key]
-        self.taken[key] += batch
+        start = self.taken[members]  # not of the views: where all samples have all, one order serves them all
+        self.taken[members] += batch
         return views, [shuffled(members, seed, n // len(members))[n % len(members)]
                        for n in range(start, start + batch)]
 
@@ -154,7 +153,8 @@ class Dataset:
                     self.checked.add(number)
                     return tensors
             except (OSError, ValueError, safetensors.SafetensorError) as error:
-                tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out")
+                tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out: "
+                           "delete its file and encode again")
                 self.broken.add(number)
             members = self.having(views, False)[tuple(entry["shape"])]
             others = [n for n in members if n not in self.broken]
@@ -265,9 +265,10 @@ def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, si
 
 
 def finished(folder):
-    """Lines of the samples that are encoded, and of those that failed since the last index was written."""
+    """Lines of the samples whose files are there, and of those that failed since the last index."""
     logs = [line for log in sorted(folder.glob("done-*.jsonl")) for line in read_lines(log)]
-    return [line for line in read_lines(folder / "index.jsonl") + logs if "name" in line]
+    return [line for line in read_lines(folder / "index.jsonl") + logs
+            if "name" in line and ("error" in line or sample_path(folder, line["name"]).is_file())]
 
 
 def read_settings(folder):
@@ -328,9 +329,11 @@ def write_sample(folder, name, tensors):
     """Write a sample's file, whole or not at all; returns its sha256."""
     path = sample_path(folder, name)
     path.parent.mkdir(exist_ok=True)
+    # not save_file, whose own temporary files no lock would sweep up
+    content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
     with atomic_file(path) as temporary:
-        save_tensors(temporary, tensors)
-    return sha256_of(path)
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
@@ -358,7 +361,6 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.what == "show":
         probe_writable(Path(args.out).parent)
-        check_outputs([args.out], [])
         return manifest.show(args.data, args.index, Path(args.out))
     if bad := [f"{h}x{w}" for h, w in args.size if h < 16 or w < 16 or h % 16 or w % 16]:
         raise UserError(f"--size {' '.join(bad)}: expected multiples of 16")

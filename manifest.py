@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from checkpoint import UserError, atomic_file, is_text
+from checkpoint import UserError, as_user_error, atomic_file, check_outputs, is_text
 from pictures import Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 from rope import VIEWS
 
@@ -49,8 +49,9 @@ def read_manifest(folder):
             entry = json.loads(line)
             check_entry(entry, path.parent)
             entries.append(entry)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            print(f"{path} line {n} left out: {type(error).__name__} {error}"[:300])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = f"{path} line {n} left out: {type(error).__name__} {error}"[:300]
+            print(reason.encode(errors="replace").decode())  # a lone surrogate cannot be printed
             skipped += 1
     if skipped:
         print(f"{path}: {len(entries)} lines read, {skipped} left out")
@@ -63,6 +64,8 @@ def check_entry(entry, folder):
     """Raise ValueError, KeyError or TypeError where a line of a manifest cannot be used."""
     if not is_text(entry["video"]) or not is_text(entry["caption"]) or not entry["caption"].strip():
         raise ValueError("video or caption is no text")
+    if not entry["identities"]:
+        raise ValueError("nobody in it")
     paths = [entry["video"]]
     for person in entry["identities"]:
         for view, picture in person["views"].items():
@@ -118,7 +121,7 @@ def show(folder, number, out):
     views, identities, pictures = collections.Counter(), set(), []
     for entry in entries:
         for person in entry["identities"]:
-            identities.add(person.get("id"))
+            identities.add(str(person.get("id")))
             views.update(person["views"].keys())
             pictures += person["views"].values()
     people = collections.Counter(len(entry["identities"]) for entry in entries)
@@ -128,7 +131,9 @@ def show(folder, number, out):
           "from another clip than theirs")
     entry = entries[number]
     path = Path(folder) / entry["video"]
-    with watch_decoder():
+    images = [Path(folder) / picture["image"] for p in entry["identities"] for picture in p["views"].values()]
+    check_outputs([out], [Path(folder) / "manifest.jsonl", path, *images])
+    with as_user_error(path), watch_decoder():
         frames = np.stack(list(itertools.islice(read_frames(path, 16, 480), 81)))
     video = from_bytes(torch.from_numpy(frames)).permute(3, 0, 1, 2)
     references = []

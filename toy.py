@@ -495,7 +495,9 @@ def encode_cache(folder, encoders, pairs="cross", mask=0.0):
     code = source_hash("data", "encoders", "toy")
     result = folder / f"{encoders.name}-{pairs}-mask{mask:g}-{code}"
     if not (result / "index.jsonl").exists():
-        data.encode(training_samples(folder, pairs), result, encoders, {}, mask)
+        with lock(folder, wait=True):
+            if not (result / "index.jsonl").exists():  # by now, of another process
+                data.encode(training_samples(folder, pairs), result, encoders, {}, mask)
     return result
 
 
