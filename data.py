@@ -1,6 +1,7 @@
 """What a training step is made of: which views it gets, region masks, batches from an encoded set. And
 encoding, which makes one.
 
+  python data.py import mead --root SET --out DIR   a public set, or a trainer's folder, as a manifest
   python data.py encode --data DIR --wan WAN      a manifest's clips, once through Wan's frozen networks
   python data.py show --data DIR                  a summary of a set, and a contact sheet of a sample
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+import importers
 import manifest
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, count, fraction, frame_rate, in_range,
                         lock, nonempty, probe_writable, read_lines, run_script, sha256_of, uses_bf16)
@@ -339,7 +341,7 @@ def write_sample(folder, name, tensors):
 # -------------------------------------------------------------------------------------------------------- CLI
 def main(argv=None):
     p = Parser(description=__doc__)
-    what = p.add_subparsers(dest="what", required=True, metavar="encode|show")
+    what = p.add_subparsers(dest="what", required=True, metavar="import|encode|show")
     add = what.add_parser("encode", help="encode a manifest's clips; restartable, spread by torchrun")
     add = add.add_argument
     add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
@@ -354,11 +356,18 @@ def main(argv=None):
     add("--offload", action="store_true", help="umT5 stays in CPU memory, block by block on the GPU")
     add("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of umT5 and the ViT")
+    add = what.add_parser("import", help="a public set's folders as a manifest").add_argument
+    add("kind", choices=sorted(importers.KINDS))
+    add("--root", required=True, type=nonempty, help="the set's folder; nothing in it is changed")
+    add("--out", required=True, type=nonempty, help="folder to write to")
+    add("--mirror", action="store_true", help="exchange left and right: the set's are the person's own")
     add = what.add_parser("show", help="summary of a set, contact sheet of a sample").add_argument
     add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
     add("--index", type=in_range(int, 0, 10**9, "a number from 0 on"), default=0, help="which clip")
     add("--out", type=nonempty, default="out/show.png", help="PNG to write")
     args = p.parse_args(argv)
+    if args.what == "import":
+        return importers.import_set(args.kind, args.root, args.out, args.mirror)
     if args.what == "show":
         probe_writable(Path(args.out).parent)
         return manifest.show(args.data, args.index, Path(args.out))

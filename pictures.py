@@ -160,41 +160,48 @@ def write_video(path, video, fps=16, comment=""):
         container.mux(stream.encode())
 
 
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".flv")
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv"  # of others, playlists open further files and addresses
+
+
+@contextlib.contextmanager
+def open_video(path):
+    """Yield a file's PyAV container and its video stream; whatever goes wrong meanwhile is a UserError."""
+    try:
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        with av.open(str(path), options=options) as container:
+            if not container.streams.video:
+                raise UserError("no video in it")
+            container.streams.video[0].codec_context.thread_count = 1
+            yield container, container.streams.video[0]
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # PyAV raises a dozen kinds
+        raise UserError(f"damaged or no video ({type(error).__name__})") from None
 
 
 def read_frames(path, fps, short_side=None):
     """Yield a video's pictures uint8 [H, W, 3], fps a second: each is the last frame that began by then,
     whatever the source's rate; upright, of even sides, alpha on white, larger ones shrunk to short_side.
     Raises UserError with the reason for a video that cannot be read to its end."""
-    try:
-        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        with av.open(str(path), options=options) as container:
-            if not container.streams.video:
-                raise UserError("no video in it")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            rate = min(max(float(stream.guessed_rate or 25), 1), 240)
-            start = last = None
-            due = passed = seconds = 0
-            for frame in container.decode(stream):
-                seconds = passed / rate if frame.time is None else frame.time
-                start, passed = (seconds if start is None else start), passed + 1
-                if seconds - start > due / fps + 60:
-                    raise UserError("its time stamps jump")
-                while last and due / fps < seconds - start - 1e-3:
-                    yield to_picture(last, stream, short_side)
-                    due += 1
-                last = frame
-            if not last:
-                raise UserError("no frames in it")
-            while not due or due / fps < seconds - start + 1 / rate - 1e-3:
+    with open_video(path) as (container, stream):
+        rate = min(max(float(stream.guessed_rate or 25), 1), 240)
+        start = last = None
+        due = passed = seconds = 0
+        for frame in container.decode(stream):
+            seconds = passed / rate if frame.time is None else frame.time
+            start, passed = (seconds if start is None else start), passed + 1
+            if seconds - start > due / fps + 60:
+                raise UserError("its time stamps jump")
+            while last and due / fps < seconds - start - 1e-3:
                 yield to_picture(last, stream, short_side)
                 due += 1
-    except UserError:
-        raise
-    except Exception as error:  # PyAV raises a dozen kinds
-        raise UserError(f"damaged or no video ({type(error).__name__})") from None
+            last = frame
+        if not last:
+            raise UserError("no frames in it")
+        while not due or due / fps < seconds - start + 1 / rate - 1e-3:
+            yield to_picture(last, stream, short_side)
+            due += 1
 
 
 @contextlib.contextmanager

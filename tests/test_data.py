@@ -1,50 +1,35 @@
-import io
+"""data.py: which views a step gets, region masks, encoding whatever happens meanwhile, and batches of it."""
+
+import itertools
 import json
 import os
 import random
-import resource
-import signal
-import struct
-import subprocess
+import shutil
+import threading
 import time
-import warnings
-import zlib
+from argparse import Namespace
+from collections import Counter
 
-import av
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
-from PIL import Image
-from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
+import torch.nn.functional as F
+from conftest import ROOT, WAN_SMALL, run
+from test_checkpoint import fork
 
 import data
 import toy
-from checkpoint import lock
+import train
+from checkpoint import UserError, read_lines
 from encoders import WanEncoders
-from pictures import (PICTURE_FORMATS, Job, contact_sheet, from_bytes, read_jobs, read_picture,
-                      read_references, to_bytes, to_image, view_of, write_video)
-from rope import VIEWS, UserError
-from train import STAGES
+from manifest import Sample
+from model import CONFIGS
+from rope import VIEWS
+from train import STAGES, World
 
 
 def one_line(error):
     return "\n" not in str(error.value) and len(str(error.value)) < 500
-
-
-@pytest.fixture
-def no_hang():
-    """What waits for ever, on a pipe for example, fails."""
-
-    def fail(*_):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 # ------------------------------------------------------------------------------------ which views a step gets
@@ -129,7 +114,7 @@ def test_noise_is_its_samples_own():
     assert three.shape == (3, 2, 5) and torch.equal(three[1:2], data.noise_of((2, 5), generators(2)))
 
 
-# -------------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------------------ what networks say
 SIZES = {"toy": (32, 2), "wan": (48, 5)}  # pixels and frames
 
 
@@ -163,525 +148,749 @@ class Recorder:
         return self.encoders.encode(video)
 
 
-@pytest.mark.parametrize("mask, variants", [(0.0, 1), (0.5, 3)])
-def test_a_cache_is_what_the_networks_say(mask, variants, clips):
+@pytest.mark.parametrize("mask, variants, pairs", [(0.0, 1, "in"), (0.5, 3, "cross")])
+def test_a_set_is_what_the_networks_say(mask, variants, pairs, clips, tmp_path):
     """Latents, text and features one by one; with a mask, both networks get the masked picture, the same."""
     folder, encoders = clips
+    recorder, samples = Recorder(encoders), toy.training_samples(folder, pairs)
+    data.encode(samples, tmp_path, recorder, {}, mask, variants=3)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["variants"] == variants and settings["vit"] == encoders.vit_shape
+    pictures, for_features = iter(recorder.for_latents), iter(recorder.for_features)
 
-    def in_cache(latent):
+    def as_stored(latent):
         return data.pack(latent, encoders.latent_dtype)
 
-    recorder = Recorder(encoders)
-    cache = data.encode_cache(folder, recorder, mask, variants=3)
-    captions = (folder / "captions.txt").read_text().splitlines()
-    for n_people, name in ((1, "one"), (2, "two")):
-        raw = safetensors.torch.load_file(folder / f"{name}.safetensors")
-        tensors = safetensors.torch.load_file(cache / f"{name}.safetensors")
-        assert tensors["refs"].shape[:4] == (2, n_people, variants, len(VIEWS))
-        assert tensors["vit"].shape[:3] == (2, n_people, variants)
-        assert tensors["refs"].dtype == tensors["latents"].dtype == encoders.latent_dtype
-        text = encoders.text([*captions[2 * n_people - 2 : 2 * n_people], ""]).half()
-        torch.testing.assert_close(tensors["text"], text)
-        for i in range(2):
-            latent = encoders.encode(from_bytes(raw["video"][i : i + 1]))[0]
-            assert torch.equal(tensors["latents"][i], in_cache(latent))
-        persons = list(raw["refs"].flatten(0, 1))
-        latents, vit = tensors["refs"].flatten(0, 2), tensors["vit"].flatten(0, 2)
-        assert len(latents) == len(persons) * variants
-        for j, features in enumerate(vit):
-            pictures = torch.stack(recorder.for_latents[4 * j : 4 * j + 4])
-            whole = from_bytes(persons[j // variants])
-            assert torch.equal(recorder.for_features[j], pictures[0])
-            for picture, original in zip(pictures, whole, strict=True):
-                squares = squares_of(picture, encoders.mask_block)
-                hidden = (squares == 0).all(-1)
-                assert hidden.sum() == round(mask * len(squares))
-                assert torch.equal(squares[~hidden], squares_of(original, encoders.mask_block)[~hidden])
-            assert torch.equal(features, encoders.features(pictures[:1])[0].half())
-            latent = encoders.encode(pictures[:1, :, None])[0, :, 0]
-            torch.testing.assert_close(latents[j, 0], in_cache(latent))
-        del recorder.for_features[: len(vit)], recorder.for_latents[: 4 * len(vit)]
-    assert not recorder.for_features and not recorder.for_latents
+    index = read_lines(tmp_path / "index.jsonl")
+    assert [entry["name"] for entry in index] == [sample.name for sample in samples]
+    for entry, sample in zip(index, samples, strict=True):
+        tensors = safetensors.torch.load_file(data.sample_path(tmp_path, entry["name"]))
+        assert entry["views"] == [dict.fromkeys(person, pairs == "cross") for person in sample.people]
+        assert torch.equal(tensors["latents"], as_stored(encoders.encode(sample.read_video()[None])[0]))
+        assert list(tensors["latents"].shape) == entry["shape"]
+        text = encoders.text([sample.caption])[0].half()
+        assert torch.equal(tensors["text"], text) and entry["caption"] == sample.caption
+        expected = {"latents", "text"}
+        for k, person in enumerate(sample.people):
+            expected |= {f"vit.{k}", *(f"refs.{k}.{view}" for view in person)}
+            for view, read in person.items():
+                stored = tensors[f"refs.{k}.{view}"]
+                assert len(stored) == variants
+                shown = [next(pictures) for _ in range(variants)]
+                for picture, latent in zip(shown, stored, strict=True):
+                    squares, original = (squares_of(p, encoders.mask_block) for p in (picture, read()))
+                    hidden = (squares == 0).all(-1)
+                    assert hidden.sum() == round(mask * len(squares))
+                    assert torch.equal(squares[~hidden], original[~hidden])
+                    assert torch.equal(latent, as_stored(encoders.encode(picture[None, :, None])[0, :, 0]))
+                if view == "front":
+                    assert all(torch.equal(next(for_features), picture) for picture in shown)
+                    assert torch.equal(tensors[f"vit.{k}"], encoders.features(torch.stack(shown)).half())
+                assert len({picture.numpy().tobytes() for picture in shown}) > (1 if mask else 0)
+        assert tensors.keys() == expected
+    assert not list(pictures) and not list(for_features)
+    assert torch.equal(data.Dataset(tmp_path).empty, encoders.text([""])[0].half())
 
 
-def test_masked_variants_differ_and_all_are_drawn(clips):
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_batches_are_what_is_stored_and_all_variants_are_drawn(clips, tmp_path):
     folder, encoders = clips
-    dataset = data.Dataset(data.encode_cache(folder, encoders, 0.5, variants=3))
-    generators = [torch.Generator().manual_seed(i) for i in range(60)]
-    x0, _, refs, vit = dataset.batch((("front",),), generators, "cpu")
-    whole, _, whole_refs, _ = data.Dataset(data.encode_cache(folder, encoders)).batch(
-        (("front",),), [torch.Generator().manual_seed(i) for i in range(60)], "cpu"
-    )
-    assert torch.equal(x0, whole)  # the clip itself is never masked
-    assert len(refs[0]["front"].unique(dim=0)) == len(vit[0].unique(dim=0)) == 2 * 3  # clips x variants
-    assert len(whole_refs[0]["front"].unique(dim=0)) == 2
-    pairs = {(r.sum().item(), v.sum().item()) for r, v in zip(refs[0]["front"], vit[0], strict=True)}
-    assert len(pairs) == 6  # latents and features are of one variant
+    samples = toy.training_samples(folder, "cross")
+    data.encode(samples, tmp_path, encoders, {}, 0.5, variants=3)
+    dataset = data.Dataset(tmp_path, text_dropout=0)
+    views, numbers = (("front", "back"), ("left",)), [2, 3] * 20
+    x0, text, refs, vit = dataset.batch(views, numbers, generators(*range(40)), "cpu")
+    assert [list(person) for person in refs] == [["front", "back"], ["left"]] and vit[1] is None
+    assert x0.dtype == text.dtype == vit[0].dtype == refs[1]["left"].dtype == torch.float32
+    drawn = set()
+    for i, number in enumerate(numbers):
+        tensors = safetensors.torch.load_file(data.sample_path(tmp_path, samples[number].name))
+        assert torch.equal(x0[i], data.unpack(tensors["latents"]))
+        length = len(tensors["text"])
+        assert torch.equal(text[i, :length], tensors["text"].float()) and not text[i, length:].any()
+        fits = [v for v in range(3) if torch.equal(refs[0]["front"][i],
+                                                   data.unpack(tensors["refs.0.front"][v]))]
+        assert len(fits) == 1  # and all of the sample is of that variant
+        assert torch.equal(refs[0]["back"][i], data.unpack(tensors["refs.0.back"][fits[0]]))
+        assert torch.equal(refs[1]["left"][i], data.unpack(tensors["refs.1.left"][fits[0]]))
+        assert torch.equal(vit[0][i], tensors["vit.0"][fits[0]].float())
+        drawn.add((number, fits[0]))
+    assert len(drawn) == 2 * 3
 
 
-def test_a_cache_is_encoded_once(clips, monkeypatch):
-    folder, encoders = clips
-    first = data.encode_cache(folder, encoders)
-    monkeypatch.setattr(data, "encode_clips", None)
-    assert data.encode_cache(folder, encoders) == first
-    with pytest.raises(TypeError):
-        data.encode_cache(folder, encoders, mask=0.25)  # another mask is another cache
-    assert not list(folder.glob(".unfinished-*"))
+# --------------------------------------------------------------------------------- encoding, without networks
+class Plain:
+    """Encoders without networks. A picture of one value comes back as latents of that value."""
+
+    latent_dtype, mask_block, vit_shape, sizes = torch.float32, 8, [2, 3], {}
+
+    def __init__(self, seconds=0, vit=True):
+        self.seconds, self.vit_shape, self.dropped, self.encoded = seconds, [2, 3] if vit else None, 0, 0
+
+    def text(self, captions):
+        rows = [torch.tensor([[len(word), sum(map(ord, word)) % 997, 1.0] for word in f"{text} </s>".split()])
+                for text in captions]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def features(self, image):
+        return F.adaptive_avg_pool2d(image, 2).flatten(2).mT[:, None].expand(-1, 2, -1, -1)
+
+    def encode(self, video):
+        time.sleep(self.seconds)
+        self.encoded += video.shape[2] > 1
+        return F.avg_pool3d(video, (1, 4, 4))
+
+    def drop(self):
+        self.dropped += 1
 
 
-@pytest.mark.parametrize("file", ["one", "two"])
-@pytest.mark.parametrize("damage", ["cut", "junk", "missing", "other names"])
-def test_a_damaged_encoded_cache_says_that_deleting_it_mends_it(file, damage, tmp_path):
-    for name in ("one", "two"):
-        tensors = {key: torch.zeros(2, 1, 1, 1, 1) for key in ("latents", "refs", "vit", "text")}
-        if name == file and damage == "other names":
-            tensors["ref"] = tensors.pop("refs")
-        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
-    path = tmp_path / f"{file}.safetensors"
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-4])
-    if damage == "junk":
-        path.write_bytes(b"\xff" * 99)
-    if damage == "missing":
-        path.unlink()
-    with pytest.raises(UserError, match="is damaged .*: delete its folder, it is made again") as error:
+def sample(number, *people, size=(16, 16), frames=2, cross=False, error=None, broken_picture=False):
+    """A Sample whose clip is of the value number / 100, its person k's views number / 100 + k / 1000."""
+
+    def read_video():
+        if error:
+            raise UserError(error)
+        return torch.full((3, frames, *size), number / 100)
+
+    def reader(k):
+        def read():
+            if broken_picture:
+                raise UserError("refs/a.png: not a readable picture")
+            return torch.full((3, 16, 16), number / 100 + k / 1000)
+
+        return read
+
+    cast = [{view: reader(k) for view in views} for k, views in enumerate(people)]
+    of_others = [{view: cross if isinstance(cross, bool) else view in cross for view in v} for v in people]
+    return Sample(f"{number:04d}", f"clips/{number}.mp4", f"caption of {number}", read_video, cast, of_others)
+
+
+def make(folder, *samples, encoders=None, **options):
+    data.encode(samples, folder, encoders or Plain(), {}, **options)
+    return data.Dataset(folder)
+
+
+def numbers_of(x0):
+    return [round(100 * value) for value in x0[:, 0, 0, 0, 0].tolist()]
+
+
+def content(folder):
+    """Every file of a set, but for the lock's."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file() and path.name != ".cache-lock"}
+
+
+def test_a_set_is_files_by_name_and_two_lists(tmp_path):
+    make(tmp_path, sample(1, ("front",)), sample(205, ("front",)))
+    assert content(tmp_path).keys() == {
+        "settings.json", "index.jsonl", "failed.jsonl",
+        "em/empty.safetensors", "00/0001.safetensors", "02/0205.safetensors"}
+    for entry in read_lines(tmp_path / "index.jsonl"):
+        path = data.sample_path(tmp_path, entry["name"])
+        assert entry["sha256"] == data.sha256_of(path)
+        assert path.stat().st_mode == (tmp_path / "index.jsonl").stat().st_mode  # as readable for others
+
+
+def test_text_is_stored_at_its_true_length(tmp_path):
+    samples = [sample(n, ("front",))._replace(caption="a " * words) for n, words in ((1, 2), (2, 9))]
+    dataset = make(tmp_path, *samples)
+    for name, length in (("empty", 1), ("0001", 3), ("0002", 10)):
+        assert dataset.load(name, ["text"])["text"].shape == (length, 3)
+
+
+def test_captions_keep_the_people_in_order(tmp_path):
+    """Person k of a caption is person k of the references."""
+    dataset = make(tmp_path, sample(7, ("front",), ("left", "front")))
+    _, _, refs, _ = dataset.batch((("front",), ("front", "left")), [0], generators(0), "cpu")
+    for k, person in enumerate(refs):
+        assert all(torch.allclose(latent, torch.tensor(0.07 + k / 1000)) for latent in person.values())
+    entry, = read_lines(tmp_path / "index.jsonl")
+    assert entry["caption"] == "caption of 7" and [list(v) for v in entry["views"]] == [["front"],
+                                                                                       ["left", "front"]]
+
+
+def test_what_cannot_be_read_has_a_reason_and_the_rest_is_encoded(tmp_path):
+    samples = [sample(1, ("front",)), sample(2, ("front",), error="damaged, as the decoder says (x)"),
+               sample(3, ("front",), broken_picture=True), sample(4, ("left",), broken_picture=True),
+               sample(5, ("front",))]
+    dataset = make(tmp_path, *samples)
+    assert [entry["name"] for entry in dataset.index] == ["0001", "0005"]
+    failed = read_lines(tmp_path / "failed.jsonl")
+    reason = "refs/a.png: not a readable picture"
+    assert [(line["source"], line["error"]) for line in failed] == [
+        ("clips/2.mp4", "damaged, as the decoder says (x)"), ("clips/3.mp4", reason), ("clips/4.mp4", reason)]
+    # what failed is tried again, what was encoded is not
+    encoders = Plain()
+    mended = [sample(2, ("front",)) if s.name == "0002" else s for s in samples]
+    dataset = make(tmp_path, *mended, encoders=encoders)
+    assert [entry["name"] for entry in dataset.index] == ["0001", "0002", "0005"]
+    assert encoders.encoded == 2  # of the fourth, the clip is sound
+    failed = read_lines(tmp_path / "failed.jsonl")
+    assert [line["source"] for line in failed] == ["clips/3.mp4", "clips/4.mp4"]
+
+
+def test_all_unreadable_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no encoded sample") as error:
+        make(tmp_path, sample(1, ("front",), error="x"), sample(2, ("front",), error="x"))
+    assert one_line(error) and len(read_lines(tmp_path / "failed.jsonl")) == 2
+
+
+def test_networks_are_dropped_after_a_bounded_number_of_samples(tmp_path):
+    encoders = Plain()
+    make(tmp_path, *(sample(n, ("front",)) for n in range(130)), encoders=encoders)
+    assert encoders.dropped == 3 and encoders.encoded == 130
+
+
+def test_a_grown_or_shrunk_list_of_samples_is_followed(tmp_path):
+    """What is new is encoded, what is gone leaves the index, what is reordered is reordered there."""
+    samples, encoders = [sample(n, ("front",)) for n in range(6)], Plain()
+    make(tmp_path, *samples[:4])
+    dataset = make(tmp_path, *samples[:1:-1], encoders=encoders)
+    assert [entry["name"] for entry in dataset.index] == ["0005", "0004", "0003", "0002"]
+    assert encoders.encoded == 2
+
+
+def test_a_lost_file_is_encoded_again(tmp_path):
+    samples = [sample(n, ("front",)) for n in range(4)]
+    make(tmp_path, *samples)
+    whole = content(tmp_path)
+    data.sample_path(tmp_path, "0002").unlink()
+    make(tmp_path, *samples)
+    assert content(tmp_path) == whole
+
+
+@pytest.mark.parametrize("other, says", [
+    ({"mask": 0.5}, "mask 0.0 there, 0.5 here; variants 1 there, 4 here"),
+    ({"settings": {"size": [[32, 32]]}}, r"size \[\[16, 16\]\] there, \[\[32, 32\]\] here"),
+    ({"settings": {"size": [[16, 16]], "networks": {"a": 2}}}, "networks .* there, .* here"),
+    ({"encoders": Plain(vit=False)}, r"vit \[2, 3\] there, None here"),
+])
+def test_other_settings_are_refused_and_named(other, says, tmp_path):
+    def again(encoders=None, settings=None, mask=0.0, variants=4):
+        settings = {"networks": {"a": 1}} | (settings or {"size": [[16, 16]]})
+        data.encode([sample(1, ("front",))], tmp_path, encoders or Plain(), settings, mask, variants)
+
+    again()
+    whole = content(tmp_path)
+    again()
+    with pytest.raises(UserError, match=f"other settings .*{says}.*: give the same, or") as error:
+        again(**other)
+    assert one_line(error) and content(tmp_path) == whole
+
+
+@pytest.mark.parametrize("settings", ["", "{}", "[]", "null", '{"version": 1, "variants": 1}', "\xff" * 9,
+                                      '{"version": 2, "variants": 0}', '{"version": 2, "variants": "4"}'])
+def test_settings_of_another_version_or_of_junk_are_one_line(settings, tmp_path):
+    make(tmp_path, sample(1, ("front",)))
+    (tmp_path / "settings.json").write_text(settings, encoding="latin-1")
+    for attempt in (data.Dataset, lambda folder: data.encode([], folder, Plain(), {})):
+        with pytest.raises(UserError, match="is not an encoded set of this version") as error:
+            attempt(tmp_path)
+        assert one_line(error)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(UserError, match="is not an encoded set of this version"):
         data.Dataset(tmp_path)
-    assert str(path) in str(error.value) and one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------ the Dataset
-def test_batches_belong_to_their_samples(tiny):
-    """A sample is the same whatever batch it is drawn in, and text dropout takes the caption alone."""
-    (folder,) = (tiny / "cache").glob("toy-*/toy-mask0x1-*")
-    dataset = data.Dataset(folder)
-
-    def generators(*seeds):
-        return [torch.Generator().manual_seed(s) for s in seeds]
-
-    views = (("front", "back"), ())
-    x0, text, refs, vit = dataset.batch(views, generators(1, 2, 3), "cpu")
-    alone = dataset.batch(views, generators(2), "cpu")
-    assert torch.equal(x0[1:2], alone[0]) and torch.equal(text[1:2], alone[1])
-    assert torch.equal(refs[0]["back"][1:2], alone[2][0]["back"]) and refs[1] == {} and vit[1] is None
-    assert torch.equal(vit[0][1:2], alone[3][0])
-    nothing = data.Dataset(folder, text_dropout=1).batch(views, generators(1), "cpu")
-    assert torch.equal(nothing[1][0].half(), dataset.clips[1]["text"][-1])
-    assert not torch.equal(nothing[1], text[:1])
-
-
-def test_a_batch_has_the_views_that_were_drawn(tiny):
-    (folder,) = (tiny / "cache").glob("toy-*/toy-mask0x1-*")
-    dataset = data.Dataset(folder)
-    for views in (((),), (VIEWS,), (("left",), ("front", "right")), ((), ())):
-        x0, text, refs, vit = dataset.batch(views, [torch.Generator().manual_seed(1)], "cpu")
-        assert [tuple(person) for person in refs] == list(views)
-        assert [features is not None for features in vit] == ["front" in names for names in views]
-        assert x0.shape == (1, *toy.ToyCodec.latent_shape(3, (32, 32 * len(views)))) and text.ndim == 3
-
-
-# ------------------------------------------------------------------------------------------- reading pictures
-@pytest.mark.parametrize(
-    "argument, view",
-    [
-        ("anna_front.png", "front"),
-        ("a/left/anna-BACK.2.png", "back"),
-        ("left=a_front.png", "left"),
-        ("right=x.png", "right"),
-        ("Left 3.jpg", "left"),
-        ("a=b/front.png", "front"),
-    ],
-)
-def test_views_come_from_names(argument, view):
-    assert view_of(argument)[0] == view
-
-
-@pytest.mark.parametrize(
-    "argument", ["anna.png", "backwards.png", "front_left.png", "side=anna.png", "", "="]
-)
-def test_a_view_must_be_named_once(argument):
-    with pytest.raises(UserError, match="which view is it"):
-        view_of(argument)
-
-
-def test_a_person_has_each_view_once(tmp_path):
-    for name in ("a_front.png", "b_front.png", "b_left.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    files = [[str(tmp_path / "a_front.png")], [str(tmp_path / "b_front.png"), str(tmp_path / "b_left.png")]]
-    people = read_references(files, (16, 8))
-    assert [tuple(views) for views in people] == [("front",), ("front", "left")]
-    assert people[1]["left"].shape == (3, 16, 8)
-    with pytest.raises(UserError, match="b_front.png: a second front view of the same person"):
-        read_references([[files[0][0], files[1][0]]], (8, 8))
-
-
-def test_pictures_are_turned_flattened_and_fitted(tmp_path):
-    image = Image.new("RGBA", (20, 10), (255, 0, 0, 255))
-    image.paste((0, 0, 0, 0), (0, 0, 10, 10))  # the left half is transparent
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right: its left edge becomes the top
-    image.save(tmp_path / "a.png", exif=exif)
-    picture = read_picture(tmp_path / "a.png", (20, 20))
-    assert picture.shape == (3, 20, 20)
-    assert (picture[:, :, 0] == 1).all()  # a white border
-    assert (picture[:, 4, 10] == 1).all()  # white where transparent
-    assert picture[:, 15, 10].tolist() == [1, -1, -1]
-
-
-def grey16(order):
-    return Image.frombytes("I;16", (3, 2), np.array([0, 32768, 65535] * 2, order).tobytes())
-
-
-@pytest.mark.parametrize(
-    "image, options, colours",
-    [
-        (grey16("<u2"), {}, [-1, 0.004, 1]),
-        (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)), {}, [-1, 0.004, 1]),
-        (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)), {"transparency": 0}, [1, 0.004, 1]),
-        (Image.frombytes("LA", (3, 2), bytes([0, 255, 128, 255, 0, 0] * 2)), {}, [-1, 0.004, 1]),
-        (Image.frombytes("1", (3, 2), bytes([0b01100000] * 2)), {}, [-1, 1, 1]),
-        (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)).convert("P"), {}, [-1, 0.004, 1]),
-        (Image.frombytes("RGB", (3, 2), bytes(3 * [0] + 3 * [128] + 3 * [255]) * 2), {}, [-1, 0.004, 1]),
-    ],
-    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
-)
-def test_every_kind_of_png_reads_right(image, options, colours, tmp_path):
-    image.save(tmp_path / "a.png", **options)
-    picture = read_picture(tmp_path / "a.png", (2, 3))
-    truth = torch.tensor(colours, dtype=torch.float32).expand(3, 2, 3)
-    torch.testing.assert_close(picture, truth, atol=0.003, rtol=0)
-
-
-def test_cmyk_jpeg_reads_right(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
-    mean = read_picture(tmp_path / "a.jpg", (8, 8)).mean((1, 2))
-    torch.testing.assert_close(mean, torch.tensor([1.0, -1, -1]), atol=0.03, rtol=0)
-
-
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width, height, more=b""):
-    """A PNG file that claims this size, with no pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-def saved(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-BAD_PICTURES = {
-    "empty": b"",
-    "text": b"not a picture",
-    "cut": saved(Image.effect_noise((32, 32), 99), "PNG")[:300],
-    "float tiff": saved(Image.new("F", (8, 8), 0.5), "TIFF"),
-    "gif": saved(Image.new("RGB", (8, 8)), "GIF"),
-    "bmp": saved(Image.new("RGB", (8, 8)), "BMP"),
-    "bomb": png(60_000, 60_000),
-    "smaller bomb": png(12_000, 12_000),  # of which Pillow only warns
-    "endless": png(2**31 - 1, 2**31 - 1),
-    "no pixels": png(0, 0),
-    "text bomb": png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
-    "folder": None,
-    "pipe": None,
-    "nothing": None,
-}
-
-
-@pytest.mark.parametrize("kind", BAD_PICTURES)
-def test_a_bad_picture_is_one_line(kind, tmp_path, no_hang, capfd):
-    path = tmp_path / "a_front.png"
-    if BAD_PICTURES[kind] is not None:
-        path.write_bytes(BAD_PICTURES[kind])
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        with pytest.raises(UserError, match="a_front.png: ") as error:
-            read_picture(path, (32, 32))
-    assert one_line(error) and "expected a PNG, JPEG, WEBP file" in str(error.value)
-    assert not told and capfd.readouterr() == ("", "")
-
-
-POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
-%%BoundingBox: 0 0 8 8
-%%EndComments
-(owned) print
-showpage
-%%EOF
-"""
-
-
-def test_postscript_starts_no_program(tmp_path, monkeypatch):
-    """Pillow hands what begins with %!PS to Ghostscript, whatever the file is called."""
-    started = []
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: started.append(arguments))
-    monkeypatch.setattr(os, "system", started.append)
-    for name in ("a_front.png", "a_front.jpg", "a_front.eps"):
-        (tmp_path / name).write_bytes(POSTSCRIPT)
-        with pytest.raises(UserError, match="not a readable picture"):
-            read_picture(tmp_path / name, (32, 32))
-    assert not started and not (tmp_path / "started").exists()
-
-
-def test_pillows_warnings_stay_its_own(tmp_path, capfd):
-    """A picture that reads well says nothing, even where Pillow has something to say."""
-    junk = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0e\x01\x02\0\xff\0\0\0\xff\0\0\0"  # cut short
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=junk)
-    Image.new("P", (8, 8)).save(tmp_path / "a.png", transparency=bytes(range(256)))
-    for filter in ("always", "error"):
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter(filter)
-            for name in ("a.jpg", "a.png"):
-                assert read_picture(tmp_path / name, (8, 8)).shape == (3, 8, 8)
-        assert not told
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("format", PICTURE_FORMATS)
-def test_mutated_pictures_never_surprise(format, tmp_path, no_hang):
-    rng = random.Random(format)
-    image = Image.effect_noise((24, 24), 60).convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    whole = saved(image, format, exif=exif)
-    path = tmp_path / "a_front.png"
-    for _ in range(20):
-        content = bytearray(whole)
-        for _ in range(rng.randrange(1, 8)):
-            end = rng.choice([200, len(content)])  # half of them in the headers
-            content[rng.randrange(min(end, len(content)))] = rng.randrange(256)
-        if rng.random() < 0.2:
-            del content[rng.randrange(len(content)) :]
-        path.write_bytes(content)
-        try:
-            picture = read_picture(path, (16, 16))
-            assert picture.shape == (3, 16, 16) and picture.abs().max() <= 1
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-
-
-# ------------------------------------------------------------------------------------------------- jobs files
-def jobs_file(folder, text):
-    path = folder / "jobs.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    return path
-
-
-def test_a_jobs_file_is_a_video_a_line(tmp_path):
-    lines = [
-        {"prompt": "a dog"},
-        {"prompt": "ein Bär", "seed": 5, "refs": [["a_front.png", "left=b.png"], ["c_back.png"]]},
-        {"prompt": "two\u2028lines\x85and\u2029more", "seed": None, "refs": None},
-    ]
-    text = "\ufeff" + "\r\n\n  \n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
-    jobs = read_jobs(jobs_file(tmp_path, text), 9)
-    assert [job.prompt for job in jobs] == [line["prompt"] for line in lines]
-    assert [job.seed for job in jobs] == [9, 5, 9]
-    assert [job.files for job in jobs] == [[], lines[1]["refs"], []]
-    assert all(job.references is None for job in jobs)
-
-
-SEED = "seed is not a whole number"
-REFS = "refs is not a list"
-
-
-@pytest.mark.parametrize(
-    "line, says",
-    [
-        ('{"prompt": "x", "ref": []}', "unknown key 'ref'"),
-        ('{"prompt": "x", "\\ud800": []}', "unknown key"),
-        ('{"prompt": "x", "seed": true}', SEED),
-        ('{"prompt": "x", "seed": false}', SEED),
-        ('{"prompt": "x", "seed": -1}', SEED),
-        ('{"prompt": "x", "seed": 1.0}', SEED),
-        ('{"prompt": "x", "seed": "1"}', SEED),
-        ('{"prompt": "x", "seed": NaN}', SEED),
-        ('{"prompt": "x", "seed": [1]}', SEED),
-        ('{"prompt": "x", "seed": 9223372036854775808}', SEED),
-        ('{"prompt": "x", "seed": 1' + "0" * 5000 + "}", ""),
-        ('{"prompt": ""}', "no prompt"),
-        ('{"prompt": " \\n"}', "no prompt"),
-        ('{"prompt": null}', "no prompt"),
-        ('{"prompt": ["x"]}', "no prompt"),
-        ('{"prompt": "\\ud83d"}', "no prompt"),
-        ('{"refs": []}', "no prompt"),
-        ('{"prompt": "x", "refs": "a_front.png"}', REFS),
-        ('{"prompt": "x", "refs": ""}', REFS),
-        ('{"prompt": "x", "refs": {}}', REFS),
-        ('{"prompt": "x", "refs": 0}', REFS),
-        ('{"prompt": "x", "refs": false}', REFS),
-        ('{"prompt": "x", "refs": ["a_front.png"]}', REFS),
-        ('{"prompt": "x", "refs": [[]]}', REFS),
-        ('{"prompt": "x", "refs": [[["a_front.png"]]]}', REFS),
-        ('{"prompt": "x", "refs": [["\\udcff.png"]]}', REFS),
-        ('["x"]', "not an object"),
-        ('"x"', "not an object"),
-        ("null", "not an object"),
-        ("a dog", ""),
-        ('{"prompt": "x"', ""),
-        ('{"prompt": "x"} {"prompt": "y"}', ""),
-        ("[" * 100_000, ""),
-        ('{"prompt":' * 100_000, ""),
-        ('{"prompt": "x", "seed": ' + "[" * 900 + "]" * 900 + "}", SEED),
-        ("\0", ""),
-    ],
-    ids=lambda value: value[:40],
-)
-def test_a_line_that_is_no_job_is_one_line_that_counts_it(line, says, tmp_path):
-    path = jobs_file(tmp_path, '{"prompt": "good"}\n\n' + line + "\n")
-    with pytest.raises(UserError, match="jobs.jsonl line 3: expected .*" + says) as error:
-        read_jobs(path, 0)
-    assert one_line(error)
-    str(error.value).encode()  # it can be printed
-
-
-@pytest.mark.parametrize(
-    "content, says",
-    [
-        (b"", "holds no prompt"),
-        (b"\n \r\n", "holds no prompt"),
-        (b'{"prompt": "\xff"}', "not a readable text file"),
-        (b'{"prompt": "\xed\xa0\x80"}', "not a readable text file"),  # a lone surrogate in UTF-8
-        ("nothing", "not a readable text file"),
-        ("folder", "not a readable text file"),
-        ("pipe", "not a readable text file"),
-    ],
-)
-def test_a_file_without_jobs_is_one_line(content, says, tmp_path, no_hang):
-    path = tmp_path / "jobs.jsonl"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    if content == "folder":
-        path.mkdir()
-    if content == "pipe":
-        os.mkfifo(path)
-    with pytest.raises(UserError, match=f"jobs.jsonl:? {says}") as error:
-        read_jobs(path, 0)
-    assert one_line(error)
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-def test_bytes_and_floats_are_the_same_pictures():
-    pixels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(from_bytes(pixels)), pixels)
-    assert to_bytes(torch.tensor([-9.0, -1, 1, 9])).tolist() == [0, 0, 255, 255]
-
-
-def test_pixels_stay_pixels_where_a_picture_grows():
-    picture = torch.rand(3, 4, 6) * 2 - 1
-    image = torch.from_numpy(np.array(to_image(picture, 8, 12)))
-    assert torch.equal(image[::2, ::2].permute(2, 0, 1), to_bytes(picture))
-    assert torch.equal(image[::2, ::2], image[1::2, 1::2])
-
-
-def test_writing_a_video_and_reading_it_back(tmp_path):
-    video = torch.full((3, 5, 32, 48), -1.0)
-    video[0, 3:] = 1
-    write_video(tmp_path / "v.mp4", video, fps=4, comment='{"prompt": "Bär"}')
-    with av.open(str(tmp_path / "v.mp4")) as container:
-        assert container.streams.video[0].average_rate == 4
-        assert container.metadata["comment"] == '{"prompt": "Bär"}'
-        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-    assert len(frames) == 5 and frames[0].shape == (256, 384, 3)
-    assert frames[0].max() < 20 and frames[4][..., 0].mean() > 230 and frames[4][..., 1].mean() < 20
-
-
-def write_slowly(path, video):
-    real = to_image
-
-    def slow(*arguments):
-        time.sleep(0.01)
-        return real(*arguments)
-
-    to_image = slow
-    write_video(path, video)
-
-
-def write_on_a_full_disk(path, video):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        write_video(path, video)
-    except OSError:  # which run_script makes a line of
-        os._exit(7)
-
-
-@pytest.mark.parametrize("end", ["error", "kill", "full disk"])
-def test_a_video_is_written_whole_or_not_at_all(end, tmp_path, monkeypatch):
-    noise = torch.rand(3, 200, 16, 16, generator=torch.Generator().manual_seed(0))
-    path, video = tmp_path / "v.mp4", noise * 2 - 1
-    path.write_text("old")
-    if end == "error":
-        images = [to_image(video[:, 0], 256)] * 99
-
-        def full(*arguments):
-            if not images:
-                raise FULL_DISK
-            return images.pop()
-
-        monkeypatch.setattr(data, "to_image", full)
-        with pytest.raises(OSError, match="No space left"):
-            write_video(path, video)
-    if end == "kill":
-        process = fork(write_slowly, path, video)
-        wait_for(lambda: len(names(tmp_path)) > 1)
-        kill(process)
-        assert len(names(tmp_path)) == 2
-        with lock(tmp_path):
-            pass
-    if end == "full disk":
-        process = fork(write_on_a_full_disk, path, video)
+def test_a_damaged_empty_caption_is_one_line_that_names_it(tmp_path):
+    make(tmp_path, sample(1, ("front",)))
+    path = data.sample_path(tmp_path, "empty")
+    path.write_bytes(path.read_bytes()[:50])
+    for _ in range(2):
+        with pytest.raises(UserError, match="empty.safetensors") as error:
+            data.Dataset(tmp_path)
+        assert one_line(error)
+        path.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------- kills and ranks
+def encoding(kind, request):
+    """Samples and encoders: slow ones without networks, the toy's, and Wan's own, small and random."""
+    if kind == "plain":
+        return [sample(n, ("front", "left"), ("front",)) for n in range(70)], lambda: Plain(0.001)
+    root = request.getfixturevalue("tmp_path_factory").mktemp(kind)
+    size, frames = SIZES[kind]
+    count = {"toy": (30, 20), "wan": (2, 1)}[kind]
+    folder = toy.render_cache(root, size, frames, count)
+    samples = toy.training_samples(folder, "cross")
+    if kind == "toy":
+        return samples, lambda: toy.ToyEncoders(folder, size)
+    wan = request.getfixturevalue("wan") / "2.1"
+    return samples, lambda: WanEncoders(wan, torch.device("cpu"))
+
+
+def encode_here(samples, folder, encoders, mask, rank=0, size=1):
+    torch.set_num_threads(1)
+    data.encode(samples, folder, encoders(), {}, mask, 2, rank, size)
+
+
+@pytest.mark.parametrize("kind, mask", [("plain", 0.5), ("toy", 0.0), ("wan", 0.0)])
+def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(kind, mask, request, tmp_path):
+    samples, encoders = encoding(kind, request)
+    began = time.monotonic()
+    process = fork(encode_here, samples, tmp_path / "whole", encoders, mask)
+    process.join(60)
+    needed = time.monotonic() - began
+    assert process.exitcode == 0
+    rng, kills, halves = random.Random(kind), 0, set()
+    for _ in range(10):
+        process = fork(encode_here, samples, tmp_path / "killed", encoders, mask)
+        time.sleep(needed * rng.uniform(0.1, 0.7))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        halves.add(len(read_lines(tmp_path / "killed/done-0-1.jsonl")))
+        if len(read_lines(tmp_path / "killed/index.jsonl")) == len(samples):  # and once more from the start
+            shutil.rmtree(tmp_path / "killed")
+    assert kills > 3 and halves - {0, len(samples)}
+    process = fork(encode_here, samples, tmp_path / "killed", encoders, mask)
+    process.join(60)
+    assert process.exitcode == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["plain", "toy", "wan"])
+def test_two_processes_encode_what_one_does(kind, request, tmp_path):
+    samples, encoders = encoding(kind, request)
+    processes = [fork(encode_here, samples, tmp_path / "one", encoders, 0.5)]
+    processes += [fork(encode_here, samples, tmp_path / "two", encoders, 0.5, rank, 2) for rank in (0, 1)]
+    for process in processes:
         process.join(60)
-        assert process.exitcode == 7
-    assert names(tmp_path) == ["v.mp4"] and path.read_text() == "old"
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def test_the_contact_sheet_shows_everything():
-    black, white = torch.full((3, 32, 32), -1.0), torch.full((3, 32, 32), 1.0)
-    video = torch.zeros(3, 2, 32, 32)
-
-    def sheet(*prompts, truth=None, **views):
-        people = [views or {"front": black}, {}]
-        return contact_sheet([Job(p, people, video=video, truth=truth) for p in prompts])
-
-    small, long, two = sheet("short"), sheet("long " * 60), sheet("short", "short")
-    assert long.width == small.width and long.height > small.height  # a long prompt goes on in further lines
-    assert two.width == small.width and two.height > 1.8 * small.height  # a strip a job
-    assert sheet("short", truth=video).height == small.height + 112
-    corners = {"front": (20, 20), "left": (76, 20), "right": (20, 76), "back": (76, 76)}
-    for view, corner in corners.items():
-        image = sheet("short", **{view: black})
-        assert [image.getpixel(c) == (0, 0, 0) for c in corners.values()] == [v == view for v in corners]
-    assert sheet("short", front=white).getpixel((20, 20)) == (255, 255, 255)
-    assert small.getpixel((small.width - 20, 20)) == (128, 128, 128)  # the last frame
+def test_whoever_finishes_last_writes_the_index(tmp_path):
+    samples = [sample(n, ("front",), error="bad" if n == 3 else None) for n in range(5)]
+    data.encode(samples, tmp_path, Plain(), {}, rank=1, size=2)
+    assert not (tmp_path / "index.jsonl").exists() and (tmp_path / "done-1-2.jsonl").exists()
+    data.encode(samples, tmp_path, Plain(), {}, rank=0, size=2)
+    assert len(read_lines(tmp_path / "index.jsonl")) == 4 and len(read_lines(tmp_path / "failed.jsonl")) == 1
+    assert not list(tmp_path.glob("done-*"))
+    encoders = Plain()  # a third process does what others left
+    data.encode([*samples, sample(9, ("front",))], tmp_path, encoders, {}, rank=2, size=3)
+    data.encode([*samples, sample(9, ("front",))], tmp_path, encoders, {})
+    assert len(read_lines(tmp_path / "index.jsonl")) == 5 and encoders.encoded == 1
 
 
-@pytest.mark.parametrize(
-    "references, frames, size",
-    [
-        (None, 1, (32, 32)),  # plain Wan
-        ([{}], 9, (32, 64)),
-        ([{"back": torch.zeros(3, 16, 48)}], 81, (16, 48)),
-        ([{"front": torch.zeros(3, 48, 16)}, {}], 3, (48, 16)),
-    ],
-)
-@pytest.mark.parametrize("prompt", ["", "x" * 3000, "a\n\nb\0\u2028\U0001f600", "Bär " * 400])
-def test_any_job_fits_on_a_contact_sheet(references, frames, size, prompt):
-    video = torch.zeros(3, frames, *size)
-    image = contact_sheet([Job(prompt, references, video=video, note=" (given: none)")])
-    assert image.height > 112 and image.width > min(frames, 8) * 112 * size[1] // size[0]
+def test_a_log_line_that_was_cut_off_costs_one_sample(tmp_path):
+    samples = [sample(n, ("front",)) for n in range(4)]
+    make(tmp_path / "whole", *samples)
+    data.encode(samples, tmp_path / "half", Plain(), {}, rank=0, size=2)
+    log = tmp_path / "half/done-0-2.jsonl"
+    log.write_text(log.read_text()[:-30])
+    encoders = Plain()
+    data.encode(samples, tmp_path / "half", encoders, {}, rank=0, size=2)
+    assert encoders.encoded == 1
+    data.encode(samples, tmp_path / "half", Plain(), {}, rank=1, size=2)
+    assert content(tmp_path / "half") == content(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------ what a step draws
+ALL = train.Stage("all", (1,), "all", (0, 0), 0, 0, 0, (1, 1))  # all views of one person, always
+
+
+def draw(dataset, stage=ALL, batch=1, steps=1, seed=0, first=0, available=VIEWS):
+    """[(views, numbers)] of the steps from `first` on, all of them drawn from a new start."""
+    dataset.taken.clear()
+    drawn = [dataset.draw(stage, step / steps, random.Random(step), available, batch, seed)
+             for step in range(steps)]
+    return drawn[first:]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Samples of one and of two people, of different views, shapes and lengths, cross-pairs and others."""
+    samples = [
+        *(sample(n, VIEWS) for n in range(8)),
+        *(sample(n, ("front", "left"), cross=True) for n in range(8, 14)),
+        *(sample(n, ("front",), cross=n % 2 == 0) for n in range(14, 20)),
+        *(sample(n, ("front", "right"), size=(16, 32)) for n in range(20, 24)),
+        *(sample(n, ("front", "right"), frames=5) for n in range(24, 28)),
+        *(sample(n, ("front",), ("front", "left")) for n in range(28, 36)),
+    ]
+    folder = tmp_path_factory.mktemp("mixed")
+    make(folder, *samples)
+    return folder
+
+
+@pytest.mark.parametrize("number", STAGES)
+def test_every_sample_of_a_step_has_the_drawn_views_and_one_shape(number, mixed):
+    dataset, seen = data.Dataset(mixed), set()
+    for step, (views, numbers) in enumerate(draw(dataset, STAGES[number], 3, 300)):
+        entries = [dataset.index[n] for n in numbers]
+        assert all(len(entry["views"]) == len(views) for entry in entries) and len(numbers) == 3
+        assert all(set(names) <= set(person) for entry in entries
+                   for names, person in zip(views, entry["views"], strict=True))
+        assert len({tuple(entry["shape"]) for entry in entries}) == 1
+        seen |= set(numbers)
+        if step % 10 == 0:
+            x0, _, refs, vit = dataset.batch(views, numbers, generators(1, 2, 3), "cpu")
+            assert numbers_of(x0) == numbers and [tuple(person) for person in refs] == list(views)
+            assert [features is not None for features in vit] == ["front" in names for names in views]
+    shown = {n for n, entry in enumerate(dataset.index) if len(entry["views"]) in STAGES[number].people}
+    assert seen == shown  # sooner or later all of them
+
+
+def test_people_and_views_are_counted(mixed, tmp_path):
+    dataset = data.Dataset(mixed)
+    assert dataset.people == [1, 2] and dataset.views == ["front", "left", "right", "back"]
+    dataset = make(tmp_path, sample(1, ("back", "front"), ("front",), ("front",)))
+    assert dataset.people == [3] and dataset.views == ["front", "back"]
+
+
+def test_where_nobody_has_the_drawn_views_those_of_a_sample_are_taken(tmp_path):
+    dataset = make(tmp_path, *(sample(n, ("front", "left")) for n in (0, 1)), sample(2, ("right",)))
+    drawn = draw(dataset, steps=60)
+    assert {views for views, _ in drawn} == {(("front", "left"),), (("right",),)}
+    assert all((number == 2) == (views == (("right",),)) for views, (number,) in drawn)
+
+
+@pytest.mark.parametrize("people", [1, 2])
+def test_the_fallback_gives_no_view_that_is_not_available(people, tmp_path):
+    """--front-only stays so where some have no frontal view."""
+    dataset = make(tmp_path, sample(0, *[("left",), ("front",)][:people]), sample(1, *[("back",)] * people))
+    stage = train.Stage("all", (people,), "all", (0, 0), 0, 0, 0, (1, 1))
+    for views, _ in draw(dataset, stage, steps=20, available=("front",)):
+        assert {view for names in views for view in names} <= {"front"}
+
+
+def test_cross_pairs_are_preferred_where_there_are_any(mixed, tmp_path):
+    front = train.Stage("front", (1,), "front", (0, 0), 0, 0, 1.0, (1, 1))
+    dataset = data.Dataset(mixed)
+    cross = {n for n, entry in enumerate(dataset.index) if entry["views"][0]["front"]}
+    assert cross == {*range(8, 14), 14, 16, 18}
+    assert {n for _, some in draw(dataset, front, 2, 50) for n in some} == cross
+    half = train.Stage("half", (1,), "front", (0, 0), 0, 0, 0.5, (1, 1))
+    of_cross = [n in cross for _, some in draw(dataset, half, 1, 400) for n in some]
+    # half of the steps, and by chance 9 of 28 of the other half
+    assert 0.58 < sum(of_cross) / 400 < 0.74
+    none = make(tmp_path / "none", *(sample(n, ("front",)) for n in range(3)))
+    assert {n for _, some in draw(none, front, 1, 20) for n in some} == {0, 1, 2}
+    # only of the drawn views do the references count
+    left = make(tmp_path / "left", sample(0, ("front", "left"), cross=("left",)), sample(1, ("front", "left"),
+                                                                                     cross=("front",)))
+    shape = (3, 2, 4, 4)
+    assert left.having((("left",),), True) == {shape: (0,)}
+    assert left.having((("front",),), True) == {shape: (1,)}
+    assert left.having((("front", "left"),), True) == {} and left.having(((),), True) == {shape: (0, 1)}
+
+
+# ----------------------------------------------------------------------------------------- order and resuming
+def epochs(dataset, n, **options):
+    numbers = [number for _, some in draw(dataset, **options) for number in some]
+    return [tuple(numbers[i : i + n]) for i in range(0, len(numbers), n)]
+
+
+def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(tmp_path):
+    dataset = make(tmp_path, *(sample(n, VIEWS) for n in range(10)))
+    found = epochs(dataset, 10, batch=4, steps=10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in found)
+    assert len(set(found)) == 4  # no order comes twice
+    assert found == epochs(data.Dataset(tmp_path), 10, batch=2, steps=20)  # whatever the batch
+    other = epochs(dataset, 10, batch=4, steps=10, seed=1)
+    assert not set(other) & set(found) and all(sorted(epoch) == list(range(10)) for epoch in other)
+
+
+def test_different_views_do_not_begin_with_the_same_samples(tmp_path):
+    """All samples have all views: they are seen equally often, whatever views the steps draw."""
+    dataset = make(tmp_path, *(sample(n, VIEWS) for n in range(64)))
+    drawn = draw(dataset, STAGES[3], batch=8, steps=80)
+    assert len({views for views, _ in drawn}) > 8
+    seen = Counter(n for _, some in drawn for n in some)
+    assert set(seen.values()) == {10} and len(seen) == 64
+
+
+def of_steps(dataset, first_step, rank=0, size=1, micro=4, steps=12):
+    """Tensors of what train.py's micro-steps get from first_step on, sample by sample: [step][sample]."""
+    args = Namespace(batch=4, steps=[steps] * 4, seed=3, micro_batch=micro)
+    world, found = World(rank, size, torch.device("cpu")), []
+    for step in train.micro_batches(STAGES[4], 4, first_step, args, dataset, VIEWS, world):
+        found.append([])
+        for (x0, text, refs, vit), generators in step:
+            for i, generator in enumerate(generators):
+                tensors = [x0[i], text[i][text[i].any(1)], *(p[view][i] for p in refs for view in p)]
+                tensors += [features[i] for features in vit if features is not None]
+                # what is drawn next is the step's noise
+                found[-1].append([*tensors, torch.rand((), generator=generator)])
+    return found
+
+
+def assert_same(a, b):
+    for step, other in zip(a, b, strict=True):
+        for tensors, others in zip(step, other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(tensors, others, strict=True))
+
+
+@pytest.mark.parametrize("first", [1, 5, 11, 12])
+def test_resuming_goes_on_with_the_same_batches(first, mixed):
+    whole = of_steps(data.Dataset(mixed), 0)
+    assert len(whole) == 12
+    assert_same(of_steps(data.Dataset(mixed), first), whole[first:])
+    dataset = data.Dataset(mixed)  # and a stage after others
+    of_steps(dataset, 0)
+    assert_same(of_steps(dataset, first), whole[first:])
+
+
+@pytest.mark.parametrize("size, micro", [(1, 1), (1, 2), (2, 2), (2, 1), (4, 1)])
+def test_any_split_of_the_batch_has_the_same_samples(size, micro, mixed):
+    whole = of_steps(data.Dataset(mixed), 0)
+    ranks = [of_steps(data.Dataset(mixed), 0, rank, size, micro) for rank in range(size)]
+    assert_same([list(itertools.chain(*step)) for step in zip(*ranks, strict=True)], whole)
+
+
+def test_a_sample_is_the_same_in_any_batch_and_text_dropout_takes_the_caption_alone(mixed):
+    dataset, views = data.Dataset(mixed), (("front", "back"),)
+    numbers = [5, 2, 7]
+    x0, text, refs, vit = dataset.batch(views, numbers, generators(1, 2, 3), "cpu")
+    alone = dataset.batch(views, [2], generators(2), "cpu")
+    for whole, one in ((x0, alone[0]), (text, alone[1]), (refs[0]["back"], alone[2][0]["back"]),
+                       (vit[0], alone[3][0])):
+        assert torch.equal(whole[1:2], one)
+    nothing = data.Dataset(mixed, text_dropout=1).batch(views, numbers, generators(1, 2, 3), "cpu")
+    assert torch.equal(nothing[1], dataset.empty.float().expand(3, -1, -1)) and nothing[1].shape != text.shape
+    assert torch.equal(nothing[0], x0) and torch.equal(nothing[2][0]["front"], refs[0]["front"])
+    assert torch.equal(nothing[3][0], vit[0])
+    often = data.Dataset(mixed, text_dropout=0.3).batch(views, [1] * 500, generators(*range(500)), "cpu")[1]
+    assert 0.22 < float((often[:, 1] == 0).all(-1).float().mean()) < 0.38
+
+
+def test_a_set_without_a_vit_has_no_features(tmp_path):
+    dataset = make(tmp_path, sample(1, ("front",), ("front",)), encoders=Plain(vit=False))
+    _, _, refs, vit = dataset.batch((("front",), ("front",)), [0], generators(1), "cpu")
+    assert vit == [None, None] and len(refs) == 2
+
+
+# -------------------------------------------------------------------------------------------- damaged samples
+def harm(path, damage):
+    stored = path.read_bytes()
+    path.unlink()
+    if damage == "flipped bit":
+        path.write_bytes(stored[:-5] + bytes([stored[-5] ^ 4]) + stored[-4:])
+    if damage == "truncated":
+        path.write_bytes(stored[:-9])
+    if damage == "empty":
+        path.touch()
+    if damage == "folder":
+        path.mkdir()
+    if damage == "other tensors":
+        safetensors.torch.save_file({"latents": torch.zeros(1)}, path)
+
+
+DAMAGES = ("flipped bit", "truncated", "empty", "missing", "folder", "other tensors")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_sample_is_replaced_by_the_next_and_named_once(damage, tmp_path, capsys):
+    """The next one that has the views and the shape; of all processes the same, whatever they have read."""
+    make(tmp_path, sample(0, ("front",)), sample(1, ("front", "left")), sample(2, ("front",)),
+         sample(3, ("front", "left"), size=(16, 32)), sample(4, ("front", "left")))
+    harm(data.sample_path(tmp_path, "0001"), damage)
+    capsys.readouterr()
+    dataset, views = data.Dataset(tmp_path), (("front", "left"),)
+    for _ in range(3):
+        assert numbers_of(dataset.batch(views, [1, 4], generators(0, 1), "cpu")[0]) == [4, 4]
+    assert numbers_of(dataset.batch((("front",),), [1], generators(0), "cpu")[0]) == [2]
+    said = capsys.readouterr()
+    lines = (said.out + said.err).strip().splitlines()
+    assert len(lines) == 1 and "0001" in lines[0] and "clips/1.mp4" in lines[0] and "is damaged" in lines[0]
+    harm(data.sample_path(tmp_path, "0004"), damage)
+    assert numbers_of(data.Dataset(tmp_path).batch((("front",),), [4], generators(0), "cpu")[0]) == [0]
+    with pytest.raises(UserError, match="no whole sample is left for views") as error:
+        data.Dataset(tmp_path).batch(views, [1], generators(0), "cpu")
+    assert one_line(error)
+    # and encoding again mends it, where the file is gone
+    for name in ("0001", "0004"):
+        path = data.sample_path(tmp_path, name)
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+    dataset = make(tmp_path, sample(0, ("front",)), sample(1, ("front", "left")), sample(2, ("front",)),
+                   sample(3, ("front", "left"), size=(16, 32)), sample(4, ("front", "left")))
+    assert numbers_of(dataset.batch(views, [1, 4], generators(0, 1), "cpu")[0]) == [1, 4]
+
+
+def test_all_ranks_replace_a_damaged_sample_alike(tmp_path):
+    make(tmp_path, *(sample(n, ("front",)) for n in range(8)))
+    for name in ("0001", "0005", "0006"):
+        harm(data.sample_path(tmp_path, name), "truncated")
+    rng, orders = random.Random(0), [[*range(8)] for _ in range(6)]
+    for order in orders:  # each rank meets them in an order of its own
+        rng.shuffle(order)
+        x0 = data.Dataset(tmp_path).batch((("front",),), order, generators(*range(8)), "cpu")[0]
+        assert numbers_of(x0) == [{1: 2, 5: 7, 6: 7}.get(n, n) for n in order]
+
+
+def test_a_sound_sample_is_hashed_once(tmp_path, monkeypatch):
+    dataset, hashed = make(tmp_path, sample(0, ("front",)), sample(1, ("front",))), []
+    real = data.sha256_of
+    monkeypatch.setattr(data, "sha256_of", lambda path: hashed.append(path) or real(path))
+    for _ in range(3):
+        dataset.batch((("front",),), [0, 1], generators(0, 1), "cpu")
+    assert len(hashed) == len(set(hashed)) == 2
+
+
+# --------------------------------------------------------------------------------------------------- prefetch
+def test_prefetched_items_are_the_same_and_one_ahead():
+    made = []
+
+    def items():
+        for n in range(20):
+            made.append((n, threading.get_ident()))
+            yield n
+
+    for n in data.prefetch(items()):
+        end = time.monotonic() + 5
+        while len(made) < min(n + 2, 20):
+            assert time.monotonic() < end
+        assert len(made) <= n + 3
+    assert [n for n, _ in made] == list(range(20))
+    assert threading.get_ident() not in {thread for _, thread in made}
+    assert list(data.prefetch(iter([]))) == [] and list(data.prefetch(iter([None, 0]))) == [None, 0]
+
+
+@pytest.mark.parametrize("error", [UserError("no whole sample is left"), KeyError("x"), KeyboardInterrupt()])
+def test_what_goes_wrong_in_the_thread_comes_through(error):
+    def items():
+        yield 1
+        yield 2
+        raise error
+
+    got, found = [], data.prefetch(items())
+    with pytest.raises(type(error), match=str(error) or None):
+        got += [next(found), next(found)]
+        next(found)
+    assert got == [1, 2]
+
+
+def test_what_stops_early_leaves_no_thread():
+    before = threading.active_count()
+    for n in data.prefetch(iter(range(1000))):
+        if n == 3:
+            break
+    items = data.prefetch(iter(range(1000)))
+    next(items)
+    items.close()
+    end = time.monotonic() + 5
+    while threading.active_count() > before:
+        assert time.monotonic() < end
+
+
+# ----------------------------------------------------------------------------------- networks that do not fit
+@pytest.mark.parametrize("config, says", [
+    (dict(in_dim=16), "in_dim 3, the network has 16"),
+    (dict(text_dim=96), "text_dim 3, the network has 96"),
+    (dict(vit_levels=1), "vit_levels 2, the network has 1"),
+    (dict(in_dim=16, vit_dim=8), "in_dim 3, the network has 16; vit_dim 3, the network has 8"),
+])
+def test_a_network_that_does_not_fit_is_named(config, says, tmp_path):
+    dataset = make(tmp_path, sample(1, ("front",)))
+    fits = dict(in_dim=3, text_dim=3, vit_dim=3, vit_levels=2)
+    dataset.check(Namespace(**fits))
+    dataset.check(Namespace(**fits | dict(vit_dim=0, vit_levels=0)))  # without MFI no features are needed
+    with pytest.raises(UserError, match=f"is encoded with {says}: encode with other networks") as error:
+        dataset.check(Namespace(**fits | config))
+    assert one_line(error)
+
+
+def test_a_network_with_mfi_needs_a_set_with_a_vit(tmp_path):
+    dataset = make(tmp_path, sample(1, ("front",)), encoders=Plain(vit=False))
+    dataset.check(Namespace(in_dim=3, text_dim=3, vit_dim=0, vit_levels=0))
+    with pytest.raises(UserError, match="vit_levels 0, the network has 2; vit_dim 0, the network has 3"):
+        dataset.check(Namespace(in_dim=3, text_dim=3, vit_dim=3, vit_levels=2))
+
+
+def test_the_names_that_are_checked_are_those_of_a_network(mixed):
+    with pytest.raises(UserError, match="in_dim 3, .* text_dim 3, .* vit_dim 3, "):
+        data.Dataset(mixed).check(CONFIGS["1.3b"])
+
+
+# ----------------------------------------------------------------------------------------------- command line
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The toy world as files, with a manifest."""
+    folder = tmp_path_factory.mktemp("world")
+    toy.write_samples(folder, 48, 9, 8)
+    return folder
+
+
+def test_a_manifest_is_encoded_with_wans_networks(world, wan, tmp_path, capsys):
+    """9 frames at 8 a second are 17 or 18 at 16; the pictures of two people are twice as wide."""
+    lines = (world / "manifest.jsonl").read_text().splitlines()
+    (world / "bad.mp4").write_text("x")
+    entries = [json.loads(lines[0]) | {"video": "bad.mp4"}, *map(json.loads, lines)]
+    (world / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    try:
+        data.main(["encode", "--data", str(world), "--wan", str(wan / "2.1"), "--out", str(tmp_path / "set"),
+                   "--size", "48x48", "48x96", "--frames", "5", "9", "81"])
+    finally:
+        (world / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    assert f"{tmp_path}/set: 4 clips encoded, 1 left out (failed.jsonl has" in capsys.readouterr().out
+    dataset = data.Dataset(tmp_path / "set")
+    assert [entry["shape"] for entry in dataset.index] == [[16, 3, 6, 6]] * 2 + [[16, 3, 6, 12]] * 2
+    assert [entry["caption"] for entry in dataset.index] == (world / "captions.txt").read_text().splitlines()
+    assert dataset.settings["size"] == [[48, 48], [48, 96]] and dataset.settings["frames"] == [5, 9, 81]
+    dataset.check(Namespace(in_dim=16, **{name: WAN_SMALL[name] for name in ("text_dim", "vit_dim",
+                                                                            "vit_levels")}))
+    views, numbers = draw(dataset, STAGES[4], 2, 1)[0]
+    assert dataset.batch(views, numbers, generators(0, 1), "cpu")[0].shape[:3] == (2, 16, 3)
+    failed, = read_lines(tmp_path / "set/failed.jsonl")
+    assert failed["source"] == "bad.mp4" and failed["error"].startswith("damaged or no video")
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("", "the following arguments are required"),
+    ("encode --data world", "required: --wan"),
+    ("encode --data world --wan wan --size 48x50", "--size 48x50: expected multiples of 16"),
+    ("encode --data world --wan wan --size 48x48 0x16", "--size 0x16: expected multiples of 16"),
+    ("encode --data world --wan wan --size 48*48", "expected HEIGHTxWIDTH"),
+    ("encode --data world --wan wan --frames 16", r"--frames 16: expected 4n\+1"),
+    ("encode --data world --wan wan --fps 0", "--fps: got '0'"),
+    ("encode --data world --wan wan --mask 1", "--mask: got '1'"),
+    ("encode --data world --wan wan --mask-variants 0", "--mask-variants: got '0', expected 1 to 100"),
+    ("encode --data world --wan none", "none"),
+    ("encode --data none --wan wan", "manifest.jsonl: no such file"),
+    ("encode --data world --wan wan --out file", "cannot write to file"),
+    ("encode --data world --wan wan --tile 99", "tile"),
+    ("show --data none", "manifest.jsonl: no such file"),
+    ("show --data world --index 4", "--index 4: the set has 4 clips"),
+    ("show --data world --index -1", "--index: got '-1'"),
+    ("show --data world --out world", "is a folder"),
+    ("show --data world --out world/manifest.jsonl", "is one of the inputs"),
+    ("show --data world --out world/clip1.mp4", "is one of the inputs"),
+    ("show --data world --out world/ann_front.png", "is one of the inputs"),
+    ("list --data world", "invalid choice: 'list'"),
+])
+def test_bad_arguments_are_one_line(arguments, says, world, wan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(world, "world")
+    os.symlink(wan / "2.1", "wan")
+    (tmp_path / "file").touch()
+    before = content(world)
+    with pytest.raises(UserError, match=says) as error:
+        data.main(arguments.split())
+    assert one_line(error) and content(world) == before
+
+
+def test_torchrun_spreads_the_clips(world, wan, tmp_path, monkeypatch, capsys):
+    common = ["encode", "--data", str(world), "--wan", str(wan / "2.1"), "--size", "48x48", "--frames", "5",
+              "--mask", "0.5", "--mask-variants", "2", "--out"]
+    data.main([*common, str(tmp_path / "one")])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        data.main([*common, str(tmp_path / "two")])
+        assert len(read_lines(tmp_path / "two/index.jsonl")) == 4 * rank
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_the_script_exits_with_that_line(wan, tmp_path):
+    line = run(ROOT / "data.py", "encode", "--data", "none", "--wan", wan / "2.1", cwd=tmp_path, fails=True)
+    assert line.startswith("data.py: none/manifest.jsonl: no such file")
 
 
 def test_data_py_knows_no_world():
-    """Real data comes through the same door: nothing of the toy's is in there."""
-    text = (ROOT / "data.py").read_text()
-    assert "import toy" not in text and "import encoders" not in text
+    """Real data comes through the same door: nothing of the toy's is in these files."""
+    for name in ("data", "manifest", "pictures"):
+        assert "import toy" not in (ROOT / f"{name}.py").read_text()

@@ -12,7 +12,7 @@ from conftest import ROOT
 FILES = {
     "rope": (105, "checkpoint"),
     "model": (420, "rope kernels checkpoint"),
-    "data": (450, "manifest pictures encoders rope checkpoint"),
+    "data": (450, "importers manifest pictures encoders rope checkpoint"),
     "train": (610, "model data toy kernels rope checkpoint"),
     "sample": (460, "model data toy pictures encoders kernels rope checkpoint"),
     "kernels": (380, "rope checkpoint"),
@@ -21,6 +21,7 @@ FILES = {
     "pictures": (300, "rope checkpoint"),
     "toy": (625, "data manifest pictures encoders rope checkpoint"),
     "manifest": (330, "pictures rope checkpoint"),
+    "importers": (430, "pictures rope checkpoint"),
     "curate": (400, "data manifest pictures faces checkpoint"),
     "faces": (400, "checkpoint"),
     "eval": (600, "sample toy data pictures rope checkpoint"),

@@ -1,0 +1,401 @@
+"""Public multi-view sets and the folders of other trainers become manifests, without any face network.
+
+  mead        one actor, seven cameras at once: identity and view are in the path
+  nersemble   sixteen calibrated cameras: the view is a camera's azimuth
+  folders     captions and references as DiffSynth, musubi-tuner, diffusion-pipe, ai-toolkit and WildActor
+              write them
+`python data.py import` runs it.
+"""
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import UserError, as_user_error, atomic_file, is_text, lock, remove
+from pictures import VIDEOS, open_video, read_picture, view_of, watch_decoder
+from rope import VIEWS
+
+# -------------------------------------------------------------------------------------------- sets of others
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+COLUMNS = {"video": ("video", "file_name", "video_path", "path"),
+           "caption": ("caption", "prompt", "text", "cap"),
+           "references": ("references", "refs", "reference_image", "image_path", "control_path")}
+SWAP = {"left": "right", "right": "left"}
+
+
+def import_set(kind, root, out, mirror=False):
+    """Write out/manifest.jsonl for a set of one of KINDS in the folder `root`; returns the number of lines.
+
+    Nothing of the set is copied: out/source is a link to it and the manifest's paths begin there, so sets on
+    another disk and read-only ones will do. Of MEAD and NeRSemble, out/refs holds one frame of a take for
+    each reference. A row with any fault is left out, with its reason.
+    mirror  exchange left and right, for sets where they are the person's own
+    """
+    root, out = Path(root), Path(out)
+    if not root.is_dir():
+        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    if mirror and kind == "nersemble":
+        raise UserError("--mirror: NeRSemble's calibration says what is left")
+    inner, outer = out.resolve(), root.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise UserError(f"--out {out} and --root {root}: one lies in the other; choose another --out")
+    held = {f.name for f in out.iterdir() if f.name[0] != "."} if out.is_dir() else set()
+    if held and (held - {"manifest.jsonl", "refs", "source"} or (out / "source").resolve() != outer):
+        raise UserError(f"--out {out} holds something else than an import of {root}: choose another")
+    with lock(out):
+        if not held:
+            os.symlink(outer, out / "source", target_is_directory=True)
+        (out / "refs").mkdir(exist_ok=True)
+        kept, left_out, notes, used = {}, 0, {}, set()
+        with atomic_file(out / "manifest.jsonl") as temporary, open(temporary, "w") as file:
+            for name, row in KINDS[kind](root, out, mirror, notes):
+                try:
+                    line = check_row(row, out, used)
+                    video = os.path.realpath(out / line["video"])
+                    if video in kept:
+                        raise ValueError(f"its video is that of {kept[video]}")
+                except (ValueError, OSError) as error:
+                    name, left_out = name if name.isprintable() else ascii(name), left_out + 1
+                    print(f"{name} is left out: {' '.join(str(error).split())}", file=sys.stderr)
+                    continue
+                kept[video] = name
+                used |= {view["image"] for who in line["identities"] for view in who["views"].values()}
+                file.write(f"{json.dumps(line)}\n")
+            if not kept:
+                raise UserError(f"no video of {root} is of use, {left_out} rows are left out: is it laid out "
+                                f"like this? {' '.join(KINDS[kind].__doc__.split())}")
+        for old in (out / "refs").iterdir():
+            if f"refs/{old.name}" not in used:
+                remove(old)
+    for note, names in notes.items():
+        print(f"{note}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
+    print(f"{len(kept)} videos, {left_out} rows left out: {out}/manifest.jsonl")
+    return len(kept)
+
+
+def check_row(row, out, seen):
+    """A row of a KINDS function -> a line of the manifest. Raises ValueError with what is wrong with it.
+    seen: pictures that are known to be sound"""
+    if isinstance(row, Exception):
+        raise row
+    if not is_text(row["caption"]) or "\ufffd" in row["caption"]:
+        raise ValueError("its caption is not text in UTF-8")
+    if not row["caption"].strip():
+        raise ValueError("no caption")
+    video = file_in(out, row["video"])
+    try:
+        with watch_decoder(), open_video(video) as (container, stream):
+            next(container.decode(stream))
+            frames, fps = stream.frames, round(float(stream.average_rate or stream.guessed_rate), 3)
+        if not frames:  # not known before the end, as in a fragmented mp4
+            with watch_decoder(), open_video(video) as (container, stream):
+                frames = sum(packet.size > 0 for packet in container.demux(stream))
+    except UserError as error:
+        raise ValueError(f"{video.name}: {error}") from None
+    for who in row["identities"]:
+        for image in {view["image"] for view in who["views"].values()} - seen:
+            read_picture(file_in(out, image), (16, 16))
+    return {"video": row["video"], "caption": " ".join(row["caption"].split()),
+            "fps": int(fps) if fps.is_integer() else fps, "frames": frames,
+            "source": row["video"].removeprefix("source/"), "identities": row["identities"]}
+
+
+def file_in(folder, name):
+    """A path of the manifest in `folder` -> Path. Raises ValueError where it leads out of this folder and of
+    the one that its link "source" leads to, also through other links, or where no file is."""
+    real = Path(os.path.realpath(folder / as_name(name)))
+    bases = (os.path.realpath(folder), os.path.realpath(folder / "source"))
+    if ".." in Path(name).parts or os.path.isabs(name) or not any(map(real.is_relative_to, bases)):
+        raise ValueError(f"{name} leads out of the folder")
+    if not real.is_file():
+        raise ValueError(f"{name}: {'not a file' if real.exists() else 'no such file'}")
+    return real
+
+
+def as_name(value):
+    if not is_text(value) or re.search("[\0\ufffd]", value):  # \ufffd was no UTF-8
+        raise ValueError(f"{ascii(value)[:80]} is not a file name")
+    return value
+
+
+# ------------------------------------------------------------------------------------- MEAD and NeRSemble
+def middle_frame(out, video):
+    """Write the middle frame of source/<video>, at most 1024 pixels, into refs/ once; returns its name."""
+    name = f"refs/{video.removesuffix('.mp4').replace('/', '_')}.png"
+    if not (out / name).is_file():
+        with watch_decoder(), open_video(file_in(out, f"source/{video}")) as (container, stream):
+            middle = (container.start_time or 0) + (container.duration or 0) // 2  # microseconds
+            container.seek(middle)
+            for frame in container.decode(stream):
+                if frame.time is None or frame.time * 1e6 >= middle:
+                    break
+            image = frame.to_image().rotate(frame.rotation, expand=True)
+        image.thumbnail((1024, 1024))
+        with atomic_file(out / name) as temporary:
+            image.save(temporary, "PNG")
+    return name
+
+
+def takes_of(person, takes, angles, side, caption, out, pitches, most=8):
+    """Rows of a person whom several cameras saw at once: each take by each camera, with references from
+    other takes. `most` takes, evenly spaced, give pictures; of them the farthest from a row's own is used.
+
+    takes    {take: {camera: video in the set}}
+    angles   {camera: its yaw of a face that looks ahead}; None gives no reference
+    pitches  {camera: pitch}, where known
+    side     least |yaw| of a left or right view; the best is 60
+    caption  function of take and camera
+    """
+    names, n = sorted(takes), len(takes)
+    givers, cameras = {k * n // most for k in range(most)}, {}
+    for view, (low, best, high) in {"front": (-25, 0, 25), "left": (-90, -60, -side), "right": (side, 60, 90),
+                                    "back": (150, 180, 180)}.items():
+        turns = {c: abs(yaw) if view == "back" else yaw for c, yaw in angles.items() if yaw is not None}
+        cameras[view] = sorted((c for c in turns if low <= turns[c] <= high),
+                               key=lambda c: (math.hypot(turns[c] - best, pitches.get(c, 0)), c))
+    for i, take in enumerate(names):
+        others, views = sorted(givers - {i}, key=lambda k: (k - i - n // 2) % n), {}
+        for view, camera, k in ((v, c, k) for v in VIEWS for c in cameras[v] for k in others):
+            if view not in views and camera in takes[names[k]]:
+                with suppress(ValueError, OSError):  # damaged, as its own row says
+                    image = middle_frame(out, takes[names[k]][camera])
+                    known = {fact: facts[camera] for fact, facts in (("yaw", angles), ("pitch", pitches))
+                             if camera in facts}
+                    views[view] = {"image": image, **known, "cross": True}
+        for camera, video in sorted(takes[take].items()):
+            row = {"video": f"source/{video}", "caption": caption(take, camera),
+                   "identities": [{"id": person, "views": views}]}
+            yield video, row if "front" in views else ValueError("no front view in another take")
+
+
+def turned(yaw):
+    if abs(yaw) < 15:
+        return "seen from the front"
+    return f"turned {abs(yaw):.0f} degrees to the {'left' if yaw < 0 else 'right'}"
+
+
+def mead(root, out, mirror, notes):
+    """<actor>/video/<front|left_60|...>/<emotion>/level_<n>/<nnn>.mp4"""
+    sign, people = -1 if mirror else 1, {}
+    angles = {"front": 0, "left_30": -30 * sign, "left_60": -60 * sign, "right_30": 30 * sign,
+              "right_60": 60 * sign, "top": None, "down": None}
+    for path in sorted(root.glob("*/video/*/*/level_*/[!.]*.mp4")):
+        name = path.relative_to(root).as_posix()
+        person, _, camera, emotion, level, take = name.split("/")
+        if camera in angles:
+            people.setdefault(person, {}).setdefault((emotion, level, take), {})[camera] = name
+        else:
+            yield name, ValueError(f"no camera is called {camera}; expected {', '.join(angles)}")
+
+    def caption(take, camera):
+        view = {"top": "seen from above", "down": "seen from below"}.get(camera) or turned(angles[camera])
+        return f"a person speaks, {take[0]}, {take[1].replace('_', ' ')}, {view}"
+    for person, takes in people.items():
+        yield from takes_of(person, takes, angles, 30, caption, out, {})
+    notes[f"look at one: heads should look to the picture's left, else import again with{'out' * mirror} "
+          "--mirror"] = [f"{out}/refs/*{'right' if mirror else 'left'}_60*.png"]
+
+
+@np.errstate(all="ignore")
+def camera_angles(world_2_cam):
+    """{serial: 4 x 4, world to OpenCV camera} -> {serial: yaw}, {serial: pitch} in degrees, as cameras see a
+    head where all optical axes nearly meet. Up is across the rows of all pictures, as no camera is tilted.
+    Ahead is the cameras' mean direction from the head, as NeRSemble's rig is an arc around the face. For one
+    who looks at the head, a camera on the right of that direction sees it look to the picture's left, which
+    is yaw < 0, and one above it sees it look down, which is pitch < 0."""
+    poses = np.array(list(world_2_cam.values()), float).reshape(-1, 4, 4)
+    rotation, forward = poses[:, :3, :3], poses[:, 2, :3]
+    centres = -np.einsum("nji,nj->ni", rotation, poses[:, :3, 3])
+    across = np.eye(3) - forward[:, :, None] * forward[:, None]
+    head = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, centres))
+    away = centres - head
+    away /= np.linalg.norm(away, axis=1, keepdims=True)
+    _, spread, axes = np.linalg.svd(rotation[:, 0])
+    up = axes[2] * -np.sign(rotation[:, 1].mean(0) @ axes[2])
+    ahead = away.mean(0) - away.mean(0) @ up * up
+    if not (np.linalg.norm(ahead) > 0.1 and spread[1] > 0.1):  # or nan
+        raise ValueError("its cameras stand in one place or all around: what is in front?")
+    ahead /= np.linalg.norm(ahead)
+    yaw = -np.degrees(np.arctan2(away @ np.cross(up, ahead), away @ ahead))
+    pitch = -np.degrees(np.arcsin(np.clip(away @ up, -1, 1)))
+    return [dict(zip(world_2_cam, (angles.round(1) + 0).tolist())) for angles in (yaw, pitch)]
+
+
+def nersemble(root, out, mirror, notes):
+    """<participant>/sequences/<sequence>/images/cam_<serial>.mp4 and, beside sequences/,
+    calibration/camera_params.json"""
+    glasses = {}
+    if (root / "metadata_sequences.csv").is_file():
+        glasses = {str(row.get("ID")).zfill(3): str(row.get("wears_glasses") or "").strip().lower() not in
+                   ("", "0", "no", "false", "nan") for _, row in read_rows(root / "metadata_sequences.csv")}
+    says = {"EMO": "a person acts: {}", "EXP": "a person moves the {}", "SEN": 'a person says "{}"',
+            "HAIR": "a person shakes the hair", "FREE": "a person moves freely"}
+    people = {}
+    for path in sorted(root.glob("*/sequences/*/images/cam_*.mp4")):
+        name = path.relative_to(root).as_posix()
+        people.setdefault(path.parts[-5], {}).setdefault(path.parts[-3], {})[path.stem[4:]] = name
+    for person, takes in people.items():
+        calibration = root / person / "calibration/camera_params.json"
+        try:
+            angles, pitches = camera_angles(json.loads(calibration.read_text())["world_2_cam"])
+            if missing := {serial for videos in takes.values() for serial in videos} - angles.keys():
+                raise ValueError(f"not of camera {min(missing)}")
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            yield f"participant {person}", ValueError(f"its calibration is of no use ({error})")
+            continue
+
+        def caption(take, camera):
+            kind, _, words = take.partition("-")
+            words = re.sub(r"^\d+-|-\d+$", "", words).replace("_", " ").replace("+", " and ")
+            said = says.get(kind, f"a person, {take}").format(words)
+            return f"{said}{', with glasses' * glasses.get(person, False)}, {turned(angles[camera])}"
+        yield from takes_of(person, takes, angles, 35, caption, out, pitches)
+
+
+# -------------------------------------------------------------------------------------- folders of trainers
+def read_rows(path):
+    """Yield (name, row) of a .csv, .jsonl or .json file of rows; a row that is none is an error instead."""
+    with as_user_error(path):
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="further"))
+        elif path.suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise ValueError("not a list of rows")
+        else:
+            rows = [line for line in text.split("\n") if line.strip()]
+    for n, row in enumerate(rows, 1):
+        try:
+            row = json.loads(row) if path.suffix == ".jsonl" else row
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError) as error:
+            row = ValueError(f"not a JSON object, perhaps cut short ({error})")
+        yield f"{path.name} row {n}", row
+
+
+def folders(root, out, mirror, notes):
+    """metadata.csv, .jsonl or .json with columns video, caption and perhaps references; or videos, each with
+    <stem>.txt and perhaps refs/<stem>/front.png, or refs/<stem>/<n>/front.png for several people. What a row
+    lacks is looked for beside its video."""
+    tables = [f for f in sorted(root.iterdir()) if f.suffix in (".csv", ".jsonl", ".json")
+              and f.name[0] != "." and f.is_file()]
+    tables = [f for f in tables if f.stem == "metadata"] or tables
+    if len(tables) > 1:
+        raise UserError(f"{root}: which of {', '.join(f.name for f in tables)} lists its videos? "
+                        "Name it metadata, and no other")
+    if tables:
+        rows = read_rows(tables[0])
+    else:
+        rows = ((name, {"video": name}) for name in sorted(
+            path.relative_to(root).as_posix() for path in root.rglob("[!.]*")
+            if path.suffix.lower() in VIDEOS and not path.stem.endswith("_mask")))
+    for name, row in rows:
+        try:
+            yield name, row if isinstance(row, Exception) else read_row(root, row, name, mirror, notes)
+        except (ValueError, OSError) as error:
+            yield name, error
+
+
+def read_row(root, row, name, mirror, notes):
+    """A row of a table -> one for check_row. Raises ValueError or OSError."""
+    def first(kind):
+        return next((row[key] for key in COLUMNS[kind] if row.get(key) not in (None, "")), None)
+
+    def inside(path):
+        """As the manifest names it. A full path into the set is as good."""
+        path = Path(as_name(path))
+        for base in (root.absolute(), root.resolve()):
+            path = path.relative_to(base) if path.is_relative_to(base) else path
+        return ("source" / path).as_posix()
+    if first("video") is None:
+        raise ValueError(f"no video; expected one of the columns {', '.join(COLUMNS['video'])}")
+    video = inside(first("video"))
+    path, caption = root / video.removeprefix("source/"), first("caption")
+    people, identities = read_people(row, first("references")), []
+    if path.resolve().is_relative_to(root.resolve()):
+        if caption is None and path.with_suffix(".txt").is_file():
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+        people = people or people_beside(root, path)
+    for k, pictures in enumerate(people, 1):
+        views, who = {}, f"{video.removeprefix('source/').removesuffix(path.suffix)}_{k}"
+        if is_text(row.get("actor_id")) and len(people) == 1:
+            who = row["actor_id"]
+        for n, picture in enumerate(pictures):
+            view, image, facts = read_reference(picture, n, name, notes)
+            view = SWAP.get(view, view) if mirror else view
+            if view in views and isinstance(picture, str):
+                raise ValueError(f"{image}: a second {view} view of one person; write a list for each person")
+            if view and view not in views:
+                views[view] = {"image": inside(image), **facts}
+                if mirror and facts["yaw"]:
+                    views[view]["yaw"] = -facts["yaw"]
+        if views:
+            identities.append({"id": who, "views": views})
+    return {"video": video, "caption": caption or "", "identities": identities}
+
+
+def read_people(row, value):
+    """A row's references -> a list of pictures for each person, each a name or an object of WildActor's.
+    A flat list is one person; text is a JSON list or names separated by ";"."""
+    if value is None:
+        numbered = {int(key[13:]): row[key] for key in row if re.fullmatch(r"control_path_\d{1,4}", str(key))}
+        value = [numbered[n] for n in sorted(numbered) if numbered[n]]
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"its references are no JSON list: {value[:60]}") from None
+    elif isinstance(value, str):
+        value = [name for name in value.split(";") if name.strip()]
+    people = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    if not all(isinstance(person, list) and all(isinstance(picture, (str, dict)) for picture in person)
+               for person in people):
+        raise ValueError("its references are no list of file names, nor one list for each person")
+    return [sorted(person, key=lambda p: isinstance(p, dict) and p.get("region") != "face")
+            for person in people if person]
+
+
+def read_reference(picture, n, name, notes):
+    """The n-th picture of a person -> view or None, file name, what else is known."""
+    if isinstance(picture, str):
+        try:
+            return *view_of(picture), {"yaw": None, "cross": False}
+        except UserError:
+            if n:
+                raise
+        notes.setdefault("references have no view in their names and count as front", []).append(name)
+        return "front", picture, {"yaw": None, "cross": False}
+    view, yaw, origin = picture.get("view"), picture.get("angle"), picture.get("metadata")
+    if view not in VIEWS or picture.get("region") == "three_view":
+        notes.setdefault("references are of no view that is used here", []).append(name)
+        return None, None, None
+    if not isinstance(yaw, (int, float)) or not -360 <= yaw <= 360:
+        yaw = None
+    elif view in SWAP:  # WildActor does not say what its own sign means
+        yaw = abs(yaw) if view == "right" else -abs(yaw)
+    origin = origin.get("source") if isinstance(origin, dict) else None
+    return view, picture.get("path"), {"yaw": yaw, "cross": origin not in (None, "self_crop")}
+
+
+def people_beside(root, video):
+    """The pictures in refs/<stem> beside a video, or at the top of the set, as read_people gives them."""
+    for folder in (video.parent / "refs" / video.stem, root / "refs" / video.stem):
+        if folder.is_dir():
+            numbered = [f for f in folder.iterdir() if re.fullmatch(r"\d{1,4}", f.name) and f.is_dir()]
+            people = [sorted(f.relative_to(root).as_posix() for f in person.iterdir()
+                             if f.suffix.lower() in PICTURES and f.name[0] != ".")
+                      for person in sorted(numbered, key=lambda f: int(f.name)) or [folder]]
+            return [person for person in people if person]
+    return []
+
+
+KINDS = {"mead": mead, "nersemble": nersemble, "folders": folders}
