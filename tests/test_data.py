@@ -410,7 +410,7 @@ def test_a_damaged_empty_caption_is_one_line_that_names_it(tmp_path):
 def encoding(kind, request):
     """Samples and encoders: slow ones without networks, the toy's, and Wan's own, small and random."""
     if kind == "plain":
-        return [sample(n, ("front", "left"), ("front",)) for n in range(70)], lambda: Plain(0.001)
+        return [sample(n, ("front", "left"), ("front",)) for n in range(70)], lambda: Plain(0.0003)
     root = request.getfixturevalue("tmp_path_factory").mktemp(kind)
     size, frames = SIZES[kind]
     count = {"toy": (30, 20), "wan": (2, 1)}[kind]
