@@ -1,0 +1,304 @@
+"""manifest.py: which lines are used and why others are not; clips as samples; what `data.py show` shows."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pictures import damage, encode, gradient, noise
+
+import manifest
+import toy
+from checkpoint import UserError
+from manifest import read_manifest, samples_of
+from pictures import read_frames, read_picture, to_bytes
+from rope import VIEWS
+
+
+def entry(**changes):
+    person = {"id": "ann", "views": {"front": {"image": "refs/a.png", "cross": True}}}
+    return {"video": "clips/a.mp4", "caption": "a woman nods", "identities": [person]} | changes
+
+
+def views(**pictures):
+    return entry(identities=[{"id": "ann", "views": pictures}])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files of the names that entry() has; what is in them does not matter to read_manifest."""
+    for name in ("clips/a.mp4", "refs/a.png", "clips/gelb und grün 黄.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def write(folder, *lines, end="\n"):
+    text = end.join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "manifest.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def one_line(error):
+    return "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+# --------------------------------------------------------------------------------------- which lines are used
+@pytest.mark.parametrize("text", [
+    "{0}\n{1}\n", "{0}\n{1}", "\ufeff{0}\n{1}\n", "{0}\r\n{1}\r\n", "\ufeff{0}\r\n\r\n  \r\n{1}",
+    "\n\n{0}\n\n{1}\n\n"])
+def test_lines_are_read_whatever_ends_them(text, folder, capsys):
+    entries = [entry(caption="one\u2028line\x85of \u00fc"), entry(fps=16, frames=81, sha256="x", source="y")]
+    write(folder, text.format(*(json.dumps(e, ensure_ascii=False) for e in entries)))
+    assert read_manifest(folder) == entries == read_manifest(str(folder))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+def test_names_in_any_language_are_found(escaped, folder):
+    named = entry(video="clips/gelb und grün 黄.mp4", caption="Bär")
+    write(folder, json.dumps(named, ensure_ascii=escaped))
+    assert read_manifest(folder) == [named]
+
+
+def test_other_keys_are_kept_and_people_may_be_many(folder):
+    person = entry()["identities"][0]
+    nobody = {"views": {}}
+    rich = entry(identities=[person | {"age": 3}, person, nobody], note=[1, {}])
+    rich["identities"][0]["views"] = {v: {"image": "refs/a.png", "yaw": 3.0, "cross": False} for v in VIEWS}
+    write(folder, rich)
+    assert read_manifest(folder) == [rich]
+
+
+def test_a_half_written_last_line_is_left_out_and_counted(folder, capsys):
+    whole = json.dumps(entry())
+    for length in range(1, len(whole), 7):
+        write(folder, whole, whole[:length])
+        assert read_manifest(folder) == [entry()]
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].startswith(f"{folder}/manifest.jsonl line 2 left out: JSONDecodeError ")
+        assert said[1] == f"{folder}/manifest.jsonl: 1 lines read, 1 left out"
+
+
+JUNK = {  # a line -> its reason
+    "null": "TypeError", "[]": "TypeError", "3": "TypeError", '"x"': "TypeError", "{}": "KeyError 'video'",
+    "x": "JSONDecodeError", '{"video": "clips/a.mp4"': "JSONDecodeError", "\0": "JSONDecodeError",
+    "[" * 100_000: "RecursionError", '{"video": 1' + "0" * 5000 + "}": "ValueError",
+    "\ud800": "JSONDecodeError", json.dumps(entry()) + " {}": "JSONDecodeError Extra data",
+}
+BAD = [  # a line, its reason
+    (entry(video=None), "no text"), (entry(video=3), "no text"), (entry(video=["clips/a.mp4"]), "no text"),
+    (entry(video=""), "no such file"), (entry(video="clips"), "no such file"),
+    (entry(video="clips/b.mp4"), "clips/b.mp4: no such file"),
+    (entry(video="\ud800.mp4"), "no text"), (entry(video="a\0b"), "no such file"),
+    (entry(video="x" * 300), "too long|no such file"), (entry(video="x/" * 5000), "too long|no such file"),
+    (entry(video="../a.mp4"), "leaves the folder"), (entry(video="clips/../../a.mp4"), "leaves the folder"),
+    (entry(video="clips/../clips/a.mp4"), "leaves the folder"),
+    (entry(video="/etc/passwd"), "leaves the folder"),
+    (entry(video="//etc/passwd"), "leaves the folder"), (entry(video="~/a.mp4"), "no such file"),
+    (entry(video="file:///etc/passwd"), "no such file"), (entry(video="http://x/a.mp4"), "no such file"),
+    (entry(caption=None), "no text"), (entry(caption=""), "no text"), (entry(caption=" \n"), "no text"),
+    (entry(caption=["x"]), "no text"), (entry(caption="\udcff"), "no text"),
+    ({"video": "clips/a.mp4", "identities": []}, "KeyError 'caption'"),
+    ({"video": "clips/a.mp4", "caption": "x"}, "KeyError 'identities'"),
+    (entry(identities=None), ""), (entry(identities=3), "TypeError"), (entry(identities="ann"), "TypeError"),
+    (entry(identities={"ann": {}}), "TypeError"), (entry(identities=[]), "nobody in it"),
+    (entry(identities=[None]), "TypeError"), (entry(identities=[{}]), "KeyError 'views'"),
+    (entry(identities=[{"views": None}]), "AttributeError"),
+    (entry(identities=[{"views": []}]), "AttributeError"),
+    (views(side={"image": "refs/a.png"}), "view 'side'; expected front, left, right, back"),
+    (views(**{"\ud800": {"image": "refs/a.png"}}), r"view '\\ud800'"),
+    (views(front=None), "TypeError"), (views(front="refs/a.png"), "TypeError"),
+    (views(front={}), "KeyError 'image'"),
+    (views(front={"image": None}), "TypeError"), (views(front={"image": 3}), "TypeError"),
+    (views(front={"image": ["refs/a.png"]}), "TypeError"), (views(front={"image": ""}), "no such file"),
+    (views(front={"image": "refs/b.png"}), "refs/b.png: no such file"),
+    (views(front={"image": "refs/\ud83d.png"}), "no such file|surrogates"),
+    (views(front={"image": "../a.png"}), "leaves the folder"),
+    (views(front={"image": "/a.png"}), "leaves the folder"),
+    (views(front={"image": "x" * 300}), "too long|no such file"),
+    (views(front={"image": "refs/a.png"}, left={"image": "/etc/passwd"}), "leaves the folder"),
+]
+
+
+@pytest.mark.parametrize("line, reason", [*JUNK.items(), *BAD], ids=lambda value: ascii(value)[:60])
+def test_a_line_that_cannot_be_used_has_a_reason_and_the_rest_is_read(line, reason, folder, capsys):
+    write(folder, entry(), line, entry(caption="last"))
+    assert [e["caption"] for e in read_manifest(folder)] == ["a woman nods", "last"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and re.search(f"^{folder}/manifest.jsonl line 2 left out: .*({reason})", said[0])
+    assert len(said[0]) <= 300 and said[1].endswith("manifest.jsonl: 2 lines read, 1 left out")
+    "".join(said).encode()  # it can be printed
+
+
+def test_bytes_that_are_no_text_cost_their_line_alone(folder, capsys):
+    good = json.dumps(entry()).encode()
+    (folder / "manifest.jsonl").write_bytes(good + b"\n\xff\xfe\0\n" + good + b"\n" + good[:-3] + b"\xff")
+    assert read_manifest(folder) == [entry()] * 2
+    assert "2 lines read, 2 left out" in capsys.readouterr().out
+
+
+def test_fuzzed_manifests_never_surprise(folder, capsys):
+    rng, whole = random.Random(0), json.dumps(entry()).encode()
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 8))):
+            content[rng.randrange(len(content))] = rng.choice(b'"{}[],:0/.\\\xff\nun')
+        (folder / "manifest.jsonl").write_bytes(content + b"\n" + whole + b"\n")
+        found = read_manifest(folder)
+        assert found[-1] == entry()
+        samples_of(folder, [(32, 32)], [5], 16)  # no key that it reads may be missing
+    capsys.readouterr().out.encode()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"x\ny\n", b"{}\n[]\nnull\n"])
+def test_all_lines_bad_is_one_line(content, folder):
+    (folder / "manifest.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="manifest.jsonl holds no line that can be used") as error:
+        read_manifest(folder)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("there", ["nothing", "folder"])
+def test_no_manifest_is_one_line_that_says_who_writes_one(there, tmp_path):
+    if there == "folder":
+        (tmp_path / "manifest.jsonl").mkdir()
+    with pytest.raises(UserError, match="manifest.jsonl: no such file; curate.py writes one") as error:
+        read_manifest(tmp_path)
+    assert one_line(error)
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+def videos(folder, **kinds):
+    """A manifest of videos: name -> (frames, height, width)."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (10, 20), "red").save(folder / "front.png")
+    lines = []
+    for name, (frames, height, width) in kinds.items():
+        encode(folder / f"{name}.mp4", gradient(frames, height, width))
+        lines.append(views(front={"image": "front.png"}, left={"image": "front.png", "cross": True}))
+        lines[-1] |= {"video": f"{name}.mp4", "caption": name}
+    write(folder, *lines)
+
+
+def test_a_clip_gets_the_nearest_size_and_the_most_frames(tmp_path):
+    videos(tmp_path, wide=(16, 64, 112), square=(9, 64, 64), tall=(21, 112, 64), almost=(8, 64, 76))
+    sizes = [(32, 56), (48, 48), (56, 32)]
+    found = {s.caption: s for s in samples_of(tmp_path, sizes, [13, 5, 9], 16)}
+    shapes = {name: tuple(sample.read_video().shape) for name, sample in found.items()}
+    assert shapes == {"wide": (3, 13, 32, 56), "square": (3, 9, 48, 48), "tall": (3, 13, 56, 32),
+                      "almost": (3, 5, 48, 48)}
+    for name, sample in found.items():  # its pictures have its size
+        (person,), (cross,) = sample.people, sample.cross
+        assert list(person) == list(cross) == ["front", "left"] and cross == {"front": False, "left": True}
+        assert person["front"]().shape[1:] == shapes[name][2:]
+        assert sample.source == f"{name}.mp4" and re.fullmatch("[0-9a-f]{20}", sample.name)
+    assert len({sample.name for sample in found.values()}) == 4
+
+
+def test_shapes_are_compared_as_ratios(tmp_path):
+    """Twice as wide is as far from a square as twice as high is."""
+    videos(tmp_path, wide=(5, 32, 44), tall=(5, 44, 32))
+    for sizes in ([(32, 32), (32, 64)], [(32, 32), (64, 32)]):
+        assert [s.read_video().shape[2:] for s in samples_of(tmp_path, sizes, [5], 16)] == [(32, 32)] * 2
+
+
+def test_frames_and_pictures_are_those_of_the_files(tmp_path):
+    videos(tmp_path, a=(9, 64, 96))
+    sample, = samples_of(tmp_path, [(64, 96)], [5], 16)
+    video = sample.read_video()
+    assert video.abs().max() <= 1 and video.dtype == torch.float32
+    for f, frame in zip(range(5), read_frames(tmp_path / "a.mp4", 16)):
+        assert np.array_equal(to_bytes(video[:, f]).permute(1, 2, 0).numpy(), frame)
+    assert torch.equal(sample.people[0]["front"](), read_picture(tmp_path / "front.png", (64, 96)))
+    # half the rate, every second frame; and where the shape differs, the middle
+    half, = samples_of(tmp_path, [(64, 96)], [5], 8)
+    assert torch.equal(half.read_video()[:, 1], video[:, 2])
+    middle = samples_of(tmp_path, [(64, 64)], [5], 16)[0].read_video()
+    assert float((middle - video[..., 16:80]).abs().mean()) < 0.01
+
+
+def test_a_name_is_its_lines_own(tmp_path):
+    videos(tmp_path, a=(5, 32, 32))
+    line = read_manifest(tmp_path)[0]
+    again = dict(reversed(line.items()))  # the same in another order
+    write(tmp_path, line, again, line | {"caption": "b"})
+    names = [sample.name for sample in samples_of(tmp_path, [(32, 32)], [5], 16)]
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("short", "8 frames at 16 a second, expected at least 9"), ("damaged", "damaged, as the decoder says"),
+    ("text", "damaged or no video"), ("tiny", "too small"), ("picture", "front.png: not a readable picture")])
+def test_what_cannot_be_read_is_an_error_when_it_is_read(kind, says, tmp_path):
+    videos(tmp_path, a=(8 if kind == "short" else 17, 64, 64))
+    path = tmp_path / "a.mp4"
+    if kind == "damaged":
+        encode(path, noise(17))
+        damage(path)
+    if kind == "text":
+        path.write_text("x")
+    if kind == "tiny":
+        encode(path, gradient(9, 8, 8))
+    if kind == "picture":
+        (tmp_path / "front.png").write_text("x")
+    sample, = samples_of(tmp_path, [(64, 64)], [9, 17], 16)
+    with pytest.raises(UserError, match=says) as error:
+        sample.people[0]["front"]()
+        sample.read_video()
+    assert one_line(error)
+
+
+# ---------------------------------------------------------------------------------------------------- showing
+def test_show_counts_and_writes_a_sheet(tmp_path, capsys):
+    (tmp_path / "world").mkdir()
+    toy.write_samples(tmp_path / "world", 32, 9, 8)
+    capsys.readouterr()
+    manifest.show(tmp_path / "world", 2, tmp_path / "show.png")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "4 clips, 4 identities; clips by number of people: {1: 2, 2: 2}"
+    assert said[1] == "references: 6 front, 6 left, 6 right, 6 back; 24 of 24 from another clip than theirs"
+    caption = (tmp_path / "world/captions.txt").read_text().splitlines()[2]
+    assert said[2:] == [f"clip3.mp4: {caption}", str(tmp_path / "show.png")]
+    with Image.open(tmp_path / "show.png") as sheet:  # two people, eight frames of them, and words
+        assert sheet.format == "PNG" and sheet.width > 2 * 224 + 8 * 448 and sheet.height > 224
+        for x in (6, 6 + 448 + 6, sheet.width - 448):
+            assert len(sheet.crop((x, 6, x + 448, 230)).convert("P").getcolors()) > 20
+
+
+def test_show_counts_people_of_any_name(tmp_path, capsys):
+    videos(tmp_path, a=(5, 32, 32), b=(5, 32, 32), c=(5, 32, 32), d=(5, 32, 32))
+    lines = read_manifest(tmp_path)
+    for line, name in zip(lines, (["list"], {"a": 1}, None, ["list"]), strict=True):
+        line["identities"][0]["id"] = name
+    del lines[2]["identities"][0]["views"]["left"]
+    write(tmp_path, *lines)
+    manifest.show(tmp_path, 0, tmp_path / "x.png")
+    said = capsys.readouterr().out
+    assert said.startswith("4 clips, 3 identities; clips by number of people: {1: 4}\n")
+    assert "4 front, 3 left, 0 right, 0 back; 3 of 7 from another clip" in said
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("index", "--index 1: the set has 1 clips, from 0 on"),
+    ("damaged", "a.mp4: damaged, as the decoder says"), ("text", "a.mp4: damaged or no video"),
+    ("picture", "front.png: not a readable picture"),
+    ("video as out", "a.mp4 is one of the inputs"), ("picture as out", "front.png is one of the inputs"),
+    ("manifest as out", "manifest.jsonl is one of the inputs"),
+    ("link as out", "link.png is one of the inputs")])
+def test_what_cannot_be_shown_is_one_line_that_names_it(kind, says, tmp_path, capsys):
+    videos(tmp_path, a=(17, 64, 64))
+    if kind == "damaged":
+        encode(tmp_path / "a.mp4", noise(17))
+        damage(tmp_path / "a.mp4")
+    if kind in ("text", "picture"):
+        (tmp_path / {"text": "a.mp4", "picture": "front.png"}[kind]).write_text("x")
+    (tmp_path / "link.png").symlink_to(tmp_path / "front.png")
+    out = {"video": "a.mp4", "picture": "front.png", "manifest": "manifest.jsonl", "link": "link.png"}
+    out = out.get(kind.split()[0], "x.png") if kind.endswith("as out") else "x.png"
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=says) as error:
+        manifest.show(tmp_path, int(kind == "index"), tmp_path / out)
+    assert one_line(error) and {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
