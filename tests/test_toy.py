@@ -2,6 +2,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+import time
 from dataclasses import replace
 
 import av
@@ -13,7 +14,10 @@ from PIL import Image
 from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
 
 import data
+import pictures
 import toy
+from manifest import read_manifest
+from model import CONFIGS
 from pictures import from_bytes, read_picture, to_bytes, to_image
 from rope import VIEWS, UserError
 
@@ -309,17 +313,18 @@ def test_a_sweep_is_drawn_twice_as_often_where_references_are_cross_pair(tmp_pat
 
 def render(root, log):
     """render_cache and encode_cache, with a line in `log` for everything that is computed."""
-    for module, name in ((toy, "render_training"), (data, "encode_clips")):
+    for module, name in ((toy, "render_training"), (data, "encode")):
         function = getattr(module, name)
 
         def logging(*arguments, function=function, name=name):
             with open(log, "a") as file:
                 file.write(f"{name}\n")
+            time.sleep(0.2)  # so that the others come meanwhile
             return function(*arguments)
 
         setattr(module, name, logging)
     folder = toy.render_cache(root, *TWO_CLIPS)
-    data.encode_cache(folder, toy.ToyEncoders(folder, 32))
+    toy.encode_cache(folder, toy.ToyEncoders(folder, 32))
 
 
 def test_processes_that_share_a_cache_wait_for_one_another(tmp_path):
@@ -327,7 +332,7 @@ def test_processes_that_share_a_cache_wait_for_one_another(tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sorted((tmp_path / "log").read_text().split()) == ["encode_clips"] * 2 + ["render_training"] * 2
+    assert sorted((tmp_path / "log").read_text().split()) == ["encode", *["render_training"] * 2]
     assert not list(tmp_path.rglob(".unfinished-*"))
 
 
@@ -338,6 +343,80 @@ def test_what_a_killed_rendering_leaves_is_removed_by_the_next(tmp_path):
     assert list(tmp_path.glob(".unfinished-*"))
     folder = toy.render_cache(tmp_path, *TWO_CLIPS)
     assert {path.name for path in tmp_path.iterdir()} == {".cache-lock", folder.name}
+
+
+def test_samples_are_what_is_in_the_cache(cache):
+    pairs, folder = cache
+    views = VIEWS if pairs == "cross" else toy.IN_PAIR_VIEWS
+    samples = toy.training_samples(folder, pairs)
+    assert [sample.caption for sample in samples] == (folder / "captions.txt").read_text().splitlines()
+    assert len({sample.name for sample in samples}) == 4
+    for people, name in ((1, "one"), (2, "two")):
+        tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
+        for i, sample in enumerate(samples[2 * people - 2 : 2 * people]):
+            assert torch.equal(sample.read_video(), from_bytes(tensors["video"][i]))
+            assert sample.cross == [dict.fromkeys(views, pairs == "cross")] * people
+            for k, person in enumerate(sample.people):
+                assert tuple(person) == views and len(sample.people) == people
+                for view, read in person.items():
+                    assert torch.equal(read(), from_bytes(tensors["refs"][i, k, VIEWS.index(view)]))
+
+
+def test_a_cache_is_encoded_once_and_another_mask_is_another_set(tmp_path, monkeypatch, encoders):
+    folder = toy.render_cache(tmp_path, *TWO_CLIPS)
+    first = toy.encode_cache(folder, encoders)
+    masked = toy.encode_cache(folder, encoders, mask=0.5)
+    assert len({first, masked}) == 2 and data.Dataset(masked).settings["variants"] == 4
+    assert data.Dataset(first).settings["variants"] == 1 and len(data.Dataset(first).index) == 4
+    monkeypatch.setattr(data, "encode", None)
+    assert toy.encode_cache(folder, encoders) == first
+    assert toy.encode_cache(folder, encoders, mask=0.5) == masked
+    with pytest.raises(TypeError):
+        toy.encode_cache(folder, encoders, mask=0.25)
+    with pytest.raises(TypeError):
+        toy.encode_cache(folder, encoders, "in")
+    monkeypatch.setattr(toy, "source_hash", lambda *modules: "newcode")
+    with pytest.raises(TypeError):
+        toy.encode_cache(folder, encoders)
+
+
+def test_a_killed_encoding_goes_on(tmp_path):
+    """And the next one leaves nothing behind of it."""
+    folder = toy.render_cache(tmp_path, 32, 2, (60, 40))
+    small = toy.ToyEncoders(folder, 32)
+    process = fork(toy.encode_cache, folder, small)
+    wait_for(lambda: len(list(folder.glob("toy-*/*/*.safetensors"))) > 20)
+    kill(process)
+    assert not list(folder.glob("toy-*/index.jsonl"))
+    result = toy.encode_cache(folder, small)
+    assert len(data.Dataset(result).index) == 100
+    there = names(result)
+    assert len(there) == len(list(result.iterdir())) - 1 + 101  # folders and lists, a file a sample, "empty"
+    assert not [name for name in there if "/." in name or name.startswith((".", "done"))]
+
+
+def test_the_encoded_cache_is_a_set_that_the_presets_train_on(cache, encoders):
+    pairs, folder = cache
+    dataset = data.Dataset(toy.encode_cache(folder, encoders, pairs))
+    dataset.check(CONFIGS["toy"])
+    assert dataset.people == [1, 2]
+    assert dataset.views == list(VIEWS if pairs == "cross" else toy.IN_PAIR_VIEWS)
+    for n, sample in enumerate(toy.training_samples(folder, pairs)):
+        views = (("left", "front"),) * len(sample.people)
+        x0, _, refs, vit = dataset.batch(views, [n], [torch.Generator().manual_seed(n)], "cpu")
+        assert torch.equal(encoders.decode(x0)[0], sample.read_video())  # pixels come back as they were
+        for k, person in enumerate(sample.people):
+            assert torch.equal(encoders.decode(refs[k]["left"][:, :, None])[0, :, 0], person["left"]())
+            assert torch.equal(vit[k], encoders.features(person["front"]()[None]).half().float())
+
+
+def test_a_caption_reads_the_same_in_any_batch(encoders):
+    """Which captions are encoded together depends on what an earlier run had done."""
+    captions = [toy.caption(clip) for clip in toy.draw_clips(20, 1, 0) + toy.draw_clips(20, 2, 0)]
+    together = encoders.text(captions)
+    for caption, tokens in zip(captions, together, strict=True):
+        alone = encoders.text([caption])[0]
+        assert torch.equal(tokens[: len(alone)].half(), alone.half()) and not tokens[len(alone) :].any()
 
 
 @pytest.mark.parametrize("file", ["captions.txt", "one.safetensors", "two.safetensors"])
@@ -351,7 +430,7 @@ def test_a_damaged_cache_says_that_deleting_it_mends_it(file, damage, tmp_path, 
     if damage != "missing":
         path.write_bytes(broken[damage])
     with pytest.raises(UserError, match="is damaged .*: delete its folder, it is made again") as error:
-        data.encode_cache(folder, encoders)
+        toy.encode_cache(folder, encoders)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     shutil.rmtree(folder)
     assert (toy.render_cache(tmp_path, *TWO_CLIPS) / file).read_bytes() == content
@@ -359,7 +438,7 @@ def test_a_damaged_cache_says_that_deleting_it_mends_it(file, damage, tmp_path, 
 
 # -------------------------------------------------------------------------------------------------------- CLI
 PICTURES = [f"{name}_{view}.png" for name in toy.NAMES for view in VIEWS]
-SAMPLES = sorted([*PICTURES, "captions.txt", *(f"clip{n}.mp4" for n in (1, 2, 3, 4))])
+SAMPLES = sorted([*PICTURES, "captions.txt", "manifest.jsonl", *(f"clip{n}.mp4" for n in (1, 2, 3, 4))])
 
 
 def test_samples_are_files_to_look_at(tmp_path):
@@ -373,10 +452,25 @@ def test_samples_are_files_to_look_at(tmp_path):
             assert container.streams.video[0].average_rate == 5
         assert len(frames) == 3 and frames[0].shape == (256, 512 if "two people" in caption else 256, 3)
     four = toy.pick(toy.benchmark_people(), range(4))
-    pictures = toy.render_references(four, toy.BENCHMARK_SEED, 32).flatten(0, 1)
-    for name, picture in zip(PICTURES, pictures, strict=True):
+    references = toy.render_references(four, toy.BENCHMARK_SEED, 32).flatten(0, 1)
+    for name, picture in zip(PICTURES, references, strict=True):
         read = read_picture(tmp_path / "x" / name, (32, 32))
         assert torch.equal(to_bytes(read), to_bytes(picture))
+
+
+def test_samples_come_with_a_manifest(tmp_path, capsys):
+    """As real videos: the caption's people in its order, on whom every reference is a cross-pair."""
+    toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
+    said = capsys.readouterr().out.splitlines()
+    lines = read_manifest(tmp_path)
+    assert not capsys.readouterr().out
+    assert [line["caption"] for line in lines] == (tmp_path / "captions.txt").read_text().splitlines()
+    for n, (line, words) in enumerate(zip(lines, said, strict=True), 1):
+        people = [person["id"] for person in line["identities"]]
+        assert line["video"] == f"clip{n}.mp4" and f"clip{n}.mp4, {' and '.join(people)}: " in words
+        assert ("two people" in line["caption"]) == (len(people) == 2)
+        for person in line["identities"]:
+            assert person["views"] == {v: {"image": f"{person['id']}_{v}.png", "cross": True} for v in VIEWS}
 
 
 @pytest.mark.parametrize("place", range(0, 24, 5))
@@ -384,16 +478,16 @@ def test_samples_never_overwrite_half_a_file(place, tmp_path, monkeypatch):
     """The disk is full in the middle of a file: what was there stays, what came before is whole."""
     for name in SAMPLES:
         (tmp_path / name).write_text("old")
-    pictures = []
+    drawn = []
 
     def full(picture, *size):
-        pictures.append(picture)
-        if len(pictures) > place:
+        drawn.append(picture)
+        if len(drawn) > place:
             raise FULL_DISK
         return real(picture, *size)
 
     real = to_image
-    for module in (data, toy):
+    for module in (pictures, toy):
         monkeypatch.setattr(module, "to_image", full)
     with pytest.raises(OSError, match="No space left"):
         toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
