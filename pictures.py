@@ -3,6 +3,7 @@ which say what to make of them. Pictures and videos are tensors in -1..1, [3, H,
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -182,26 +183,29 @@ def open_video(path):
 
 def read_frames(path, fps, short_side=None):
     """Yield a video's pictures uint8 [H, W, 3], fps a second: each is the last frame that began by then,
-    whatever the source's rate; upright, of even sides, alpha on white, larger ones shrunk to short_side.
-    Raises UserError with the reason for a video that cannot be read to its end."""
+    whatever the source's rate; upright, of even sides, alpha on white, larger ones
+    shrunk to short_side. Raises UserError with the reason where it cannot be read to its end."""
     with open_video(path) as (container, stream):
-        rate = min(max(float(stream.guessed_rate or 25), 1), 240)
-        start = last = None
-        due = passed = seconds = 0
-        for frame in container.decode(stream):
-            seconds = passed / rate if frame.time is None else frame.time
-            start, passed = (seconds if start is None else start), passed + 1
-            if seconds - start > due / fps + 60:
+        rate = min(float(stream.guessed_rate or 25), 240)
+        frames = ((frame, n / rate if frame.time is None else frame.time)
+                  for n, frame in enumerate(container.decode(stream)))
+        first = shape = None
+        due = 0  # pictures so far
+        for (frame, began), after in itertools.pairwise(itertools.chain(frames, [None])):
+            first = began if first is None else first
+            end = after[1] if after else began + 1 / rate
+            total = math.ceil((end - first - 1e-3) * fps)  # pictures that are due before its end
+            if total > due + 60 * fps:
                 raise UserError("its time stamps jump")
-            while last and due / fps < seconds - start - 1e-3:
-                yield to_picture(last, stream, short_side)
-                due += 1
-            last = frame
-        if not last:
+            if total > due:
+                picture = to_picture(frame, stream, short_side)
+                shape = shape or picture.shape
+                if picture.shape != shape:
+                    raise UserError("its pictures change size")
+                yield from itertools.repeat(picture, total - due)
+                due = total
+        if not due:
             raise UserError("no frames in it")
-        while not due or due / fps < seconds - start + 1 / rate - 1e-3:
-            yield to_picture(last, stream, short_side)
-            due += 1
 
 
 @contextlib.contextmanager
@@ -223,8 +227,7 @@ def watch_decoder():
 
 def to_picture(frame, stream, short_side=None):
     """A decoded frame -> uint8 [H, W, 3]."""
-    aspect = float(stream.sample_aspect_ratio or 1)
-    height, width = frame.height, frame.width * (aspect if 0.1 < aspect < 10 else 1)
+    height, width = frame.height, frame.width * float(stream.sample_aspect_ratio or 1)
     if min(height, width) < 16 or max(height, width) > 16384:
         raise UserError(f"too small or too large ({frame.width} x {frame.height} pixels)")
     scale = min(1, (short_side or math.inf) / min(height, width))
@@ -232,9 +235,13 @@ def to_picture(frame, stream, short_side=None):
     has_alpha = any(component.is_alpha for component in frame.format.components)
     picture = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", width=width, height=height)
     if has_alpha:
-        alpha = picture[..., 3:].astype(np.float32) / 255
-        picture = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+        picture = on_white(picture[..., :3], picture[..., 3:])
     return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+
+
+def on_white(picture, alpha):
+    alpha = alpha.astype(np.float32) / 255
+    return (picture * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
 
 def picture_size(text):

@@ -22,7 +22,7 @@ FILES = {
     "toy": (625, "data manifest pictures encoders rope checkpoint"),
     "manifest": (330, "pictures rope checkpoint"),
     "importers": (430, "pictures rope checkpoint"),
-    "curate": (400, "data manifest pictures faces checkpoint"),
+    "curate": (400, "pictures faces rope checkpoint"),
     "faces": (400, "checkpoint"),
     "eval": (600, "sample toy data pictures rope checkpoint"),
     "claims": (190, "eval checkpoint"),
@@ -34,7 +34,7 @@ OVER = {
     "sample": (520, "what can be known of a job is refused before its first step"),
     "checkpoint": (590, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (200, "as above"),
-    "curate": (775, "names what is wrong with every video; tracks, identities in bounded memory, report"),
+    "curate": (700, "names what is wrong with every video; tracks, identities in bounded memory, report"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
