@@ -55,6 +55,8 @@ def read_manifest(folder):
             skipped += 1
     if skipped:
         print(f"{path}: {len(entries)} lines read, {skipped} left out")
+    if silent := sum(not entry["caption"].strip() for entry in entries):
+        print(f"{path}: {silent} of {len(entries)} clips have no caption and will train without one")
     if not entries:
         raise UserError(f"{path} holds no line that can be used")
     return entries
@@ -62,7 +64,7 @@ def read_manifest(folder):
 
 def check_entry(entry, folder):
     """Raise ValueError, KeyError or TypeError where a line of a manifest cannot be used."""
-    if not is_text(entry["video"]) or not is_text(entry["caption"]) or not entry["caption"].strip():
+    if not is_text(entry["video"]) or not is_text(entry["caption"]):
         raise ValueError("video or caption is no text")
     if not entry["identities"]:
         raise ValueError("nobody in it")

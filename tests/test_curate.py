@@ -658,3 +658,30 @@ def test_one_real_man_is_one_track(tmp_path_factory):
     row, = (json.loads(p.read_text()) for p in (folder / "out/rows").glob("*/row.json"))
     track, = row["tracks"]
     assert track["end"] - track["start"] > 0.9 * row["frames"]
+
+
+def test_from_videos_to_a_trained_network_and_a_video(curated, wan, monkeypatch, tmp_path):
+    """Curated clips -> encoded by small random Wan networks -> 20 steps over four stages -> a sampled video."""
+    import data
+    import sample
+    import train
+    from conftest import WAN_SMALL
+    from model import DiTConfig
+
+    folder, manifest, _ = curated
+    encode = ["encode", "--data", str(folder), "--wan", str(wan / "2.1"), "--out", str(tmp_path / "set")]
+    data.main([*encode, "--size", "32x32", "32x64", "--frames", "17", "5", "--precision", "fp32"])
+    index = read_lines(tmp_path / "set" / "index.jsonl")
+    assert len(index) == len(manifest) and {len(line["views"]) for line in index} == {1, 2}
+    monkeypatch.setitem(train.CONFIGS, "small", DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2,
+                                                          **WAN_SMALL))
+    monkeypatch.setitem(train.TRAIN_RECIPES, "small", train.TRAIN_RECIPES["tiny"] | {"batch": 2})
+    monkeypatch.setitem(toy.WORLDS, "small", toy.WORLDS["1.3b"])
+    monkeypatch.chdir(tmp_path)
+    command = ["--config", "small", "--no-samples", "--wan", str(wan / "2.1"), "--data", "set"]
+    train.main([*command, "--steps", "5"])
+    refs = [str(folder / image["image"]) for image in manifest[0]["identities"][0]["views"].values()]
+    named = [f"{view}={ref}" for view, ref in zip(manifest[0]["identities"][0]["views"], refs, strict=True)]
+    sample.main(["--ckpt", "out/small", "--refs", *named, "--prompt", manifest[0]["caption"] or "a person",
+                 "--steps", "1", "--frames", "5", "--size", "32x32", "--out", "v"])
+    assert (tmp_path / "v.mp4").exists()
