@@ -661,7 +661,7 @@ def test_one_real_man_is_one_track(tmp_path_factory):
 
 
 def test_from_videos_to_a_trained_network_and_a_video(curated, wan, monkeypatch, tmp_path):
-    """Curated clips -> encoded by small random Wan networks -> 20 steps over four stages -> a sampled video."""
+    """Curated clips, encoded by small random Wan networks, 20 steps over four stages, a sampled video."""
     import data
     import sample
     import train
