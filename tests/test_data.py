@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, WAN_SMALL, run
-from test_checkpoint import fork
+from test_checkpoint import fork, wait_for
 
 import data
 import toy
@@ -412,13 +412,13 @@ def encoding(kind, request):
     if kind == "plain":
         return [sample(n, ("front", "left"), ("front",)) for n in range(70)], lambda: Plain(0.0003)
     root = request.getfixturevalue("tmp_path_factory").mktemp(kind)
-    size, frames = SIZES[kind]
-    count = {"toy": (30, 20), "wan": (2, 1)}[kind]
-    folder = toy.render_cache(root, size, frames, count)
-    samples = toy.training_samples(folder, "cross")
+    folder = toy.render_cache(root, 32, 1, {"toy": (30, 20), "wan": (2, 1)}[kind])
+    samples = toy.training_samples(folder, "in")
     if kind == "toy":
-        return samples, lambda: toy.ToyEncoders(folder, size)
+        return samples, lambda: toy.ToyEncoders(folder, 32)
     wan = request.getfixturevalue("wan") / "2.1"
+    # here once, or each forked process would import and compile for seconds
+    data.encode(samples[:1], root / "once", WanEncoders(wan, torch.device("cpu")), {})
     return samples, lambda: WanEncoders(wan, torch.device("cpu"))
 
 
@@ -436,13 +436,20 @@ def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(kind, mask, request, tm
     needed = time.monotonic() - began
     assert process.exitcode == 0
     rng, kills, halves = random.Random(kind), 0, set()
-    for _ in range(10):
-        process = fork(encode_here, samples, tmp_path / "killed", encoders, mask)
-        time.sleep(needed * rng.uniform(0.1, 0.7))
+
+    def done():
+        return len(read_lines(tmp_path / "killed/done-0-1.jsonl"))
+
+    for n in range(10):
+        before, process = done(), fork(encode_here, samples, tmp_path / "killed", encoders, mask)
+        if n % 3 < 2:
+            time.sleep(needed * rng.uniform(0.05, 0.5))
+        else:  # however busy the machine is, some samples get done
+            wait_for(lambda before=before, process=process: done() > before or not process.is_alive())
         kills += process.is_alive()
         process.kill()
         process.join()
-        halves.add(len(read_lines(tmp_path / "killed/done-0-1.jsonl")))
+        halves.add(done())
         if len(read_lines(tmp_path / "killed/index.jsonl")) == len(samples):  # and once more from the start
             shutil.rmtree(tmp_path / "killed")
     assert kills > 3 and halves - {0, len(samples)}
@@ -450,6 +457,37 @@ def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(kind, mask, request, tm
     process.join(60)
     assert process.exitcode == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def encode_until(n, folder, samples):
+    """encode, but the process is gone before its n-th fsync, replace or unlink."""
+    calls = itertools.count(1)
+
+    def counted(function):
+        def call(*arguments, **options):
+            if next(calls) == n:
+                os._exit(9)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    data.encode(samples, folder, Plain(), {})
+
+
+def test_a_kill_before_any_step_to_the_disk_loses_nothing(tmp_path):
+    samples = [sample(1, ("front",)), sample(2, ("front",), error="bad"), sample(3, ("front",))]
+    make(tmp_path / "whole", *samples)
+    for n in range(1, 100):
+        process = fork(encode_until, n, tmp_path / str(n), samples)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+        dataset = make(tmp_path / str(n), *samples)
+        assert len(dataset.index) == 2 and content(tmp_path / str(n)) == content(tmp_path / "whole"), n
+    assert n > 12
 
 
 @pytest.mark.parametrize("kind", ["plain", "toy", "wan"])
