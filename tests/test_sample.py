@@ -15,7 +15,6 @@ from conftest import ROOT, WAN_SMALL, call, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
 import sample
 import toy
 from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
@@ -596,7 +595,7 @@ def test_many_prompts_are_written_in_rounds(tiny, tmp_path, monkeypatch):
         return data_sheet(jobs)
 
     data_sheet = contact_sheet
-    monkeypatch.setattr(data, "contact_sheet", full_disk)
+    monkeypatch.setattr(sample, "contact_sheet", full_disk)
     with pytest.raises(OSError, match="No space"):
         sample.main([*command, "--seed", "1"])
     after = {path.name: path.read_bytes() for path in tmp_path.glob("v-*")}
