@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bench
 import checkpoint
 import data
+import parallel
 import sample
 import toy
 import train
@@ -119,7 +120,7 @@ def test_processes_without_a_gpu_of_their_own_leave_quietly(gpus, left, monkeypa
 
 def test_torchruns_one_thread_becomes_this_machines_share(monkeypatch):
     monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setattr(train, "CORES", 8)
+    monkeypatch.setattr(parallel, "CORES", 8)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("OMP_NUM_THREADS", 1)):
