@@ -449,6 +449,26 @@ def test_fuzzed_videos_survive_with_reasons(tmp_path):
     assert reasons
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_fuzzed_pictures_survive_with_reasons(tmp_path, kind):
+    """Any exception but UserError would come through, and a picture that is read is a picture."""
+    rng, path, reasons = random.Random(2), tmp_path / "fuzzed", set()
+    noise = torch.randint(0, 256, (24, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(path, kind)
+    whole = path.read_bytes()
+    for _ in range(int(os.environ.get("FUZZ", 40))):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 4, 64))):
+            content[rng.randrange(rng.choice((60, len(content))))] = rng.randrange(256)
+        path.write_bytes(content[: rng.choice((len(content), rng.randrange(len(content))))])
+        try:
+            picture = read_picture(path, (16, 16))
+            assert picture.shape == (3, 16, 16) and picture.abs().max() <= 1
+        except UserError as error:
+            reasons.add(str(error))
+    assert reasons
+
+
 @pytest.mark.parametrize("text, size", [("480x832", (480, 832)), ("32", (32, 32)), ("1x99999", (1, 99999))])
 def test_a_size_is_height_and_width(text, size):
     assert picture_size(text) == size
