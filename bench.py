@@ -3,6 +3,7 @@
   python bench.py forward --config 1.3b       times a forward: seconds, tokens/s, model TFLOP/s, peak memory
   python bench.py train --config 1.3b --recompute --compile       the same of a training step
   python bench.py dry-run --ckpt 1.3b         memory by phase and FLOPs of a video, from shapes only
+  python bench.py plan --config 1.3b          what training needs, by what trains and how many cards: the same
 
 On a new GPU run, in this order and each under ten minutes (LOG.md has what was expected of an H200):
   python kernels.py --out out/kernels.json
@@ -10,8 +11,6 @@ On a new GPU run, in this order and each under ten minutes (LOG.md has what was 
   python bench.py forward --config 14b --frames 81 --size 480x832 --compile
   pytest && torchrun train.py --stage all && python eval.py
 """
-import math
-import sys
 from argparse import Namespace
 
 import torch
@@ -20,15 +19,17 @@ from torch.utils.benchmark import Timer
 import sample
 import toy
 import train
-from checkpoint import Parser, UserError, autocast, count, nonempty, run_script, uses_bf16
+from checkpoint import Parser, UserError, autocast, count, in_range, nonempty, run_script, uses_bf16
 from encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
 from kernels import use_fused
-from model import CONFIGS, NEW_PREFIXES, PATCH, HarmoView
+from model import CONFIGS, NEW_PREFIXES, PATCH, TRAINS, HarmoView, set_trained
+from monitor import GIB, peak_memory
 from pictures import picture_size, view_of
 from rope import VIEWS
 
-GIB = 2**30
 H200_TFLOPS = 989  # its peak in bf16
+PLANNED_TFLOPS = 400  # of training, our goal on an H200 (not measured)
+SHARDS = (2, 4, 8, 16, 32)  # cards
 
 
 def random_inputs(config, shape, batch, device):
@@ -38,17 +39,6 @@ def random_inputs(config, shape, batch, device):
     refs = [{view: normal(shape[0], *shape[2:]) for view in VIEWS}]
     vit = [normal(config.vit_levels, 17, config.vit_dim)] if config.vit_dim else None
     return normal(*shape), torch.full((batch,), 500.0, device=device), normal(64, config.text_dim), refs, vit
-
-
-def peak_memory():
-    """GiB that this process held at most: of the GPU's memory, or of the CPU's; nan on Windows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIB
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
 
 
 def seconds(fn, calls):
@@ -170,9 +160,44 @@ def dry_run(args):
           f"{sum(tflop):,.0f} TFLOP a step, {recipe['steps']} steps")
 
 
+def plan(args):
+    """Print the memory of a training step with --recompute on each of N cards, and its TFLOP, for everything
+    that --train offers; from shapes only. Weights and what the optimizer holds are exact for bf16 matmuls,
+    activations an estimate."""
+    config, (H, W) = CONFIGS[args.config], args.size
+    sample.check_wan_size(args.frames, args.size)
+    frame = (H // 16) * (W // 16)  # tokens of a latent frame or a reference
+    tokens = (args.frames + 3) // 4 * frame + args.people * len(VIEWS) * frame
+    # a block keeps its input in float32 and the outputs of two attentions; the one that is computed again
+    # holds about 27 D + 4 F bytes a token (3.0 GB at 39,000 tokens of 1.3b)
+    kept = config.num_layers * tokens * 8 * config.dim
+    activations = kept + tokens * (27 * config.dim + 4 * config.ffn_dim)
+    print(f"{args.config}, one clip of {args.frames} frames of {H}x{W} with {args.people} person(s) of four views: "
+          f"{tokens:,} tokens; GiB on a card with --recompute")
+    print("train     trained parameters  TFLOP a clip     1 card" + "".join(f"  --shard {n:2}" for n in SHARDS))
+    for what in TRAINS:
+        with torch.device("meta"):
+            model = HarmoView(config)
+            set_trained(model, what, args.rank, torch.bfloat16)
+        total = count_parameters(model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # float32: weight, gradient, average, two moments; and bf16 copies while it computes
+        one = trained * (5 * 4 + 2) + (total - trained) * 2 + activations
+        block = count_parameters(model.blocks[0])
+        needs = [one] + [(20 * trained + 4 * (total - trained)) / n + 3 * 2 * block + activations for n in SHARDS]
+        # a frozen weight needs no gradient: two thirds of the work
+        tflop = (3 if what == "all" else 2) * model.flops(tokens) / 1e12
+        print(f"{what:8}{trained:>20,}{tflop:>14,.0f}" + "".join(f"{n / GIB:>11,.0f}" for n in needs))
+    if args.config in train.TRAIN_RECIPES:
+        recipe, tflop = train.TRAIN_RECIPES[args.config], 3 * model.flops(tokens) / 1e12
+        hours = [steps * recipe["batch"] * tflop / PLANNED_TFLOPS / 3600 for steps in recipe["steps"]]
+        print(f"stages 1 to {len(hours)} of {recipe['steps']} steps of {recipe['batch']} clips with --train all, at "
+              f"{PLANNED_TFLOPS} TFLOP/s a card: {', '.join(f'{h:,.0f}' for h in hours)} card hours")
+
+
 def main(argv=None):
     p = Parser(description=__doc__)
-    what = p.add_subparsers(dest="what", required=True, metavar="train|forward|dry-run")
+    what = p.add_subparsers(dest="what", required=True, metavar="train|forward|dry-run|plan")
     for name, help in (("train", "time training steps"), ("forward", "time forwards")):
         speed = what.add_parser(name, help=help).add_argument
         speed("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS")
@@ -189,9 +214,17 @@ def main(argv=None):
     dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")
     dry("--tile", type=count, help="as in sample.py")
+    how = what.add_parser("plan", help="memory and FLOPs of train.py at Wan's sizes").add_argument
+    how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan])
+    how("--frames", type=count, default=81, help="frames of a clip")
+    how("--size", type=picture_size, default=(480, 832), help="HEIGHTxWIDTH in pixels")
+    how("--people", type=in_range(int, 1, 2, "1 or 2"), default=1, help="in the clip, with four views each")
+    how("--rank", type=count, default=32, help="of --train lora")
     args = p.parse_args(argv)
     if args.what == "dry-run":
         return dry_run(args)
+    if args.what == "plan":
+        return plan(args)
     time_network(args, args.what == "train")
 
 

@@ -380,12 +380,23 @@ def original_name(name):
     return name
 
 
+def expert_folders(path):
+    """The two folders of a Wan2.2 checkpoint's experts, the one for high noise first, as Wan or as diffusers
+    name them; None where there is no pair."""
+    for pair, marks in ((("high_noise_model", "low_noise_model"),) * 2,
+                        (("transformer", "transformer_2"), ("transformer_2",))):
+        if any((Path(path) / name).is_dir() for name in marks):
+            return [Path(path) / name for name in pair]
+    return None
+
+
 def wan_files(path):
     """A weight file, its index, or a folder with either -> the files that hold the network."""
     path = Path(path)
     if path.is_dir():
-        if (path / "high_noise_model").is_dir():
-            raise UserError(f"{path} holds two experts: give its high_noise_model or low_noise_model")
+        if experts := expert_folders(path):
+            raise UserError(f"{path} holds two experts: give its {' or '.join(f.name for f in experts)}, or "
+                            "train.py's --expert")
         path = path / "transformer" if (path / "transformer").is_dir() else path  # diffusers' pipelines
         indexes, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
         if not indexes and len(files) != 1:
@@ -432,13 +443,14 @@ def save_tensors(path, tensors):
     os.chmod(path, 0o666 & ~mask)
 
 
-def save_checkpoint(folder, tensors, meta, files=(), keep=None):
+def save_checkpoint(folder, tensors, meta, files=(), keep=None, shards=None):
     """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest
     `keep` steps next to it, where a number is given.
 
     tensors  {"model": state dict, ...}, one safetensors file each
     meta     JSON-able; "sha256" of every file is added
     files    further files that the checkpoint needs, copied into it
+    shards   a folder of files of torch.distributed.checkpoint, which move into it
     """
     folder = Path(folder)
     check_replaceable(folder)
@@ -447,6 +459,8 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None):
             save_tensors(build / f"{name}.safetensors", state)
         for file in files:
             shutil.copy(file, build)
+        for file in shards.iterdir() if shards else ():
+            os.replace(file, build / file.name)
         sha256 = {f.name: sha256_of(f) for f in sorted(build.iterdir())}
         (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
     if keep:
@@ -522,7 +536,7 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text())
         kinds = {"config": dict, "sha256": dict, "world": dict, "flags": dict, "step": int, "stage": int,
-                 "name": str, "preset": str, "finished": bool, "wan": str}
+                 "name": str, "preset": str, "finished": bool, "wan": str, "base": dict, "expert": dict}
         for name in ("config", "sha256", *meta):
             if name in kinds and type(meta[name]) is not kinds[name]:
                 raise ValueError(f"{name} is {str(meta[name])[:40]!r}")

@@ -1,5 +1,5 @@
-"""What a training step is made of: which views it gets, region masks, batches from an encoded set. And
-encoding, which makes one.
+"""What a training step is made of: which views it gets, region masks, noise levels, batches from an encoded
+set. And encoding, which makes one.
 
   python data.py import mead --root SET --out DIR   a public set, or a trainer's folder, as a manifest
   python data.py encode --data DIR --wan WAN      a manifest's clips, once through Wan's frozen networks
@@ -12,9 +12,12 @@ import concurrent.futures
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -65,6 +68,39 @@ def mask_regions(image, fraction, block, generator):
 def noise_of(shape, generators):
     """Normal noise [B, *shape], each sample's from its own torch.Generator."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+class NoiseLevels(NamedTuple):
+    """How sigma is drawn for a training sample: logit-normal or uniform, then shifted. An expert's slice of
+    the shifted levels, low <= sigma < high, is cut out: what lies outside is drawn again, so that inside it
+    the law is as it was."""
+    shift: float
+    kind: str = "logit-normal"
+    low: float = 0.0
+    high: float = math.inf
+
+    def draw(self, generator):
+        while True:
+            u = (torch.rand if self.kind == "uniform" else torch.randn)((), generator=generator)
+            u = u if self.kind == "uniform" else u.sigmoid()
+            sigma = self.shift * u / (1 + (self.shift - 1) * u)
+            if self.low <= sigma < self.high:
+                return sigma
+
+    def share(self, sigma=None):
+        """Share of all draws that the slice holds; with sigma, that lie below it."""
+        if sigma is None:
+            return self.share(min(self.high, 1)) - self.share(self.low)
+        u = sigma / (self.shift - (self.shift - 1) * sigma)
+        if self.kind == "uniform" or u in (0, 1):
+            return u
+        return NormalDist().cdf(math.log(u / (1 - u)))
+
+    def quantile(self, q):
+        """The sigma below which a share q of the slice's draws lies."""
+        p = self.share(self.low) + q * self.share()
+        u = p if self.kind == "uniform" else 1 / (1 + math.exp(-NormalDist().inv_cdf(p)))
+        return self.shift * u / (1 + (self.shift - 1) * u)
 
 
 # ------------------------------------------------------------------------------------------------ the dataset

@@ -27,12 +27,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from checkpoint import (UserError, check_files, check_fit, layers_of, load_weights, put_tensor, read_meta,
                         read_wan, read_weights)
 from kernels import qk_norm_rope, rope_tables
+from lora import add_lora, init_lora, merge_lora
 from rope import VIEWS, check_layout, reference_positions, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
 SIGMA_MIN = 0.05  # an x0 prediction's velocity is divided by sigma, but by no less than this
 NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan
+TRAINS = ("all", "new", "lora")  # what of a network trains, see set_trained
 
 
 @dataclass
@@ -280,11 +282,12 @@ class HarmoView(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     def init_new(self):
-        """The parameters that HarmoView adds, which no Wan checkpoint holds."""
+        """The parameters that HarmoView adds, which no Wan checkpoint holds, and those of adapters."""
         if self.proxies is not None:
             self.proxies.data = 0.02 * torch.randn_like(self.proxies)
         if self.mfi is not None:
             self.mfi.init_weights()
+        init_lora(self)
 
     def forward(self, x, t, text, refs=None, vit=None):
         """Velocity (noise - x0) of the noisy video latents x, float32, same shape as x.
@@ -431,10 +434,28 @@ def wan_config(path):
                         f"among its {len(shapes)} tensors") from None
 
 
+def new_names(model):
+    """The names of the parameters that no Wan checkpoint holds."""
+    return [name for name, _ in model.named_parameters()
+            if name.startswith(NEW_PREFIXES) or name.endswith(("lora_A", "lora_B"))]
+
+
+def set_trained(model, what, rank=0, frozen=torch.float32):
+    """What of a network trains: "all"; "new", the parameters that Wan lacks; or "lora", those and adapters of
+    that rank beside the blocks' matrices. The others are stored as `frozen`."""
+    if what == "lora":
+        add_lora(model, rank)
+    new = set(new_names(model))
+    for name, p in model.named_parameters():
+        p.requires_grad_(what == "all" or name in new)
+        if not p.requires_grad:
+            p.data = p.data.to(frozen)
+
+
 def match_wan(model, path):
     """UserError where a Wan checkpoint's names or shapes are not model's; reads no weights. Returns the names
     of the parameters that HarmoView adds and the checkpoint does not hold."""
-    return check_fit(model, read_wan(path), NEW_PREFIXES)
+    return check_fit(model, read_wan(path), new_names(model))
 
 
 def load_wan(model, path):
@@ -445,33 +466,65 @@ def load_wan(model, path):
           dtype. One tensor at a time is cast to the model's dtype; model may be on the meta device.
     Raises UserError for anything else: a missing, unknown, doubled or mis-shaped tensor, a damaged file.
     """
-    absent = match_wan(model, path)
+    return fill(model, read_wan(path))
+
+
+def fill(model, file, dtype=None):
+    """Fill model from a WeightFile that may lack the new parameters, which start anew where they are on the
+    meta device; returns their names."""
+    new = new_names(model)
+    absent = check_fit(model, file, new)
     if absent and model.get_parameter(absent[0]).is_meta:
         for name in absent:
             put_tensor(model, name, torch.empty(model.get_parameter(name).shape))
         model.init_new()
-    load_weights(model, read_wan(path), may_lack=NEW_PREFIXES)
+    load_weights(model, file, dtype, may_lack=new)
     return absent
 
 
+def load_base(model, base, dtype=None):
+    """Fill model from the frozen network of --train new or lora: base is what checkpoint.json says of it,
+    {"train", "rank", "path", "sha256"}, path a Wan checkpoint or a folder of train.py."""
+    path = Path(base["path"])
+    if not base["sha256"]:
+        return load_wan(model, path) if dtype is None else fill(model, read_wan(path), dtype)
+    if not path.is_dir() or read_meta(path)["sha256"].get("ema.safetensors") != base["sha256"]:
+        raise UserError(f"{path}, which was trained further, is not there any more or was trained again")
+    check_files(path, "ema.safetensors")
+    return fill(model, read_weights(path / "ema.safetensors"), dtype)
+
+
+def load_trained(model, folder, weights, dtype=None):
+    """Fill what of model trains from a checkpoint that holds nothing else."""
+    check_files(folder, f"{weights}.safetensors")
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    load_weights(model, read_weights(Path(folder) / f"{weights}.safetensors"), dtype, may_lack=frozen)
+
+
 def check_checkpoint(folder, weights="ema"):
-    """The network of a checkpoint folder of train.py, on the meta device. Its config is compared with this
-    version and with the shapes in the file; no weights are read. Raises UserError."""
+    """The network of a checkpoint folder of train.py, on the meta device, with what trained of it. Its config
+    is compared with this version and with the shapes in the file; no weights are read. Raises UserError."""
     meta = read_meta(folder)
     try:
         with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
             model = HarmoView(DiTConfig(**meta["config"]))
-    except (TypeError, UserError) as error:
+        if base := meta.get("base"):
+            set_trained(model, base["train"], base["rank"])
+    except (TypeError, KeyError, RuntimeError, UserError) as error:
         raise UserError(f"{folder}/checkpoint.json does not fit this version ({error})") from None
-    check_files(folder, *(name for name in meta["sha256"] if not name.endswith(".safetensors")))
-    check_fit(model, read_weights(Path(folder) / f"{weights}.safetensors"))
+    check_files(folder, *(name for name in meta["sha256"] if name.endswith((".model", ".json"))))
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    check_fit(model, read_weights(Path(folder) / f"{weights}.safetensors"), frozen)
     return model
 
 
 def load_checkpoint(folder, weights="ema", dtype=None):
     """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights in dtype (default
-    float32), and what checkpoint.json holds. Raises UserError for a file that is damaged or does not fit."""
-    model = check_checkpoint(folder, weights)
-    check_files(folder, f"{weights}.safetensors")
-    load_weights(model, read_weights(Path(folder) / f"{weights}.safetensors"), dtype)
-    return model, read_meta(folder)
+    float32), adapters merged, and what checkpoint.json holds. Raises UserError for a file that is damaged or
+    does not fit."""
+    model, meta = check_checkpoint(folder, weights), read_meta(folder)
+    if "base" in meta:
+        load_base(model, meta["base"], dtype)
+    load_trained(model, folder, weights, dtype)
+    merge_lora(model)
+    return model, meta

@@ -24,10 +24,11 @@ from tqdm import tqdm
 import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, autocast, check_files, check_outputs, count,
-                        find_checkpoint, frame_rate, in_range, nonempty, probe_writable, read_meta,
-                        run_script, save_checkpoint, seed_number, uses_bf16)
+                        expert_folders, find_checkpoint, frame_rate, in_range, nonempty, probe_writable,
+                        read_meta, run_script, save_checkpoint, seed_number, uses_bf16)
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
+from lora import apply_lora, read_lora_argument
 from model import (DiTConfig, HarmoView, check_checkpoint, load_checkpoint, load_wan, match_wan,
                    wan_config)
 from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
@@ -43,7 +44,7 @@ SAMPLE_RECIPES = {
     "wan2.2": dict(steps=40, shift=12.0, solver="unipc", guide_text=(4.0, 3.0), guide_refs=4.0, fps=16,
                    negative=NEGATIVE_PROMPT),
 }
-BOUNDARY = {"wan2.2": 0.875}  # where its experts change, as a share of t's range
+BOUNDARY = 0.875  # where Wan2.2's experts change, as a share of t's range
 ROUND = 16  # videos that are made together, one network after the other, and written before the next ones
 
 
@@ -221,6 +222,7 @@ class Found:
     config: DiTConfig
     kind: str  # a key of SAMPLE_RECIPES
     meta: dict  # checkpoint.json of train.py; empty for a Wan release, which has never seen references
+    boundary: float = 0.0  # noise level where the first of two networks hands over to the second
     frames: int = 81  # of the videos, unless --frames and --size say something else
     size: tuple = (480, 832)
 
@@ -229,9 +231,8 @@ def find(ckpt):
     """--ckpt -> Found. The folder of a checkpoint, of a run (its newest one), or of a Wan release; each of
     two experts may be either. Raises UserError where a file's names or shapes do not fit."""
     folder = Path(ckpt)
-    pair = (folder / "high_noise_model").is_dir()
-    parts = [folder / "high_noise_model", folder / "low_noise_model"] if pair else [folder]
-    networks = [find_checkpoint(part) or part for part in parts]
+    pair = expert_folders(folder)
+    networks = [find_checkpoint(part) or part for part in pair or [folder]]
     metas = [read_meta(network) for network in networks if is_trained(network)]
     release = pair or (folder / "transformer").is_dir() or any(folder.glob("*diffusion*.safetensors*"))
     if not release and not metas:
@@ -241,15 +242,37 @@ def find(ckpt):
     if others and others[0] != config:
         raise UserError(f"{ckpt}: its two experts are not of one size and kind")
     meta = metas[0] if metas else {}
+    boundary = check_experts(networks) if pair or "expert" in meta else 0.0
     if config.is_wan:
-        return Found(networks, config, "wan2.2" if pair else "wan2.1", meta)
+        return Found(networks, config, "wan2.2" if pair else "wan2.1", meta, boundary)
     toy.check_config(config)
     check_files(networks[0], toy.ToyEncoders.TOKENIZER)
     world = meta.get("world", {})
     known = [{name: row[name] for name in ("size", "frames")} for row in toy.WORLDS.values()]
     if world not in known or not all(type(value) is int for value in world.values()):
         raise UserError(f"{networks[0]}/checkpoint.json: its world {world!r:.60} is none of toy.WORLDS")
-    return Found(networks, config, "toy", meta, world["frames"], (world["size"], world["size"]))
+    return Found(networks, config, "toy", meta, boundary, world["frames"], (world["size"], world["size"]))
+
+
+def check_experts(networks):
+    """UserError where checkpoints of train.py are not what their folders say, the expert for high noise and
+    the one for low; returns the boundary between them, Wan2.2's where both are released ones."""
+    stamps = [read_meta(network).get("expert") for network in networks if is_trained(network)]
+    for network in filter(is_trained, networks):
+        stamp, role = read_meta(network).get("expert", {}), ("high", "low")[networks.index(network)]
+        if len(networks) == 1:
+            raise UserError(f"{network} is the expert for {stamp.get('role')} noise only: put both into one "
+                            "folder, as high_noise_model and low_noise_model")
+        if stamp.get("role") != role:
+            raise UserError(f"{network} was trained with --expert {stamp.get('role')}, its folder is that of "
+                            f"the expert for {role} noise")
+    if len(stamps) == 1:
+        raise UserError(f"only one of the experts {' and '.join(map(str, networks))} was trained: the other "
+                        "has never seen references")
+    boundaries = {stamp["boundary"] for stamp in stamps} or {BOUNDARY}
+    if len(boundaries) > 1:
+        raise UserError(f"the two experts were trained with --boundary {' and '.join(map(str, boundaries))}")
+    return boundaries.pop()
 
 
 def is_trained(network):
@@ -284,11 +307,12 @@ def export(ckpt, folder):
     weights = load_checkpoint(source, dtype=torch.bfloat16)[0].state_dict()
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise UserError(f"{source}: its weights are not finite, the training has diverged")
-    save_checkpoint(folder, {"ema": weights}, found.meta, sorted(source.glob("*.model")))
+    meta = {name: value for name, value in found.meta.items() if name != "base"}  # it is merged
+    save_checkpoint(folder, {"ema": weights}, meta, sorted(source.glob("*.model")))
     print(f"{folder} from {source}")
 
 
-def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False):
+def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False, loras=()):
     """--ckpt -> model (an Experts), its encoders, Found; says which checkpoint it took.
     Flags as in `arguments`; need_vit: a missing ViT is an error now."""
     found = find(ckpt)
@@ -304,7 +328,7 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
         dtype = torch.bfloat16 if uses_bf16(device, precision) else torch.float32
         encoders = WanEncoders(wan or found.meta.get("wan") or ckpt, device, dtype, offload, tile, need_vit)
 
-    def load_expert(network):
+    def load_expert(network, role):
         encoders.drop()
         if is_trained(network):
             model = load_checkpoint(network, dtype=dtype)[0]
@@ -312,13 +336,18 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
             model = on_meta(network).to(dtype)
             load_wan(model, network)
         model.eval().requires_grad_(False)
+        for file, scale, only in loras:
+            if only in (None, role):
+                changed, unknown = apply_lora(model, file, scale)
+                print(f"{file}: {changed} weights of {network} changed"
+                      + (f", {len(unknown)} keys fit nothing: {', '.join(unknown[:5])}" if unknown else ""))
         if compiled:
             model.compile_blocks()
         if offload:
             stream_blocks(model, device)
         return model if offload else model.to(device)
-    experts = [functools.partial(load_expert, network) for network in found.networks]
-    return Experts(experts, found.config, device, BOUNDARY.get(found.kind, 0.0), precision), encoders, found
+    experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, ("high", "low"))]
+    return Experts(experts, found.config, device, found.boundary, precision), encoders, found
 
 
 # --------------------------------------------------------------------------------------------------- the jobs
@@ -408,6 +437,8 @@ def arguments(argv=None):
     how("--solver", choices=SOLVERS)
     recipe_flags(how)
     how("--negative", help="what the video should not be")
+    how("--lora", type=read_lora_argument, action="append", default=[], metavar="FILE[:SCALE]",
+        help="a Wan LoRA to merge; once per file; high=FILE or low=FILE for one of two experts")
     how("--seed", type=seed_number, default=0)
     how("--export", metavar="DIR", type=nonempty, help="write the checkpoint there in bf16, and stop")
     card = p.add_argument_group("speed and memory").add_argument
@@ -491,7 +522,7 @@ def main(argv=None):
     jobs = make_jobs(args, found, frames, size)
     videos, sheets = output_files(args, jobs)
     model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
-                              need_vit=any(job.files for job in jobs) and found.config.vit_dim > 0)
+                              any(job.files for job in jobs) and found.config.vit_dim > 0, args.lora)
     for text in [*(job.prompt for job in jobs), recipe["negative"]]:
         length = encoders.tokenizer([text])[0].shape[1]
         if length > found.config.text_len:

@@ -27,7 +27,7 @@ from pictures import Job, from_bytes, to_bytes, to_image, write_video
 from rope import VIEWS
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
-BENCHMARK_SEED, TRAIN_SEED = 52_000, 1
+BENCHMARK_SEED, TRAIN_SEED, VALID_SEED = 52_000, 1, 77_000
 
 # ---------------------------------------------------------------------------------------------- the toy world
 # Every name below appears in captions word for word; u runs from 0 to 1 over the clip, angles in degrees.
@@ -445,16 +445,18 @@ IN_PAIR_MOTIONS = ("sweeps rightwards", "sweeps leftwards", "looks around")
 IN_PAIR_VIEWS = ("front", "left", "right")  # each of them shows these and no back
 
 
-def render_cache(root, size, frames, clips, pairs="cross"):
+def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
     It holds one.safetensors and two.safetensors (video uint8 [n, 3, F, H, W], refs uint8 [n, people, V, 3,
     size, size]), captions.txt, a line a clip, and spiece.model.
 
     clips  how many with one person and with two
     pairs  "cross": references with a light, shirt and pose of their own; "in": frames of the clip itself
+    seed   TRAIN_SEED, or VALID_SEED for people that training does not see
     """
     code = source_hash("pictures", "toy")
-    folder = Path(root) / f"toy-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
+    kind = "toy" if seed == TRAIN_SEED else f"toy{seed}"
+    folder = Path(root) / f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
     # sweeps twice as often: they show the views that the references are for
     motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
     if folder.exists():
@@ -466,18 +468,18 @@ def render_cache(root, size, frames, clips, pairs="cross"):
             train_tokenizer(build / ToyEncoders.TOKENIZER)
             captions = ""
             for n_people, name, n in zip((1, 2), ("one", "two"), clips):
-                part = draw_clips(n, n_people, TRAIN_SEED, motions)
-                tensors = render_training(part, n_people, size, frames, pairs)
+                part = draw_clips(n, n_people, seed, motions)
+                tensors = render_training(part, n_people, size, frames, pairs, seed)
                 save_tensors(build / f"{name}.safetensors", tensors)
                 captions += "".join(f"{caption(clip)}\n" for clip in part)
             (build / "captions.txt").write_text(captions)
     return folder
 
 
-def render_training(clips, n_people, size, frames, pairs):
+def render_training(clips, n_people, size, frames, pairs, seed):
     """Clips that show identities of their own, and their references: {"video", "refs"} as in render_cache."""
     n = len(clips)
-    identities = draw_identities(n * n_people, TRAIN_SEED + n_people)
+    identities = draw_identities(n * n_people, seed + n_people)
     videos, pictures = [], []
     for i in tqdm(range(0, n, 64), desc=f"rendering clips of {n_people}", unit=" x 64", disable=None):
         chunk = clips[i:i + 64]

@@ -3,15 +3,17 @@
   python train.py --stage all                      the toy world, all four stages
   torchrun --nproc-per-node 2 train.py --stage 2   one stage on several processes (several GPUs, or two halves
                                                    of a CPU); it starts from the stage before
+  torchrun --nproc-per-node 8 train.py --stage all --config 14b --expert high --shard --recompute --compile
+           --wan ckpts/Wan2.2-T2V-A14B --data DATA
 
-A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), metrics.jsonl and a
-sample sheet per stage. Everything random in a step comes from (seed, stage, step, sample), so a resumed run
-repeats the uninterrupted one bit for bit, and any split of the global batch into ranks and micro-batches sees
-the same samples.
+A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), and for each stage
+metrics.jsonl, loss.png and a sample sheet. Everything random in a step comes from (seed, stage, step,
+sample), so a resumed run repeats the uninterrupted one bit for bit, and any split of the global batch into
+ranks and micro-batches sees the same samples.
 """
 import contextlib
+import gc
 import hashlib
-import json
 import math
 import os
 import random
@@ -31,19 +33,21 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, autocast, check_replaceable, compare,
-                        count, delete_checkpoint, find_checkpoint, find_valid, fraction, in_range,
+from checkpoint import (Parser, UserError, as_user_error, autocast, check_replaceable, compare, count,
+                        delete_checkpoint, expert_folders, find_checkpoint, find_valid, fraction, in_range,
                         load_tensors, lock, nonempty, not_negative, pack_optimizers, parent_of, positive,
-                        probe_writable, read_lines, read_meta, run_script, save_checkpoint, seed_number,
-                        steps_in, unpack_optimizers, uses_bf16)
+                        probe_writable, read_meta, run_script, save_checkpoint, seed_number, steps_in,
+                        temporary_name, unpack_optimizers, uses_bf16)
 from kernels import use_fused
-from model import CONFIGS, HarmoView, load_checkpoint, load_wan
-from parallel import CORES, World
+from model import (CONFIGS, TRAINS, HarmoView, load_base, load_checkpoint, load_trained, load_wan,
+                   set_trained)
+from monitor import CASES, Metrics, Validation, draw_losses, exchanged
+from parallel import (CORES, TORCHRUN, World, load_shards, local, replicate, save_shards, shard,
+                      synchronized, whole)
 from rope import LAYOUTS
 
 
@@ -71,9 +75,11 @@ TRAIN_RECIPES = {  # per config: steps of each stage, global batch, peak learnin
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=100.0),
     "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
     "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=100.0),
-    # full fine-tuning from --wan; what others use for Wan, not measured here
-    "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, shift=5.0),
-    "14b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, shift=5.0),
+    # from --wan; what others use for Wan, not measured here. lora_lr is for --train new and lora
+    "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
+                 shift=5.0),
+    "14b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
+                shift=5.0),
 }
 
 
@@ -89,10 +95,15 @@ def arguments(argv=None):
         help="toy clips to render, with one person and with two (default: the config's)")
     run("--wan", type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained "
         "starts from its transformer, and sampling takes its encoders")
+    run("--expert", choices=("high", "low"), help="train this one of Wan2.2's experts, on its own noise "
+        "levels; sample.py expects both in one folder, as high_noise_model and low_noise_model")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
     run("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
     run("--seed", type=seed_number, default=0)
     opt = p.add_argument_group("optimization").add_argument
+    opt("--train", choices=TRAINS, default="all", help="all; new: proxies and MFI; lora: these and adapters "
+        "of the blocks' matrices, on a frozen network")
+    opt("--rank", type=count, default=32, help="rank of the adapters")
     opt("--steps", type=count, nargs="+", help="steps of each stage: one number for all, or one a stage")
     opt("--batch", type=count, help="global batch size: all ranks, all micro-steps")
     opt("--micro-batch", type=count, help="samples per forward on a rank (default: its whole share)")
@@ -104,9 +115,13 @@ def arguments(argv=None):
     opt("--weight-decay", type=not_negative, default=0.01)
     opt("--clip", type=positive, default=1.0, help="largest gradient norm")
     opt("--ema", type=fraction, default=0.995, help="decay of the averaged weights, reached gradually")
+    opt("--timesteps", choices=("logit-normal", "uniform"), default="logit-normal",
+        help="how noise levels are drawn, before the shift")
     opt("--shift", type=positive, help="timestep shift: more than 1 trains more on noisy steps")
+    opt("--boundary", type=fraction, default=0.875, help="shifted noise level where the experts meet, 0..1")
     opt("--precision", choices=("auto", "bf16", "fp32"), default="auto",
         help="matmuls under autocast; auto: bf16 if fast here")
+    opt("--shard", action="store_true", help="FSDP2: split weights, averages and optimizer over processes")
     opt("--recompute", action="store_true",
         help="activation checkpointing: store attention's output only, recompute the rest of a block")
     opt("--no-fused", action="store_true", help="PyTorch's operations instead of the Triton kernels")
@@ -124,11 +139,17 @@ def arguments(argv=None):
     method("--front-only", action="store_true", help="no view but the front is ever given")
     method("--mask", type=fraction, default=0.0,
            help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
+    method("--mv2id", action="store_true", help="Mv2ID's recipe: --rope-layout rd --proxy-tokens 0 --no-mfi "
+           "--mask 0.6 --pairs in; an encoded set must be masked already")
     log = p.add_argument_group("logging").add_argument
     log("--save-every", type=count, default=500,
         help="steps between checkpoints; the stage's last step is always saved")
     log("--keep", type=count, default=2, help="checkpoints kept per stage")
     log("--log-every", type=count, default=10, help="steps between lines of metrics.jsonl")
+    log("--valid", type=nonempty, metavar="DIR", help="an encoded set of people that training does not see "
+        "(default: the toy's own; none for Wan)")
+    log("--valid-every", type=count, default=500, help="steps between validations; also at a stage's end")
+    log("--sample-prompts", type=nonempty, metavar="FILE", help="jobs for sample.py at the end of a stage")
     log("--no-samples", action="store_true", help="no sample sheet at the end of a stage")
     return p.parse_args(argv)
 
@@ -196,15 +217,32 @@ def make_optimizers(model, args):
 def resolve(args, world):
     """Fill in what the recipe decides and check what must fit together -> stages to train, DiTConfig."""
     recipe, config = TRAIN_RECIPES[args.config], CONFIGS[args.config]
-    args.optimizer = args.optimizer or ("adamw" if args.wan or config.is_wan else "muon")
+    args.data = Path(args.data)
+    if args.mv2id:
+        args.rope_layout, args.proxy_tokens, args.no_mfi, args.pairs = "rd", 0, True, "in"
+        args.mask = 0.0 if encoded_data(args) else 0.6
+    plain = args.wan or config.is_wan or args.shard or args.train != "all"  # Muon needs whole, large matrices
+    args.optimizer = args.optimizer or ("adamw" if plain else "muon")
+    if args.shard and args.optimizer == "muon":
+        raise UserError("--shard splits matrices, and Muon needs them whole: give --optimizer adamw")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
-    args.out, args.data = Path(args.out or f"out/{args.config}"), Path(args.data)
-    if encoded_data(args) and (args.mask or args.clips or args.pairs != "cross"):
+    if args.expert and args.wan:
+        args.wan = choose_expert(args.wan, args.expert)
+    args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
+    if encoded_data(args) and (args.mask or args.clips or args.pairs != "cross" and not args.mv2id):
         raise UserError(f"--mask, --clips and --pairs are for the toy; {args.data} was encoded with its own")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
+    if args.adamw_lr is None and args.train != "all":
+        args.adamw_lr = recipe.get("lora_lr")
     for name in ("batch", "muon_lr", "adamw_lr", "shift"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
+    low = args.boundary if args.expert == "high" else 0
+    high = args.boundary if args.expert == "low" else math.inf
+    args.levels = data.NoiseLevels(args.shift, args.timesteps, low, high)
+    if args.levels.share() < 0.001:
+        raise UserError(f"--expert {args.expert} with --boundary {args.boundary} and --shift {args.shift}: "
+                        "of 1,000 noise levels less than one is its own; give another --shift or --boundary")
     if args.steps is None:  # a stage that was added takes as many steps as the recipe's last one
         args.steps = [recipe["steps"][min(n, len(recipe["steps"])) - 1] for n in STAGES]
     if len(args.steps) == 1:
@@ -223,9 +261,10 @@ def resolve(args, world):
                         f"--micro-batch {args.micro_batch}")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
-    if config.is_wan and not (args.wan and encoded_data(args)):
-        raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and "
-                        "--data DIR, a set that `python data.py encode` made")
+    if (config.is_wan or (args.data / "manifest.jsonl").is_file()) and not encoded_data(args):
+        raise UserError(f"--data {args.data} holds no encoded set: make one with `python data.py encode`")
+    if config.is_wan and not args.wan:
+        raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint")
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
     for name in ("rope_layout", "rope_jump", "proxy_tokens"):
@@ -262,7 +301,8 @@ def check_existing(stages, args):
 def step_flags(args, number):
     """The flags that decide what a step does; they must not change when a stage resumes."""
     names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
-             "shift", "precision", "clips", "pairs", "mask", "no_curriculum", "front_only")
+             "shift", "timesteps", "expert", "boundary", "train", "rank", "shard", "precision", "clips",
+             "pairs", "mask", "no_curriculum", "front_only")
     return {name: getattr(args, name) for name in names} | {"steps": args.steps[number - 1]}
 
 
@@ -273,6 +313,7 @@ class Start(NamedTuple):
     optimizers: list
     step: int  # steps that are done
     parent: str | None  # fingerprint of the checkpoint before the stage
+    base: dict | None  # the frozen network of --train new and lora: train, rank, path, sha256
 
 
 def prepare(number, args, config, world):
@@ -285,39 +326,76 @@ def prepare(number, args, config, world):
         raise UserError(f"{args.out}/stage{number}: none of its checkpoints is whole; "
                         "--overwrite starts the stage afresh")
     before = find_checkpoint(args.out / f"stage{number - 1}")
-    torch.manual_seed(args.seed)  # for what is new in the model
+    source, weights = (own, "model") if own else (before, "ema")
+    meta = read_meta(source) if source else {}
     if own:
-        model, meta = load_checkpoint(own, "model")
         compare(own, meta["config"] | meta.get("flags", {}), asdict(config) | step_flags(args, number))
     elif before:
-        model, meta = load_checkpoint(before)
         if not meta.get("finished"):
             raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
                             f"`python train.py --stage {number - 1} {same_run} --resume` finishes it")
         compare(before, meta["config"], asdict(config))
-    elif args.wan:
-        with torch.device("meta"):
-            model = HarmoView(config)
-        absent = load_wan(model, args.wan)
-        if world.rank == 0:
-            print(f"{args.wan}: loaded; new are {', '.join(absent) or 'no parameters'}")
-    elif number > 1:
+    elif number > 1 and not args.wan:
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}` "
                         "first")
+    torch.manual_seed(args.seed)  # for what is new in the model
+    if args.train == "all":
+        model, base = load_start(source, weights, args, config), None
     else:
-        model = HarmoView(config)
+        model, base = add_to_base(source, weights, args, config)
+    model.recompute = args.recompute
+    if args.compile:
+        model.compile_blocks()
     model.to(world.device)
+    if args.shard:
+        shard(model, world, args.precision == "bf16")
     optimizers = make_optimizers(model, args)
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    if not own:
-        return Start(model, ema, optimizers, 0, parent_of(before) if before else None)
-    with as_user_error(own / "optimizer.safetensors"):
-        unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
-    averaged, _ = load_checkpoint(own)
-    for name, p in averaged.named_parameters():
-        ema[name].copy_(p.detach())
-    return Start(model, ema, optimizers, meta["step"], meta.get("parent"))
+    ema = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    parent = meta.get("parent") if own else parent_of(before) if before else None
+    start = Start(model, ema, optimizers, meta["step"] if own else 0, parent, base)
+    if own and args.shard:
+        with as_user_error(own):
+            load_shards(own, model, optimizers, ema)
+    elif own:
+        with as_user_error(own / "optimizer.safetensors"):
+            unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
+        for name, tensor in load_tensors(own, "ema").items():
+            ema[name].copy_(tensor)
+    return start
+
+
+def load_start(source, weights, args, config):
+    """The whole network to train, on the CPU: of a checkpoint, of --wan, or new."""
+    if source and not (args.shard and weights == "model"):  # load_shards reads those
+        return load_checkpoint(source, weights)[0]
+    if source or not args.wan:
+        return HarmoView(config)
+    with torch.device("meta"):
+        model = HarmoView(config)
+    load_wan(model, args.wan)
+    return model
+
+
+def add_to_base(source, weights, args, config):
+    """The network of --train new or lora on the CPU, and its frozen base: the one of the checkpoint `source`,
+    that checkpoint itself where all of it was trained, or --wan."""
+    base = read_meta(source).get("base") if source else None
+    if base and (base["train"], base["rank"]) != (args.train, args.rank):
+        raise UserError(f"{source} was trained with --train {base['train']} --rank {base['rank']}: "
+                        "give the same")
+    if not base and not (source or args.wan):
+        raise UserError(f"--train {args.train} adds to a trained network: give --wan, or train a stage first")
+    base = base or {"train": args.train, "rank": args.rank, "path": os.path.abspath(source or args.wan),
+                    "sha256": parent_of(source) if source else None}
+    with torch.device("meta"):
+        model = HarmoView(config)
+    frozen = torch.bfloat16 if args.precision == "bf16" and not args.shard else torch.float32
+    set_trained(model, args.train, args.rank, frozen)
+    load_base(model, base)
+    if source and "base" in read_meta(source) and not (args.shard and weights == "model"):
+        load_trained(model, source, weights)
+    return model, base
 
 
 def loss_of(model, batch, sigma, noise):
@@ -328,16 +406,16 @@ def loss_of(model, batch, sigma, noise):
     return F.mse_loss(model((1 - s) * x0 + s * noise, 1000 * sigma, text, refs, vit), noise - x0)
 
 
-def draw_noise(x0, generators, shift):
-    """Each sample's sigma (logit-normal, shifted) and noise from its own generator."""
-    u = torch.stack([torch.randn((), generator=g) for g in generators]).sigmoid()
-    noise = data.noise_of(x0.shape[1:], generators)
-    return (shift * u / (1 + (shift - 1) * u)).to(x0.device), noise.to(x0.device)
+def draw_noise(x0, generators, levels):
+    """Each sample's sigma, from data.NoiseLevels, and noise, both from its own generator."""
+    sigma = torch.stack([levels.draw(g) for g in generators])
+    return sigma.to(x0.device), data.noise_of(x0.shape[1:], generators).to(x0.device)
 
 
 def micro_batches(stage, number, first_step, args, dataset, available, world):
-    """For each step from first_step on, the batches of this rank's micro-steps, each with its samples'
-    generators. The first steps are drawn too, since the order of the samples goes on from them."""
+    """For each step from first_step on, the names of all its samples, and the batches of this rank's
+    micro-steps, each with its samples' generators. The first steps are drawn too, since the order of the
+    samples goes on from them."""
     share, steps = args.batch // world.size, args.steps[number - 1]  # samples per rank and step
     dataset.taken.clear()
     for step in range(steps):
@@ -351,16 +429,19 @@ def micro_batches(stage, number, first_step, args, dataset, available, world):
                 some = members[first:first + args.micro_batch]
                 batches.append((dataset.batch(views, some, generators, world.device), generators))
         if step >= first_step:
-            yield batches
+            yield [dataset.index[member]["source"] for member in members], batches
 
 
-def train_stage(number, start, args, dataset, files, available, world, stop):
+def train_stage(number, start, args, dataset, valid, files, available, world, stop):
     """One stage from its Start to its last step, unless stop() ends it early, after saving.
-    files: what a checkpoint needs besides the network; available: the views that may be given."""
+    valid: Validation or None; files: what a checkpoint needs besides the network; available: the views that
+    may be given."""
     stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
     if args.no_curriculum:
         stage = replace(STAGES[len(STAGES)], lr=stage.lr)
-    model, ema, optimizers, first_step, parent = start
+    if args.mv2id:
+        stage = replace(stage, cross=0)
+    model, ema, optimizers, first_step, parent, base = start
     if first_step >= steps:
         return
     people = tuple(n for n in stage.people if n in dataset.people)
@@ -368,32 +449,39 @@ def train_stage(number, start, args, dataset, files, available, world, stop):
         raise UserError(f"stage {number} shows {' or '.join(map(str, stage.people))} people, the set has "
                         f"clips of {' or '.join(map(str, dataset.people))}: leave the stage out")
     stage = replace(stage, people=people)
-    metrics = open_metrics(folder, first_step) if world.rank == 0 else None
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    metrics = Metrics(folder, first_step, model, world)
 
     def save(step):
-        if not all(bool(p.isfinite().all()) for p in [*model.parameters(), *ema.values()]):
+        if not world.all(all(bool(local(p).isfinite().all()) for p in [*trained.values(), *ema.values()])):
             raise UserError(f"stage {number} step {step}: the weights are no longer finite and not saved; "
                             "try smaller learning rates")
         meta = {"config": asdict(model.config), "preset": args.config,
                 "world": {k: toy.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number,
                 "name": stage.name, "step": step, "finished": step == steps, "command": " ".join(sys.argv),
                 "flags": step_flags(args, number), "parent": parent}
+        if base:
+            meta["base"] = base
+        if args.expert:
+            meta["expert"] = {"role": args.expert, "boundary": args.boundary, "share": args.levels.share()}
         if model.config.is_wan:
             meta["wan"] = str(wan_root(args))
-        tensors = {"model": model.state_dict(), "ema": ema, "optimizer": pack_optimizers(optimizers)}
-        save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, keep=args.keep)
+        shards, tensors = None, {"model": trained, "ema": ema, "optimizer": pack_optimizers(optimizers)}
+        if args.shard:
+            shards = Path(world.agree(str(temporary_name(folder / "shards"))))
+            save_shards(shards, model, optimizers, ema)
+            tensors = {"ema": {name: whole(p).cpu() for name, p in ema.items()}} if step == steps else {}
+        if world.rank == 0:
+            save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, args.keep, shards)
+        world.barrier()
 
-    model.recompute = args.recompute
-    if args.compile:
-        model.compile_blocks()
-    wrapped = model  # DDP wraps last, so that no saved key carries its prefix
-    if world.size > 1:  # a step's views leave some proxies or MFI unused, the same on all ranks
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    network = model if args.shard else replicate(model, world)
     bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
                disable=None if world.rank == 0 else True)
     skipped, began = 0, time.perf_counter()
     batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, available, world))
-    for step, micro_steps in zip(bar, batches):
+    for step in bar:
+        names, micro_steps = metrics.next(batches)
         # learning rate
         progress = step / steps
         factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
@@ -403,62 +491,56 @@ def train_stage(number, start, args, dataset, files, available, world, stop):
         # micro-steps
         total = torch.zeros((), device=world.device)  # this step's loss
         for i, (batch, generators) in enumerate(micro_steps, 1):
-            sigma, noise = draw_noise(batch[0], generators, args.shift)
-            synchronize = world.size == 1 or i == len(micro_steps)
-            with contextlib.nullcontext() if synchronize else wrapped.no_sync():
+            sigma, noise = draw_noise(batch[0], generators, args.levels)
+            with synchronized(network, last=i == len(micro_steps)):
                 with autocast(world.device, args.precision):
-                    loss = loss_of(wrapped, batch, sigma, noise) / len(micro_steps)
+                    loss = loss_of(network, batch, sigma, noise) / len(micro_steps)
                 loss.backward()
             total += loss.detach()
+            metrics.count(batch[0], batch[2])
         # clip, step, EMA
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = whole(nn.utils.clip_grad_norm_(trained.values(), args.clip))
         if torch.isfinite(norm):
             skipped = 0
             for optimizer in optimizers:
                 optimizer.step()
             decay = min(args.ema, (step + 1) / (step + 10))  # a short memory at first
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)
         else:  # every rank sees the same summed gradient, so every rank skips
             skipped += 1
             tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; "
                        "step skipped, no weight changed")
             if skipped == min(10, steps):
-                raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, "
-                                f"the last one {step}; try smaller learning rates")
+                raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
+                                f"last one {step} with {', '.join(sorted(set(names))[:20])}; try smaller "
+                                "learning rates, or leave out what is wrong")
         for optimizer in optimizers:
             optimizer.zero_grad()
-        # log and save
-        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+        metrics.step_ends()
+        # log, validate, save
+        last = step + 1 == steps
+        if (step + 1) % args.log_every == 0 or last:
             if world.size > 1:
                 dist.all_reduce(total)
-            if metrics:
-                line = dict(stage=number, step=step + 1, loss=float(total) / world.size,
-                            grad_norm=float(norm), lr_factor=factor)
-                bar.set_postfix_str(f"loss {line['loss']:.4f}")
-                line = {name: value if math.isfinite(value) else None for name, value in line.items()}
-                print(json.dumps(line), file=metrics, flush=True)
+            loss = float(total) / world.size
+            bar.set_postfix_str(f"loss {loss:.4f}")
+            metrics.write(stage=number, step=step + 1, loss=loss, grad_norm=float(norm), lr_factor=factor,
+                          **metrics.speed())
         stopping = stop()
-        if (step + 1) % args.save_every == 0 or step + 1 == steps or stopping:
+        if valid and ((step + 1) % args.valid_every == 0 or last):
+            with exchanged(model, trained, ema):
+                losses = valid.losses(loss_of, model, args.levels, args.precision)
+            metrics.write(stage=number, step=step + 1, valid=losses)
+        if (step + 1) % args.save_every == 0 or last or stopping:
+            save(step + 1)
             if world.rank == 0:
-                save(step + 1)
-            world.barrier()
+                draw_losses(args.out)
         if stopping:
             return
     if world.rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"stage {number} {stage.name}: steps {first_step + 1} to {steps} in {minutes:.1f} min, "
               f"loss {float(total) / world.size:.4f}", flush=True)
-
-
-def open_metrics(folder, step):
-    """metrics.jsonl of a stage, open for appending; lines after that step, from a run that went further,
-    are dropped."""
-    path = folder / "metrics.jsonl"
-    lines = [line for line in read_lines(path) if isinstance(line.get("step"), int) and line["step"] <= step]
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return open(path, "a")
 
 
 def stop_on_signal(world):
@@ -472,12 +554,7 @@ def stop_on_signal(world):
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
 
-    def stop():
-        flag = torch.tensor(float(bool(received)), device=world.device)
-        if world.size > 1:
-            dist.all_reduce(flag)
-        return bool(flag)
-    return stop
+    return lambda: not world.all(not received)
 
 
 def wan_root(args):
@@ -486,29 +563,46 @@ def wan_root(args):
     return folder if any(folder.glob("models_t5*")) else folder.parent
 
 
+def choose_expert(wan, expert):
+    """That expert's folder in a Wan2.2 checkpoint; where --wan is one network, that."""
+    folders = expert_folders(wan)
+    if folders:
+        return folders[0 if expert == "high" else 1]
+    other = ("low_noise_model", "transformer_2") if expert == "high" else ("high_noise_model",)
+    if Path(wan).name in other:
+        raise UserError(f"--expert {expert} with --wan {wan}: that is the other expert")
+    return wan
+
+
 def encoded_data(args):
     """The folder of the encoded set that --data is or holds, or None."""
     return next((f for f in (args.data, args.data / "encoded") if (f / "index.jsonl").is_file()), None)
 
 
 def load_data(args, config, world):
-    """The Dataset, and the files that sampling needs besides the network. The toy's is rendered and encoded
-    where that was not done yet, by one process on all cores."""
+    """The Dataset, the Validation or None, and the files that sampling needs besides the network. The toy's
+    are rendered and encoded where that was not done yet, by one process on all cores."""
     if folder := encoded_data(args):
-        dataset = data.Dataset(folder)
+        dataset, valid, files = data.Dataset(folder), args.valid, ()
         dataset.check(config)
-        return dataset, ()
-    clips, threads = toy.WORLDS[args.config], torch.get_num_threads()
-    if world.size > 1 and world.device.type == "cpu":
-        torch.set_num_threads(CORES)
-    folder = toy.render_cache(args.data, clips["size"], clips["frames"], args.clips, args.pairs)
-    try:
-        encoders = toy.ToyEncoders(folder, clips["size"])
-    except UserError as error:
-        raise toy.damaged(folder, error) from None
-    dataset = data.Dataset(toy.encode_cache(folder, encoders, args.pairs, args.mask))
-    torch.set_num_threads(threads)
-    return dataset, encoders.files
+        if args.mv2id and dataset.settings["mask"] != 0.6:
+            raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, --mv2id needs 0.6")
+    else:
+        world_of, threads = toy.WORLDS[args.config], torch.get_num_threads()
+        if world.size > 1 and world.device.type == "cpu":
+            torch.set_num_threads(CORES)
+        size, frames = world_of["size"], world_of["frames"]
+        folder = toy.render_cache(args.data, size, frames, args.clips, args.pairs)
+        try:
+            encoders = toy.ToyEncoders(folder, size)
+        except UserError as error:
+            raise toy.damaged(folder, error) from None
+        dataset = data.Dataset(toy.encode_cache(folder, encoders, args.pairs, args.mask))
+        files = encoders.files
+        held_out = toy.render_cache(args.data, size, frames, (CASES, CASES), seed=toy.VALID_SEED)
+        valid = args.valid or toy.encode_cache(held_out, encoders)
+        torch.set_num_threads(threads)
+    return dataset, Validation(valid, config, world) if valid else None, files
 
 
 def main(argv=None):
@@ -537,20 +631,23 @@ def main(argv=None):
                     for step in reversed(steps_in(args.out / f"stage{number}")):
                         delete_checkpoint(step)  # and nothing else, which may be the user's
         world.barrier()
-        dataset, files = load_data(args, config, world)
+        dataset, valid, files = load_data(args, config, world)
         available = ("front",) if args.front_only else dataset.views
         stop = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)
-            train_stage(number, start, args, dataset, files, available, world, stop)
+            train_stage(number, start, args, dataset, valid, files, available, world, stop)
             start = None
+            gc.collect()  # sharded networks hold references to themselves
             if stop():
                 break
             # what a user would run; a process of its own, since sample.py is above this file
-            if world.rank == 0 and not args.no_samples and not config.is_wan:  # Wan's need a prompt
+            if world.rank == 0 and not args.no_samples and (args.sample_prompts or not config.is_wan):
                 sheet = args.out / f"stage{number}"
-                subprocess.run([sys.executable, Path(__file__).with_name("sample.py"),
-                                "--ckpt", sheet, "--out", sheet / "sample"], check=False)
+                prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
+                alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+                subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts,
+                                "--ckpt", sheet, "--out", sheet / "sample"], check=False, env=alone)
     if world.size > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,205 @@
+"""How a training is doing: metrics.jsonl, validation on fixed cases, and loss.png.
+
+A line of metrics.jsonl is of training (loss, gradient norm, seconds a step, tokens and TFLOP a second, peak
+memory, share of the time spent waiting for data) or of a validation (losses of the averaged weights).
+"""
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.fsdp import FSDPModule
+
+import data
+from checkpoint import UserError, atomic_file, autocast, read_lines
+from model import PATCH
+from rope import VIEWS
+
+GIB = 2**30
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of a validation, of the law that training draws from
+CASES = 4  # clips of each kind
+GIVEN = {"no references": ((),)} | {f"{n} view{'s' * (n > 1)}": (VIEWS[:n],) for n in range(1, 5)}
+GIVEN |= {"two people": (("front",), ("front",))}
+
+
+def peak_memory():
+    """GiB that this process held at most: of the GPU's memory, or of the CPU's; nan on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
+
+
+class Metrics:
+    """metrics.jsonl of a stage, from a step on; lines after it, from a run that went further, are dropped."""
+
+    def __init__(self, folder, step, model, world):
+        self.model, self.world, self.file = model, world, None
+        if world.rank == 0:
+            path = folder / "metrics.jsonl"
+            lines = [line for line in read_lines(path)
+                     if isinstance(line.get("step"), int) and line["step"] <= step]
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self.file = open(path, "a")
+        self.reset()
+
+    def reset(self):
+        self.steps = self.seconds = self.waited = self.tokens = self.flops = 0
+
+    def next(self, batches):
+        """A step begins: the next of an iterator."""
+        self.began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - self.began
+        return batch
+
+    def step_ends(self):
+        self.seconds += time.perf_counter() - self.began
+        self.steps += 1
+
+    def count(self, x0, refs):
+        """The work of a forward and backward: tokens, and FLOPs without recomputation."""
+        B, _, T, H, W = x0.shape
+        tokens = T * (H // PATCH) * (W // PATCH)
+        for views in refs:
+            for latent in views.values():
+                tokens += (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
+            tokens += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
+        self.tokens += B * tokens
+        self.flops += 3 * B * self.model.flops(tokens)
+
+    def speed(self):
+        """What a step took since the last call."""
+        line = {"seconds": self.seconds / self.steps,
+                "tokens_per_s": self.world.size * self.tokens / self.seconds,
+                "tflops_per_process": self.flops / self.seconds / 1e12, "memory_gib": peak_memory(),
+                "waiting": self.waited / self.seconds}
+        self.reset()
+        return {name: round(value, 4) for name, value in line.items()}
+
+    def write(self, **line):
+        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in line.items()}
+        if self.file:
+            print(json.dumps(line), file=self.file, flush=True)
+
+
+class Validation:
+    """Losses on fixed clips with fixed noise, of people that training does not see: by noise level, by number
+    of views, with two people, and without references, which shows how far the base's prior has drifted."""
+
+    def __init__(self, folder, config, world):
+        self.dataset, self.world = data.Dataset(folder, text_dropout=0), world
+        self.dataset.check(config)
+        self.cases = {}
+        for given, views in GIVEN.items():
+            by_shape = self.dataset.having(views, False)
+            if by_shape:
+                self.cases[given] = views, max(by_shape.values(), key=len)[:CASES]
+        if not self.cases:
+            raise UserError(f"{folder} holds no clip of one or two people: give another --valid")
+
+    @torch.no_grad()
+    def losses(self, loss_of, model, levels, precision):
+        """{"t 995": loss, ..., "no references": loss, ...}, the same for any number of processes, each of
+        which makes every size-th case. Where there are fewer cases than processes, some are made twice, since
+        sharded weights need all processes in every forward."""
+        sigmas = [levels.quantile(q) for q in QUANTILES]
+        found = torch.zeros(len(self.cases), len(sigmas), CASES, dtype=torch.float64)
+        for g, (views, numbers) in enumerate(self.cases.values()):
+            for first in range(0, len(numbers), self.world.size):
+                case = first + self.world.rank
+                number = numbers[case % len(numbers)]
+                generators = [torch.Generator().manual_seed(number)]
+                batch = self.dataset.batch(views, [number], generators, self.world.device)
+                for s, sigma in enumerate(sigmas):
+                    generators = [torch.Generator().manual_seed(number + 10**6 * s)]
+                    noise = data.noise_of(batch[0].shape[1:], generators).to(self.world.device)
+                    sigma = torch.tensor([sigma], device=self.world.device)
+                    with autocast(self.world.device, precision):
+                        loss = loss_of(model, batch, sigma, noise)
+                    if case < len(numbers):
+                        found[g, s, case] = loss.double()
+        if self.world.size > 1:
+            found = found.to(self.world.device)
+            dist.all_reduce(found)
+        counts = [len(numbers) for _, numbers in self.cases.values()]
+        means = torch.stack([part[:, :n].mean(1) for part, n in zip(found.cpu(), counts)])  # [given, sigma]
+        return ({f"t {1000 * sigma:.0f}": loss for sigma, loss in zip(sigmas, means.mean(0).tolist())} |
+                dict(zip(self.cases, means.mean(1).tolist())))
+
+
+@contextlib.contextmanager
+def exchanged(model, weights, averages):
+    """Meanwhile the network has its averaged weights. Both are {name: tensor}."""
+    @torch.no_grad()
+    def exchange():
+        for name, p in weights.items():
+            kept = p.detach().clone()
+            p.copy_(averages[name])
+            averages[name].copy_(kept)
+        for module in model.modules():  # what was gathered for a forward is of before
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    exchange()
+    yield
+    exchange()
+
+
+# --------------------------------------------------------------------------------------------------- loss.png
+COLOURS = ("#4477aa", "#cc6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee8866", "#777777")
+
+
+def draw_losses(out):
+    """Write loss.png of a run: training's loss and the validations', over all steps of all stages."""
+    curves, edges, start = {}, [], 0
+    for path in sorted(Path(out).glob("stage*/metrics.jsonl")):
+        lines = [line for line in read_lines(path) if isinstance(line.get("step"), int)]
+        if not lines:
+            continue
+        edges.append((start, path.parent.name))
+        for line in lines:
+            values = {"training": line.get("loss")} | (line.get("valid") or {})
+            for name, value in values.items():
+                if isinstance(value, float) and value > 0 and not name.startswith("t "):
+                    curves.setdefault(name, []).append((start + line["step"], math.log10(value)))
+        start += max(line["step"] for line in lines)
+    if not curves:
+        return
+    levels = [y for curve in curves.values() for _, y in curve]
+    low, high = min(levels) - 0.05, max(levels) + 0.05
+    sheet = Image.new("RGB", (1000, 520), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+
+    def place(x, y):
+        return 70 + 740 * x / start, 470 - 430 * (y - low) / (high - low)
+    for step, name in edges:
+        x, _ = place(step, low)
+        draw.line((x, 40, x, 470), "#dddddd")
+        draw.text((x + 4, 474), f"{name}, from {step}", "#777777", font)
+    for k in range(5):
+        y = low + (high - low) * k / 4
+        draw.line((*place(0, y), *place(start, y)), "#eeeeee")
+        draw.text((62, place(0, y)[1]), f"{10**y:.3g}", "#777777", font, "rm")
+    title = "Loss over steps: training, and the averaged weights on people it never saw"
+    draw.text((70, 12), title, "#222222", ImageFont.load_default(16))
+    for k, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        points = [place(*point) for point in curve]
+        draw.line(points, colour, 1 if name == "training" else 2)
+        if name != "training":
+            for x, y in points:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        draw.text((826, 44 + 20 * k), f"{name} {10**curve[-1][1]:.3g}", colour, font)
+    with atomic_file(Path(out) / "loss.png") as path:
+        sheet.save(path, "PNG")
