@@ -56,7 +56,7 @@ def merge_lora(model):
 def with_product(weight, up, down, scale=1.0):
     """weight + scale * up @ down in float32, of weight's shape, which may be a convolution's."""
     matrix, up, down = (t.float().reshape(len(t), -1) for t in (weight, up, down))
-    return matrix.addmm(up, down, alpha=scale).view(weight.shape)
+    return matrix.addmm(scale * up, down).view(weight.shape)  # addmm's alpha lets a NaN pass
 
 
 # ----------------------------------------------------------------------------------------------- public files
@@ -105,9 +105,8 @@ def apply_lora(model, path, scale=1.0):
         weight.copy_(total)
         changed += 1
     if not changed:
-        raise UserError(f"{path}: none of its {len(file.shapes)} keys ({', '.join(map(repr, list(file.shapes)[:2]))}, "
-                        "...) fits; expected a LoRA for Wan2.1 or Wan2.2 A14B text-to-video, with keys like "
-                        "'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
+        raise UserError(f"{path}: none of its {len(file.shapes)} keys fits: {str([*file.shapes][:2])[:99]}; "
+                        "expected a LoRA for Wan's text-to-video ('blocks.0.self_attn.q.lora_A.weight', ...)")
     return changed, unknown
 
 
@@ -176,8 +175,8 @@ def noted_alpha(path):
 def read_lora_argument(text):
     """A type for add_argument: "[high=|low=]FILE[:SCALE]" -> path, scale (1 without one), and its expert:
     "high", "low" or None. What follows a colon and is no number is part of the path."""
-    role, _, path = text.partition("=")
-    if role not in ("high", "low"):
+    role, equals, path = text.partition("=")
+    if not equals or role not in ("high", "low"):
         role, path = None, text
     file, colon, number = path.rpartition(":")
     try:

@@ -18,6 +18,7 @@ FILES = {
     "parallel": (140, "checkpoint"),
     "kernels": (380, "rope checkpoint"),
     "encoders": (565, "checkpoint"),
+    "lora": (180, "checkpoint"),
     "checkpoint": (330, ""),
     "pictures": (300, "rope checkpoint"),
     "toy": (625, "data manifest pictures encoders rope checkpoint"),
@@ -39,7 +40,7 @@ OVER = {
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
-TEST_PACKAGES = {"pytest", "diffusers", "transformers"}
+TEST_PACKAGES = {"pytest", "diffusers", "transformers", "peft"}
 
 
 def imported(path):
