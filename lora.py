@@ -89,7 +89,7 @@ def apply_lora(model, path, scale=1.0):
     A difference adds scale * diff.
     Returns how many weights (and biases) changed, and the keys that fit nothing here.
     Raises UserError for a damaged file, one for another network, and values that are not finite. Names and
-    shapes are checked before anything changes.
+    shapes are checked before anything changes, values on the way: after that error model is half merged.
     """
     file = read_weights(path)
     found, unknown = sort_keys(model, file)
@@ -114,9 +114,8 @@ def apply_lora(model, path, scale=1.0):
         weight.copy_(total)
         changed += 1
     if not changed:
-        raise UserError(f"{path}: none of its {len(file.shapes)} keys fits ({str(list(file.shapes)[:2])[:120]}); "
-                        "expected a LoRA for Wan2.1 or Wan2.2 A14B text-to-video, with keys like "
-                        "'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
+        raise UserError(f"{path}: none of its {len(file.shapes)} keys fits: {str([*file.shapes][:2])[:99]}; "
+                        "expected a LoRA for Wan's text-to-video ('blocks.0.self_attn.q.lora_A.weight', ...)")
     return changed, unknown
 
 

@@ -17,7 +17,7 @@ FILES = {
     "monitor": (200, "model data rope checkpoint"),
     "sample": (460, "model data toy parallel pictures encoders kernels lora rope checkpoint"),
     "parallel": (170, "checkpoint"),
-    "lora": (180, "checkpoint"),
+    "lora": (200, "checkpoint"),
     "kernels": (380, "rope checkpoint"),
     "encoders": (565, "checkpoint"),
     "checkpoint": (330, ""),
