@@ -98,13 +98,13 @@ class Validation:
     """Losses on fixed clips with fixed noise, of people that training does not see: by noise level, by number
     of views, with two people, and without references, which shows how far the base's prior has drifted."""
 
-    def __init__(self, folder, config, world):
+    def __init__(self, folder, config, world, available=VIEWS):
         self.dataset, self.world = data.Dataset(folder, text_dropout=0), world
         self.dataset.check(config)
         self.cases = {}
         for given, views in GIVEN.items():
             by_shape = self.dataset.having(views, False)
-            if by_shape:
+            if by_shape and set(views[0]) <= set(available):
                 self.cases[given] = views, max(by_shape.values(), key=len)[:CASES]
         if not self.cases:
             raise UserError(f"{folder} holds no clip of one or two people: give another --valid")

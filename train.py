@@ -48,7 +48,7 @@ from model import (CONFIGS, TRAINS, HarmoView, load_base, load_checkpoint, load_
 from monitor import CASES, Metrics, Validation, draw_losses, exchanged
 from parallel import (CORES, TORCHRUN, World, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
-from rope import LAYOUTS
+from rope import LAYOUTS, VIEWS
 
 
 @dataclass(frozen=True)
@@ -261,10 +261,11 @@ def resolve(args, world):
                         f"--micro-batch {args.micro_batch}")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
-    if (config.is_wan or (args.data / "manifest.jsonl").is_file()) and not encoded_data(args):
-        raise UserError(f"--data {args.data} holds no encoded set: make one with `python data.py encode`")
-    if config.is_wan and not args.wan:
-        raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint")
+    if config.is_wan and not (args.wan and encoded_data(args)):
+        raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
+                        f"DIR, a set that `python data.py encode` made; came --wan {args.wan} --data {args.data}")
+    if (args.data / "manifest.jsonl").is_file() and not encoded_data(args):
+        raise UserError(f"--data {args.data} is not encoded yet: `python data.py encode` does it")
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
     for name in ("rope_layout", "rope_jump", "proxy_tokens"):
@@ -326,7 +327,7 @@ def prepare(number, args, config, world):
         raise UserError(f"{args.out}/stage{number}: none of its checkpoints is whole; "
                         "--overwrite starts the stage afresh")
     before = find_checkpoint(args.out / f"stage{number - 1}")
-    source, weights = (own, "model") if own else (before, "ema")
+    source = own or before
     meta = read_meta(source) if source else {}
     if own:
         compare(own, meta["config"] | meta.get("flags", {}), asdict(config) | step_flags(args, number))
@@ -340,36 +341,37 @@ def prepare(number, args, config, world):
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}` "
                         "first")
     torch.manual_seed(args.seed)  # for what is new in the model
+    weights = None if own and args.shard else source  # load_shards reads the others
     if args.train == "all":
-        model, base = load_start(source, weights, args, config), None
+        model, base = load_start(weights, args, config, new=not source), None
     else:
-        model, base = add_to_base(source, weights, args, config)
+        base = find_base(source, args)
+        model = add_to_base(base, weights, args, config)
     model.recompute = args.recompute
     if args.compile:
         model.compile_blocks()
     model.to(world.device)
     if args.shard:
         shard(model, world, args.precision == "bf16")
-    optimizers = make_optimizers(model, args)
     ema = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    parent = meta.get("parent") if own else parent_of(before) if before else None
-    start = Start(model, ema, optimizers, meta["step"] if own else 0, parent, base)
+    if own and not args.shard:
+        load_trained(model, own, "model")
+    optimizers = make_optimizers(model, args)
     if own and args.shard:
         with as_user_error(own):
             load_shards(own, model, optimizers, ema)
     elif own:
         with as_user_error(own / "optimizer.safetensors"):
             unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
-        for name, tensor in load_tensors(own, "ema").items():
-            ema[name].copy_(tensor)
-    return start
+    parent = meta.get("parent") if own else parent_of(before) if before else None
+    return Start(model, ema, optimizers, meta["step"] if own else 0, parent, base)
 
 
-def load_start(source, weights, args, config):
-    """The whole network to train, on the CPU: of a checkpoint, of --wan, or new."""
-    if source and not (args.shard and weights == "model"):  # load_shards reads those
-        return load_checkpoint(source, weights)[0]
-    if source or not args.wan:
+def load_start(weights, args, config, new):
+    """The whole network to train, on the CPU: the averaged weights of a checkpoint; or, if new, --wan."""
+    if weights:
+        return load_checkpoint(weights)[0]
+    if not (new and args.wan):
         return HarmoView(config)
     with torch.device("meta"):
         model = HarmoView(config)
@@ -377,25 +379,29 @@ def load_start(source, weights, args, config):
     return model
 
 
-def add_to_base(source, weights, args, config):
-    """The network of --train new or lora on the CPU, and its frozen base: the one of the checkpoint `source`,
-    that checkpoint itself where all of it was trained, or --wan."""
+def find_base(source, args):
+    """The frozen network of --train new or lora, as model.load_base takes it: that of the checkpoint `source`,
+    or that checkpoint itself where all of it was trained, or --wan."""
     base = read_meta(source).get("base") if source else None
     if base and (base["train"], base["rank"]) != (args.train, args.rank):
         raise UserError(f"{source} was trained with --train {base['train']} --rank {base['rank']}: "
                         "give the same")
-    if not base and not (source or args.wan):
+    if not (source or args.wan):
         raise UserError(f"--train {args.train} adds to a trained network: give --wan, or train a stage first")
-    base = base or {"train": args.train, "rank": args.rank, "path": os.path.abspath(source or args.wan),
+    return base or {"train": args.train, "rank": args.rank, "path": os.path.abspath(source or args.wan),
                     "sha256": parent_of(source) if source else None}
+
+
+def add_to_base(base, weights, args, config):
+    """The network of --train new or lora, on the CPU: its base, and what a checkpoint has trained beside it."""
     with torch.device("meta"):
         model = HarmoView(config)
     frozen = torch.bfloat16 if args.precision == "bf16" and not args.shard else torch.float32
     set_trained(model, args.train, args.rank, frozen)
     load_base(model, base)
-    if source and "base" in read_meta(source) and not (args.shard and weights == "model"):
-        load_trained(model, source, weights)
-    return model, base
+    if weights and "base" in read_meta(weights):
+        load_trained(model, weights, "ema")
+    return model
 
 
 def loss_of(model, batch, sigma, noise):
@@ -602,7 +608,8 @@ def load_data(args, config, world):
         held_out = toy.render_cache(args.data, size, frames, (CASES, CASES), seed=toy.VALID_SEED)
         valid = args.valid or toy.encode_cache(held_out, encoders)
         torch.set_num_threads(threads)
-    return dataset, Validation(valid, config, world) if valid else None, files
+    available = ("front",) if args.front_only else VIEWS
+    return dataset, Validation(valid, config, world, available) if valid else None, files
 
 
 def main(argv=None):
