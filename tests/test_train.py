@@ -1,5 +1,7 @@
 import functools
 import json
+import math
+import os
 import re
 import shutil
 import signal
@@ -15,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, WAN_SMALL, call, run
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
@@ -24,7 +27,7 @@ import parallel
 import sample
 import toy
 import train
-from checkpoint import UserError, find_checkpoint
+from checkpoint import UserError, find_checkpoint, steps_in
 from model import CONFIGS, NEW_PREFIXES, DiTConfig, HarmoView, load_checkpoint, load_wan
 from rope import VIEWS
 
@@ -718,3 +721,238 @@ def test_wan_configs_need_wan_and_a_set(small_wan, wan_set, tmp_path):
         with pytest.raises(UserError, match=says):
             train.main(arguments)
     assert not (tmp_path / "out" / "small").exists()
+
+
+# ------------------------------------------------------------------------------- two experts and noise levels
+@pytest.mark.parametrize("kind", ["logit-normal", "uniform"])
+@pytest.mark.parametrize("shift, low, high", [(5.0, 0.875, math.inf), (5.0, 0, 0.875), (12.0, 0.875, math.inf),
+                                              (1.0, 0, math.inf), (3.0, 0.5, 0.7)])
+def test_an_experts_slice_is_cut_out_of_the_law(kind, shift, low, high):
+    """The share of draws and the histogram inside a slice, against a million draws of the whole law."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "uniform":
+        u = torch.rand(10**6, generator=generator, dtype=torch.float64)
+    else:
+        u = torch.randn(10**6, generator=generator, dtype=torch.float64).sigmoid()
+    whole = shift * u / (1 + (shift - 1) * u)
+    inside = whole[(whole >= low) & (whole < high)]
+    levels = data.NoiseLevels(shift, kind, low, high)
+    assert levels.share() == pytest.approx(len(inside) / 10**6, abs=0.002)
+    drawn = torch.stack([levels.draw(torch.Generator().manual_seed(i)) for i in range(4000)]).double()
+    assert drawn.min() >= low and drawn.max() < high
+    edges = torch.quantile(inside, torch.linspace(0, 1, 9, dtype=torch.float64))
+    counts = torch.histogram(drawn.clamp(edges[0], edges[-1]), edges).hist / len(drawn)
+    assert (counts - 1 / 8).abs().max() < 0.025  # eight equal parts of the law
+    for q in (0.1, 0.5, 0.9):
+        assert levels.quantile(q) == pytest.approx(float(torch.quantile(inside, q)), abs=0.005)
+
+
+def test_the_shares_of_two_experts_are_one():
+    for kind in ("logit-normal", "uniform"):
+        high, low = (data.NoiseLevels(5.0, kind, *part) for part in ((0.875, math.inf), (0, 0.875)))
+        assert high.share() + low.share() == pytest.approx(1)
+
+
+def test_two_experts_train_in_their_slices_and_sample_together(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    seen, real = {}, train.loss_of
+
+    def watched(model, batch, sigma, noise):
+        seen.setdefault(role, []).extend(sigma.tolist())
+        return real(model, batch, sigma, noise)
+    monkeypatch.setattr(train, "loss_of", watched)
+    for role in ("high", "low"):
+        train.main([*map(str, FAST), "--expert", role, "--shift", "5", "--boundary", "0.8", "--stage", "1",
+                    "--steps", "3", "--out", f"pair/{role}_noise_model"])
+    assert min(seen["high"]) >= 0.8 > max(seen["low"])
+    stamp = json.loads((find_checkpoint("pair/low_noise_model") / "checkpoint.json").read_text())["expert"]
+    assert (stamp["role"], stamp["boundary"]) == ("low", 0.8) and 0 < stamp["share"] < 1
+    experts, _, found = sample.load("pair")
+    assert found.boundary == 0.8 and len(found.networks) == 2
+    sample.main(["--ckpt", "pair", "--steps", "2", "--out", "v"])
+    with pytest.raises(UserError, match="is the expert for high noise only: put both into one folder"):
+        sample.find("pair/high_noise_model")
+    Path("swapped").mkdir()
+    for there, here in (("high", "low"), ("low", "high")):
+        Path(f"swapped/{there}_noise_model").symlink_to((Path("pair") / f"{here}_noise_model").resolve())
+    with pytest.raises(UserError, match="was trained with --expert low.*the expert for high noise"):
+        sample.find("swapped")
+
+
+def test_experts_that_do_not_fit_are_one_line(fresh, tmp_path, monkeypatch):
+    monkeypatch.chdir(fresh)
+    for arguments, says in (
+        (["--expert", "high", "--boundary", "875"], "--boundary: got '875', expected a number from 0 to below 1"),
+        (["--expert", "high", "--shift", "0.001"], "of 1,000 noise levels less than one is its own"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train.main([*map(str, FAST), *arguments])
+    for name in ("transformer", "transformer_2"):
+        Path("wan", name).mkdir(parents=True)
+    assert train.choose_expert("wan", "high") == Path("wan/transformer")  # diffusers: the first is for high noise
+    assert train.choose_expert("wan", "low") == Path("wan/transformer_2")
+    with pytest.raises(UserError, match="that is the other expert"):
+        train.choose_expert("wan/transformer_2", "high")
+    with pytest.raises(UserError, match="holds two experts: give its transformer or transformer_2, or train.py's"):
+        checkpoint.wan_files("wan")
+
+
+# ------------------------------------------------------------------------------------------------- what trains
+@pytest.mark.parametrize("what", ["new", "lora"])
+def test_on_a_frozen_base_only_what_is_added_trains(fresh, what, monkeypatch):
+    """Over two stages and a resume; then what was trained is sampled, and exported as one network."""
+    monkeypatch.chdir(fresh)
+    flags = [*map(str, FAST), "--precision", "fp32"]
+    train.main([*flags, "--stage", "1", "--steps", "1"])
+    base = weights(Path("out/tiny"))["ema.safetensors"]
+    flags += ["--train", what, "--rank", "4", "--steps", "4", "--save-every", "2"]
+    train.main([*flags, "--stage", "2"])
+    straight = weights(Path("out/tiny/stage2"))
+    adapters = {name for name in straight["ema.safetensors"] if "lora_" in name}
+    assert len(adapters) == (40 if what == "lora" else 0)
+    assert straight["ema.safetensors"].keys() - adapters == {n for n in base if n.startswith(NEW_PREFIXES)}
+    shutil.rmtree("out/tiny/stage2/step-000004")
+    train.main([*flags, "--stage", "2", "--resume"])
+    assert_equal(straight, weights(Path("out/tiny/stage2")))
+    train.main([*flags, "--stage", "3"])
+    with pytest.raises(UserError, match="was trained with --train .* --rank 4: give the same"):
+        train.main([*flags, "--stage", "4", "--train", "lora", "--rank", "5"])
+    trained, meta = load_checkpoint(find_checkpoint("out/tiny/stage3"))
+    moved = {name for name, p in trained.named_parameters() if not torch.equal(p, base[name])}
+    matrices = {name for name in base if name.startswith("blocks.") and base[name].ndim == 2}
+    assert meta["base"]["path"] == str(fresh / "out/tiny/stage1/step-000001")
+    assert moved <= matrices | {n for n in base if n.startswith(NEW_PREFIXES)} and "proxies" in moved
+    assert bool(moved & matrices) == (what == "lora")
+    sample.main(["--export", "alone", "--ckpt", "out/tiny"])
+    assert load_checkpoint(Path("alone"))[0].state_dict().keys() == base.keys()
+    shutil.rmtree("out/tiny/stage1")
+    with pytest.raises(UserError, match="which was trained further, is not there any more"):
+        load_checkpoint(find_checkpoint("out/tiny/stage3"))
+    sample.main(["--ckpt", "alone", "--steps", "1", "--out", "v"])
+
+
+def test_adapters_need_a_base(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    with pytest.raises(UserError, match="--train lora adds to a trained network: give --wan, or train a stage"):
+        train.main([*map(str, FAST), "--train", "lora"])
+
+
+# -------------------------------------------------------------------------------------------------- validation
+def test_validation_is_the_same_for_any_number_of_processes(fresh, monkeypatch):
+    """Two processes make every other case; the noise and the clips are fixed."""
+    monkeypatch.chdir(fresh)
+    train.main([*map(str, FAST), "--stage", "1", "--steps", "2", "--valid-every", "1", "--precision", "fp32"])
+    first, second = validations(Path("out/tiny"), 1)
+    assert first.keys() == second.keys() == {
+        *(name for name in first if name.startswith("t ")), "no references", "1 view", "2 views", "3 views",
+        "4 views", "two people"} and len(first) == 11 and first != second
+    model, _ = load_checkpoint(find_checkpoint("out/tiny"))
+    folder = next(Path("cache").glob("toy77000-*/toy-*"))
+    found = []
+    for size in (1, 3):
+        parts = []
+        for rank in range(size):
+            valid = train.Validation(folder, model.config, train.World(rank, size, torch.device("cpu")))
+            monkeypatch.setattr("monitor.dist.all_reduce", lambda found: parts.append(found.clone()))
+            losses = valid.losses(train.loss_of, model, data.NoiseLevels(100.0), "fp32")
+        found.append(losses if size == 1 else sum(parts))
+    one = train.Validation(folder, model.config, train.World(0, 1, torch.device("cpu")))
+    counts = [len(numbers) for _, numbers in one.cases.values()]
+    means = [float(part[:, :n].mean()) for part, n in zip(found[1], counts, strict=True)]
+    assert means == pytest.approx([found[0][name] for name in one.cases], rel=1e-6)
+    assert found[0] == pytest.approx(second, rel=1e-6)
+
+
+def test_losses_are_drawn(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    train.main([*map(str, FAST), "--steps", "2"])
+    with Image.open("out/tiny/loss.png") as sheet:
+        assert sheet.size == (1000, 520) and len(sheet.convert("RGB").getcolors(10**6)) > 50
+    line = json.loads(Path("out/tiny/stage2/metrics.jsonl").read_text().splitlines()[0])
+    assert line["seconds"] > 0 and line["tokens_per_s"] > 0 and 0 <= line["waiting"] <= 1
+    # tokens of a clip of 3 frames (1 latent frame each) of 32x32 in patches of 8 pixels, with 4 slots
+    assert line["memory_gib"] > 0 and line["tflops_per_process"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------- sharding
+def torchrun(processes, *arguments, cwd, script=ROOT / "train.py", restarts=0):
+    """-> whether it ended well, and what it wrote to stderr, torchrun's own traceback included."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
+               "--max-restarts", restarts, script, *arguments]
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode == 0, done.stderr
+
+
+def distance(a, b):
+    """Of two networks, relative."""
+    difference = sum(((a[name] - b[name]).double() ** 2).sum() for name in a)
+    return float((difference / sum((a[name].double() ** 2).sum() for name in a)).sqrt())
+
+
+def test_sharded_replicated_and_alone_are_one_training(fresh):
+    """Three steps, float32: FSDP2 on 1, 2 and 3 processes, DDP on 2, and one process, with and without
+    accumulation. Then 2 processes go on as 3."""
+    common = [*FAST, "--stage", 1, "--steps", 3, "--precision", "fp32", "--optimizer", "adamw", "--batch", 6]
+    call("train.py", *common, "--out", "alone", cwd=fresh)
+    assert torchrun(2, *common, "--out", "ddp", cwd=fresh)[0]
+    flags = ["--shard", "--micro-batch", 1, "--recompute", "--save-every", 2, "--out", "two"]
+    assert torchrun(2, *common, *flags, cwd=fresh)[0]
+    assert torchrun(3, *common, "--shard", "--out", "three", cwd=fresh)[0]
+    found = {name: weights(fresh / name)["ema.safetensors"] for name in ("alone", "ddp", "two", "three")}
+    start = {name: p.detach() for name, p in HarmoView(CONFIGS["tiny"]).named_parameters()}
+    assert distance(found["alone"], start) > 1e-3
+    for name in ("ddp", "two", "three"):
+        assert distance(found["alone"], found[name]) < 1e-6, name
+    newest = fresh / "two" / "stage1" / "step-000003"
+    files = {path.name for path in newest.iterdir()}
+    assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "checkpoint.json", "ema.safetensors",
+                     "spiece.model"}
+    flipped = bytearray((newest / "__1_0.distcp").read_bytes())
+    flipped[-1] ^= 1
+    (newest / "__1_0.distcp").write_bytes(flipped)
+    well, said = torchrun(3, *common, "--shard", "--out", "two", "--resume", cwd=fresh)  # from step 2, of two
+    assert well and "__1_0.distcp is missing or damaged" in said
+    assert distance(found["alone"], weights(fresh / "two")["ema.safetensors"]) < 1e-6
+    well, said = torchrun(2, *common, "--out", "two", "--resume", cwd=fresh)
+    assert not well and "trained otherwise (shard True there, False here" in said
+
+
+def test_a_lost_process_ends_all_and_torchrun_starts_them_again(fresh):
+    """SIGKILL to one of two at step 3: torchrun --max-restarts 1 with --resume ends in the bits of an
+    undisturbed run; without, the run fails at once."""
+    common = [*FAST, "--stage", 1, "--steps", 6, "--save-every", 2, "--precision", "fp32"]
+    assert torchrun(2, *common, "--out", "straight", cwd=fresh)[0]
+    killer = f"""import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+real, calls = train.draw_noise, []
+def draw_noise(*arguments):
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == "1" and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+train.draw_noise = draw_noise
+sys.argv[0] = "train.py"
+train.run_script(train.main)
+"""
+    (fresh / "killer.py").write_text(killer)
+    began = time.monotonic()
+    well, said = torchrun(2, *common, "--out", "lost", cwd=fresh, script="killer.py")
+    assert not well and "another process of this run has ended" in said and time.monotonic() - began < 60
+    assert steps_in(fresh / "lost/stage1")[-1].name < "step-000006"
+    (fresh / "killed").unlink()
+    flags = ["--out", "again", "--resume"]
+    assert torchrun(2, *common, *flags, cwd=fresh, script="killer.py", restarts=1)[0]
+    assert (fresh / "killed").exists()
+    assert_equal(weights(fresh / "straight"), weights(fresh / "again"))
+
+
+# ------------------------------------------------------------------------------------------------ Mv2ID's recipe
+def test_mv2id_is_a_preset_of_flags(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    train.main([*map(str, FAST), "--mv2id", "--stage", "1", "--steps", "1"])
+    meta = json.loads((find_checkpoint("out/tiny") / "checkpoint.json").read_text())
+    assert meta["config"]["rope_layout"] == "rd" and meta["config"]["proxy_tokens"] == 0
+    assert meta["config"]["vit_dim"] == 0 and meta["flags"]["mask"] == 0.6 and meta["flags"]["pairs"] == "in"
