@@ -22,8 +22,10 @@ import train
 from checkpoint import Parser, UserError, autocast, count, in_range, nonempty, run_script, uses_bf16
 from encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
 from kernels import use_fused
-from model import CONFIGS, NEW_PREFIXES, PATCH, TRAINS, HarmoView, set_trained
+from lora import NEW_PREFIXES, TRAINS, set_trained
+from model import CONFIGS, PATCH, HarmoView
 from monitor import GIB, peak_memory
+from muon import make_optimizers
 from pictures import picture_size, view_of
 from rope import VIEWS
 
@@ -87,7 +89,7 @@ def time_network(args, training):
     x, t, text, refs, vit = random_inputs(config, shape, args.batch, device)
     dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
     flags = dict(optimizer="adamw" if config.is_wan else "muon", weight_decay=0.01)
-    optimizers = train.make_optimizers(model, Namespace(**flags | train.TRAIN_RECIPES[args.config]))
+    optimizers = make_optimizers(model, Namespace(**flags | train.TRAIN_RECIPES[args.config]))
     noise = torch.randn_like(x)
 
     @torch.no_grad()
@@ -172,9 +174,9 @@ def plan(args):
     # holds about 27 D + 4 F bytes a token (3.0 GB at 39,000 tokens of 1.3b)
     kept = config.num_layers * tokens * 8 * config.dim
     activations = kept + tokens * (27 * config.dim + 4 * config.ffn_dim)
-    print(f"{args.config}, one clip of {args.frames} frames of {H}x{W} with {args.people} person(s) of four views: "
+    print(f"{args.config}, one clip of {args.frames} frames of {H}x{W}, {args.people} person(s) of four views: "
           f"{tokens:,} tokens; GiB on a card with --recompute")
-    print("train     trained parameters  TFLOP a clip     1 card" + "".join(f"  --shard {n:2}" for n in SHARDS))
+    print(f"train     trained parameters  TFLOP a clip     1 card{''.join(f'  --shard {n:2}' for n in SHARDS)}")
     for what in TRAINS:
         with torch.device("meta"):
             model = HarmoView(config)
@@ -184,15 +186,15 @@ def plan(args):
         # float32: weight, gradient, average, two moments; and bf16 copies while it computes
         one = trained * (5 * 4 + 2) + (total - trained) * 2 + activations
         block = count_parameters(model.blocks[0])
-        needs = [one] + [(20 * trained + 4 * (total - trained)) / n + 3 * 2 * block + activations for n in SHARDS]
+        gathered = 3 * 2 * block + activations
+        needs = [one] + [(20 * trained + 4 * (total - trained)) / n + gathered for n in SHARDS]
         # a frozen weight needs no gradient: two thirds of the work
         tflop = (3 if what == "all" else 2) * model.flops(tokens) / 1e12
         print(f"{what:8}{trained:>20,}{tflop:>14,.0f}" + "".join(f"{n / GIB:>11,.0f}" for n in needs))
-    if args.config in train.TRAIN_RECIPES:
-        recipe, tflop = train.TRAIN_RECIPES[args.config], 3 * model.flops(tokens) / 1e12
-        hours = [steps * recipe["batch"] * tflop / PLANNED_TFLOPS / 3600 for steps in recipe["steps"]]
-        print(f"stages 1 to {len(hours)} of {recipe['steps']} steps of {recipe['batch']} clips with --train all, at "
-              f"{PLANNED_TFLOPS} TFLOP/s a card: {', '.join(f'{h:,.0f}' for h in hours)} card hours")
+    recipe, tflop = train.TRAIN_RECIPES[args.config], 3 * model.flops(tokens) / 1e12
+    hours = [steps * recipe["batch"] * tflop / PLANNED_TFLOPS / 3600 for steps in recipe["steps"]]
+    print(f"stages 1 to {len(hours)} of {recipe['steps']} steps of {recipe['batch']} clips with --train all, "
+          f"at {PLANNED_TFLOPS} TFLOP/s a card: {', '.join(f'{h:,.0f}' for h in hours)} card hours")
 
 
 def main(argv=None):

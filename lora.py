@@ -17,7 +17,29 @@ import torch.nn.functional as F
 from checkpoint import UserError, as_user_error, original_name, read_weights
 
 
+NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan
+TRAINS = ("all", "new", "lora")  # what of a network trains, see set_trained
+
+
 # --------------------------------------------------------------------------------------------------- training
+def new_names(model):
+    """The names of the parameters that no Wan checkpoint holds."""
+    return [name for name, _ in model.named_parameters()
+            if name.startswith(NEW_PREFIXES) or name.endswith(("lora_A", "lora_B"))]
+
+
+def set_trained(model, what, rank=0, frozen=torch.float32):
+    """What of a network trains: "all"; "new", the parameters that Wan lacks; or "lora", those and adapters of
+    that rank beside the blocks' matrices. The others are stored as `frozen`."""
+    if what == "lora":
+        add_lora(model, rank)
+    new = set(new_names(model))
+    for name, p in model.named_parameters():
+        p.requires_grad_(what == "all" or name in new)
+        if not p.requires_grad:
+            p.data = p.data.to(frozen)
+
+
 class LoraLinear(nn.Linear):
     """A Linear with lora_A [rank, in] and lora_B [out, rank], float32 beside a weight of any dtype."""
 

@@ -27,14 +27,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from checkpoint import (UserError, check_files, check_fit, layers_of, load_weights, put_tensor, read_meta,
                         read_wan, read_weights)
 from kernels import qk_norm_rope, rope_tables
-from lora import add_lora, init_lora, merge_lora
+from lora import init_lora, merge_lora, new_names, set_trained
 from rope import VIEWS, check_layout, reference_positions, video_positions
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
 SIGMA_MIN = 0.05  # an x0 prediction's velocity is divided by sigma, but by no less than this
-NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan
-TRAINS = ("all", "new", "lora")  # what of a network trains, see set_trained
 
 
 @dataclass
@@ -432,24 +430,6 @@ def wan_config(path):
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is not a Wan transformer: {error} "
                         f"among its {len(shapes)} tensors") from None
-
-
-def new_names(model):
-    """The names of the parameters that no Wan checkpoint holds."""
-    return [name for name, _ in model.named_parameters()
-            if name.startswith(NEW_PREFIXES) or name.endswith(("lora_A", "lora_B"))]
-
-
-def set_trained(model, what, rank=0, frozen=torch.float32):
-    """What of a network trains: "all"; "new", the parameters that Wan lacks; or "lora", those and adapters of
-    that rank beside the blocks' matrices. The others are stored as `frozen`."""
-    if what == "lora":
-        add_lora(model, rank)
-    new = set(new_names(model))
-    for name, p in model.named_parameters():
-        p.requires_grad_(what == "all" or name in new)
-        if not p.requires_grad:
-            p.data = p.data.to(frozen)
 
 
 def match_wan(model, path):

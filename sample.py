@@ -312,7 +312,8 @@ def export(ckpt, folder):
     print(f"{folder} from {source}")
 
 
-def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False, loras=()):
+def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False,
+         loras=()):
     """--ckpt -> model (an Experts), its encoders, Found; says which checkpoint it took.
     Flags as in `arguments`; need_vit: a missing ViT is an error now."""
     found = find(ckpt)

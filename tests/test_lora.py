@@ -10,7 +10,8 @@ from test_model import their_name
 
 from checkpoint import UserError, load_weights, read_weights
 from lora import add_lora, apply_lora, merge_lora, read_lora_argument
-from model import CONFIGS, NEW_PREFIXES, DiTConfig, HarmoView
+from lora import NEW_PREFIXES
+from model import CONFIGS, DiTConfig, HarmoView
 
 F32, BF16 = torch.float32, torch.bfloat16
 IN_BLOCK = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"] + ["ffn.0", "ffn.2"]

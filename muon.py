@@ -1,0 +1,57 @@
+"""The optimizers of a training: Muon for matrices, AdamW for the rest."""
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, made orthogonal, for matrices. The updates of torch.optim.Muon
+    with adjust_lr_fn="match_rms_adamw", but all matrices of a shape at once, and on a CPU in their own dtype:
+    torch takes them one by one in bf16, 34 % of a toy step without bf16 hardware, where this takes 8 %."""
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, same in shapes.items():
+                for p in same:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads, momenta = [p.grad for p in same], [self.state[p]["momentum_buffer"] for p in same]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+                updates = orthogonalize(torch.stack(nesterov)).unbind()
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalize(x, iterations=5):
+    """The nearest semi-orthogonal matrix of each of x [n, A, B], roughly: Newton-Schulz, Muon's quintic."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT, iterations).mT
+    y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    y = y.bfloat16() if x.is_cuda else y  # a GPU multiplies it an order of magnitude faster than float32
+    for _ in range(iterations):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return y.to(x.dtype)
+
+
+def make_optimizers(model, args):
+    """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
+    matrices = matrices if args.optimizer == "muon" else []
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained if id(p) not in chosen]
+    rest = {"params": rest, "peak_lr": args.adamw_lr}
+    adamw = torch.optim.AdamW([rest], args.adamw_lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                              fused=True)
+    if not matrices:
+        return [adamw]
+    matrices = {"params": matrices, "peak_lr": args.muon_lr}
+    return [adamw, Muon([matrices], args.muon_lr, args.weight_decay)]
