@@ -30,6 +30,7 @@ from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
 from model import (DiTConfig, HarmoView, check_checkpoint, load_checkpoint, load_wan, match_wan,
                    wan_config)
+from parallel import Ulysses, World
 from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
 from rope import VIEWS
 
@@ -192,7 +193,9 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     parts = [slice(i, i + batch) for i in range(0, len(jobs), batch)]
     encoded = encode_references(encoders, [jobs[part] for part in parts], model.config.vit_dim > 0,
                                 model.device)
-    velocities = [guided(model, text[part], no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
+    def captions(part):  # without padding that only another's length asked for
+        return text[part, :int(text[part].any(dim=2).sum(dim=1).max())]
+    velocities = [guided(model, captions(part), no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
                          model.boundary) for part, (refs, vit) in zip(parts, encoded)]
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs])
@@ -288,11 +291,12 @@ def export(ckpt, folder):
     print(f"{folder} from {source}")
 
 
-def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False):
+def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False,
+         ulysses=None):
     """--ckpt -> model (an Experts), its encoders, Found; says which checkpoint it took.
     Flags as in `arguments`; need_vit: a missing ViT is an error now."""
     found = find(ckpt)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # World.join chose among GPUs
     for network in filter(is_trained, found.networks):
         meta = read_meta(network)
         print(f"checkpoint {network} (stage {meta.get('stage')} {meta.get('name')}, step {meta.get('step')})")
@@ -312,6 +316,8 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
             model = on_meta(network).to(dtype)
             load_wan(model, network)
         model.eval().requires_grad_(False)
+        if ulysses:
+            ulysses.spread(model)
         if compiled:
             model.compile_blocks()
         if offload:
@@ -413,6 +419,7 @@ def arguments(argv=None):
     card = p.add_argument_group("speed and memory").add_argument
     card("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
     card("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")
+    card("--ulysses", action="store_true", help="all processes of torchrun on one video (else on one each)")
     card("--no-fused", action="store_true", help="PyTorch's operations instead of the Triton kernels")
     card("--compile", action="store_true", help="torch.compile every block (needs a C++ compiler or a GPU)")
     args = p.parse_args(argv)
@@ -433,14 +440,14 @@ def check_wan_size(frames, size):
                         "are multiples of 16 (480x832)")
 
 
-def output_files(args, jobs):
+def output_files(args, jobs, per_round=ROUND):
     """Names of the MP4s, one a job, and of the sheets, one a round. UserError for one that may not be."""
     out = args.out.removesuffix(".mp4").removesuffix(".png")
     if os.path.basename(out) in ("", ".", ".."):
         raise UserError(f"--out {args.out!r}: expected the name of a file to write, without suffix")
     names = [out] if len(jobs) == 1 else [f"{out}-{n}" for n in range(1, len(jobs) + 1)]
     videos = [f"{name}.mp4" for name in names]
-    sheets = [f"{name}.png" for name in (names[::ROUND] if len(jobs) > ROUND else [out])]
+    sheets = [f"{name}.png" for name in (names[::per_round] if len(jobs) > per_round else [out])]
     inputs = [args.prompts] if args.prompts else []
     for job in jobs:
         for files in job.files:
@@ -450,13 +457,17 @@ def output_files(args, jobs):
     return videos, sheets
 
 
-def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
-    """Make and write these jobs' videos and their contact sheet. Each file tells how to make it again."""
-    start, info = time.perf_counter(), PngInfo()
+def make_round(model, encoders, jobs, recipe, frames):
+    """These jobs' videos, into their .video."""
     for size in dict.fromkeys(job.size for job in jobs):
         same = [job for job in jobs if job.size == size]
         for job, video in zip(same, generate(model, encoders, same, recipe, frames)):
             job.video = video
+
+
+def write_round(jobs, recipe, frames, ckpt, videos, sheet):
+    """Write these jobs' videos and their contact sheet. Each file tells how to make it again."""
+    info = PngInfo()
     for n, (job, path) in enumerate(zip(jobs, videos), 1):
         refs = []
         for files in job.files:
@@ -468,39 +479,52 @@ def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
         write_video(path, job.video, recipe["fps"], how)
     with atomic_file(sheet) as path:
         contact_sheet(jobs).save(path, "PNG", pnginfo=info)
-    for job in jobs:
-        job.video = None  # 10,000 videos do not fit into memory
-    took = time.perf_counter() - start
-    rate = took / len(jobs) / recipe["steps"]
-    print(f"{', '.join(videos)} and {sheet} in {took:.1f} s, {rate:.3g} seconds a step", flush=True)
 
 
 def main(argv=None):
-    args = arguments(argv)
-    if args.export:
-        return export(args.ckpt, args.export)
-    print("kernels:", use_fused(False if args.no_fused else None))
-    found = find(args.ckpt)
-    recipe = override(SAMPLE_RECIPES[found.kind], args)
-    frames, size = args.frames or found.frames, args.size or found.size
-    if found.kind != "toy":
-        check_wan_size(frames, size)
-    elif (frames, size) != (found.frames, found.size):
-        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
-                        f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
-    jobs = make_jobs(args, found, frames, size)
-    videos, sheets = output_files(args, jobs)
-    model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
-                              need_vit=any(job.files for job in jobs) and found.config.vit_dim > 0)
-    for text in [*(job.prompt for job in jobs), recipe["negative"]]:
-        length = encoders.tokenizer([text])[0].shape[1]
-        if length > found.config.text_len:
-            raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
-                            f"this checkpoint reads at most {found.config.text_len}")
-    print(f"{frames} frames of {size[0]}x{size[1]}, "
-          + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
-    for i, sheet in zip(range(0, len(jobs), ROUND), sheets):
-        make_round(model, encoders, jobs[i:i + ROUND], recipe, frames, args.ckpt, videos[i:i + ROUND], sheet)
+    world = World.join()
+    with world.one_voice():
+        args = arguments(argv)
+        if args.export:
+            return export(args.ckpt, args.export) if world.rank == 0 else None
+        print("kernels:", use_fused(False if args.no_fused else None))
+        found = find(args.ckpt)
+        recipe = override(SAMPLE_RECIPES[found.kind], args)
+        frames, size = args.frames or found.frames, args.size or found.size
+        if found.kind != "toy":
+            check_wan_size(frames, size)
+        elif (frames, size) != (found.frames, found.size):
+            raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
+                            f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
+        ulysses = Ulysses(world, found.config.num_heads) if args.ulysses else None
+        jobs = make_jobs(args, found, frames, size)
+        # rounds are whole on a rank, and so short that every rank has one
+        per_round = ROUND if ulysses else min(ROUND, math.ceil(len(jobs) / world.size))
+        videos, sheets = output_files(args, jobs, per_round)
+        model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
+                                  any(job.files for job in jobs) and found.config.vit_dim > 0, ulysses)
+        for text in [*(job.prompt for job in jobs), recipe["negative"]]:
+            length = encoders.tokenizer([text])[0].shape[1]
+            if length > found.config.text_len:
+                raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
+                                f"this checkpoint reads at most {found.config.text_len}")
+        print(f"{frames} frames of {size[0]}x{size[1]}, "
+              + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
+    for n, sheet in enumerate(sheets):
+        if not ulysses and n % world.size != world.rank:
+            continue
+        start, part = time.perf_counter(), slice(n * per_round, (n + 1) * per_round)
+        with world.one_voice():
+            make_round(model, encoders, jobs[part], recipe, frames)
+            if world.rank == 0 or not ulysses:
+                write_round(jobs[part], recipe, frames, args.ckpt, videos[part], sheet)
+        for job in jobs[part]:
+            job.video = None  # 10,000 videos do not fit into memory
+        took = time.perf_counter() - start
+        if world.rank == 0 or not ulysses:
+            print(f"{', '.join(videos[part])} and {sheet} in {took:.1f} s, "
+                  f"{took / len(jobs[part]) / recipe['steps']:.3g} seconds a step", flush=True)
+    world.leave()
 
 
 if __name__ == "__main__":
