@@ -8,6 +8,7 @@ yaw, motion, mouth, wall, or a reference's pose) is rendered from known paramete
 wins. No face network is needed. Intervals are 95 %, by bootstrap over cases. A restart skips finished cases.
 """
 import base64
+import contextlib
 import functools
 import hashlib
 import html
@@ -31,6 +32,7 @@ import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_outputs, find_checkpoint, in_range, lock,
                         nonempty, read_lines, run_script, source_hash, uses_bf16)
+from parallel import World
 from pictures import Job, from_bytes, to_bytes
 from rope import VIEWS
 from sample import SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags
@@ -362,7 +364,7 @@ def read_results(path, run):
 def append(path, line):
     """Add a line to cases.jsonl, below whatever is there."""
     text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
-    with open(path, "ab+") as file:
+    with open(path, "ab+", buffering=0) as file:  # in one write, as other processes append too
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read() not in (b"", b"\n"):  # a line that a kill cut off
             text = "\n" + text
@@ -413,47 +415,46 @@ def cut_batches(cases, batch):
     return batches
 
 
-def evaluate(ckpt, plan, path):
-    """Sample and measure a checkpoint -> Evaluation. Every result is appended to `path` at once, and those of
-    an earlier call are kept. A batch of which any result is missing is sampled again as a whole, since its
-    other videos change the last digits."""
+def sample_batch(model, encoders, numbers, setting, plan, frames, size):
+    """Yields these cases' numbers and what was measured of each under one setting, or None: the prior."""
+    clips, casts = zip(*(toy.benchmark_cases()[n] for n in numbers))
+    if setting is None:
+        truths = torch.stack([toy.benchmark_truth(n, frames, size) for n in numbers])
+        for n, loss in zip(numbers, prior_loss(model, encoders, clips, truths, numbers)):
+            yield n, {"loss": loss}
+        return
+    views, jobs = SETTINGS[setting], []
+    for n, clip, cast in zip(numbers, clips, casts):
+        references = toy.held_out_references(cast, views, size)
+        jobs.append(Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
+    for n, video in zip(numbers, generate(model, encoders, jobs, plan.recipe, frames, len(jobs))):
+        yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip(video)}
+
+
+def evaluate(ckpt, plan, path, share=slice(None)):
+    """Sample and measure a checkpoint, or a share of the batches -> Evaluation. Every result is appended to
+    `path` at once, and those of an earlier call are kept. A batch of which any result is missing is sampled
+    again as a whole, since its other videos change the last digits."""
     model, encoders, found = load(ckpt, precision=plan.precision)
     if found.kind != "toy":
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
     frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
     run = run_key(model, found, plan)
-    results, losses = {}, {}
-    for line in read_results(path, run):
-        if "loss" in line:
-            losses[line["case"]] = line["loss"]
-        else:
-            results[line["case"], line["setting"]] = line
-    for numbers in tqdm(cut_batches(plan.cases, plan.batch), "evaluating", unit=" batches", disable=None):
-        clips, casts = zip(*(toy.benchmark_cases()[n] for n in numbers))
-        for setting in plan.settings:
+    results = {(line["case"], line.get("setting")): line for line in read_results(path, run)}
+    batches = cut_batches(plan.cases, plan.batch)[share]
+    for numbers in tqdm(batches, "evaluating", unit=" batches", disable=None):
+        for setting in (*plan.settings, None):
             missing = [n for n in numbers if (n, setting) not in results]
             if not missing:
                 continue
-            views, jobs = SETTINGS[setting], []
-            for n, clip, cast in zip(numbers, clips, casts):
-                references = toy.held_out_references(cast, views, size)
-                jobs.append(Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
-            videos = generate(model, encoders, jobs, plan.recipe, frames, len(jobs))
-            for n, video in zip(numbers, videos):
+            for n, values in sample_batch(model, encoders, numbers, setting, plan, frames, size):
                 if n in missing:
-                    results[n, setting] = {"run": run, "case": n, "setting": setting,
-                                           "people": measure(video, n, views), "strip": strip(video)}
+                    results[n, setting] = {"run": run, "case": n, **values}
                     append(path, results[n, setting])
-        missing = [n for n in numbers if n not in losses]
-        if missing:
-            truths = torch.stack([toy.benchmark_truth(n, frames, size) for n in numbers])
-            for n, loss in zip(numbers, prior_loss(model, encoders, clips, truths, numbers)):
-                if n in missing:
-                    losses[n] = loss
-                    append(path, {"run": run, "case": n, "loss": loss})
-    # sorted, since a restart measures in another order
-    results = [result for _, result in sorted(results.items()) if result["setting"] in plan.settings]
-    return Evaluation(results, {n: losses[n] for n in plan.cases}, frames, size)
+    # in order, since a restart measures in another one
+    wanted = sorted(key for key in results if key[1] in plan.settings)
+    losses = {n: results[n, None]["loss"] for n in plan.cases if (n, None) in results}
+    return Evaluation([results[key] for key in wanted], losses, frames, size)
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -595,35 +596,51 @@ def plan_of(args):
     return plan
 
 
+def tell(evaluations):
+    """Print the tables of main's evaluations."""
+    results = evaluations["this checkpoint"].results
+    print(align(table(results, HEADLINE)))
+    for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
+        print(align(table(results, metrics, with_interval=False)))
+    lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
+    for name, evaluation in evaluations.items():
+        rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
+        lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
+    print(align(lines))
+
+
 def main(argv=None):
     meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
     p = Parser(description=__doc__, epilog=f"what the columns mean:\n{meanings}")
     p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
     p.add_argument("--out", type=nonempty, default="out/eval", help="folder for cases.jsonl and report.html")
     benchmark_flags(p.add_argument)
-    args = p.parse_args(argv)
-    start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
-    with lock(args.out):
+    world = World.join()
+    with world.one_voice(), contextlib.ExitStack() as held:
+        args = p.parse_args(argv)
+        start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
+        if world.rank == 0:
+            held.enter_context(lock(args.out))
         path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
         check_outputs([page], [])
         plan = plan_of(args)
-        evaluations = {"this checkpoint": evaluate(ckpt, plan, path)}
+        asked = {"this checkpoint": (ckpt, plan)}
         first = find_checkpoint(Path(ckpt) / "stage1")
         if first:
             settings = [s for s in plan.settings if s == "none"]
-            evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path)
-        results = evaluations["this checkpoint"].results
-        print(align(table(results, HEADLINE)))
-        for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
-            print(align(table(results, metrics, with_interval=False)))
-        lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
-        for name, evaluation in evaluations.items():
-            rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
-            lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
-        print(align(lines))
-        report(page, f"{ckpt}: {plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}",
-               evaluations)
-        print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+            asked["its stage 1"] = first, plan._replace(settings=settings)
+        if world.size > 1:  # each rank its share; then rank 0 finds everything measured, as after a restart
+            world.barrier()  # rank 0 has the lock
+            for one in asked.values():
+                evaluate(*one, path, slice(world.rank, None, world.size))
+            world.barrier()
+        if world.rank == 0:
+            evaluations = {name: evaluate(*one, path) for name, one in asked.items()}
+            tell(evaluations)
+            heading = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
+            report(page, f"{ckpt}: {heading}", evaluations)
+            print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+    world.leave()
 
 
 if __name__ == "__main__":

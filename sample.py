@@ -195,8 +195,8 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
                                 model.device)
     def captions(part):  # without padding that only another's length asked for
         return text[part, :int(text[part].any(dim=2).sum(dim=1).max())]
-    velocities = [guided(model, captions(part), no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
-                         model.boundary) for part, (refs, vit) in zip(parts, encoded)]
+    velocities = [guided(model, captions(part), no_text, refs, vit, recipe["guide_text"],
+                         recipe["guide_refs"], model.boundary) for part, (refs, vit) in zip(parts, encoded)]
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs])
     total = len(jobs) * recipe["steps"]

@@ -14,7 +14,7 @@ FILES = {
     "model": (420, "rope kernels checkpoint"),
     "data": (450, "importers manifest pictures encoders rope checkpoint"),
     "train": (610, "model data toy parallel kernels rope checkpoint"),
-    "sample": (460, "model data toy pictures encoders kernels rope checkpoint"),
+    "sample": (460, "model data parallel toy pictures encoders kernels rope checkpoint"),
     "parallel": (140, "checkpoint"),
     "kernels": (380, "rope checkpoint"),
     "encoders": (565, "checkpoint"),
@@ -25,7 +25,7 @@ FILES = {
     "importers": (430, "pictures rope checkpoint"),
     "curate": (400, "pictures faces rope checkpoint"),
     "faces": (400, "checkpoint"),
-    "eval": (600, "sample toy data pictures rope checkpoint"),
+    "eval": (600, "sample parallel toy data pictures rope checkpoint"),
     "claims": (190, "eval checkpoint"),
     "bench": (180, "model train sample pictures toy encoders kernels rope checkpoint"),
 }
