@@ -188,15 +188,14 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     one network after the other is in memory. A video's noise depends on its own seed only.
     model is an Experts, recipe a row of SAMPLE_RECIPES. All jobs have one size, and every `batch` neighbours
     have the same views and share a forward."""
-    text = encoders.text([*(job.prompt for job in jobs), recipe["negative"]]).to(model.device)
-    text, no_text = text[:-1], text[-1:]
     parts = [slice(i, i + batch) for i in range(0, len(jobs), batch)]
+    # on their own: padded to a longer neighbour's length, a short caption's last digits would differ
+    text = [encoders.text([job.prompt for job in jobs[part]]).to(model.device) for part in parts]
+    no_text = encoders.text([recipe["negative"]]).to(model.device)
     encoded = encode_references(encoders, [jobs[part] for part in parts], model.config.vit_dim > 0,
                                 model.device)
-    def captions(part):  # without padding that only another's length asked for
-        return text[part, :int(text[part].any(dim=2).sum(dim=1).max())]
-    velocities = [guided(model, captions(part), no_text, refs, vit, recipe["guide_text"],
-                         recipe["guide_refs"], model.boundary) for part, (refs, vit) in zip(parts, encoded)]
+    velocities = [guided(model, tokens, no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
+                         model.boundary) for tokens, (refs, vit) in zip(text, encoded)]
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs])
     total = len(jobs) * recipe["steps"]
@@ -429,6 +428,8 @@ def arguments(argv=None):
         raise UserError("--refs needs --prompt: say what the people do")
     if args.compile and args.offload:
         raise UserError("--compile needs its blocks to stay on the GPU: give it without --offload")
+    if args.compile and args.ulysses:
+        raise UserError("--ulysses exchanges tokens inside a block: give it without --compile")
     args.ckpt = args.ckpt or default_checkpoint()
     return args
 
