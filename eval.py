@@ -79,8 +79,7 @@ def renderings(number, k, frames, size):
         return to_bytes(square(videos, k)), square(masks[:, k], k)
 
     def vary(clips, pose=None):
-        videos, _ = render(clips, copies(len(clips)), pose)
-        return videos
+        return render(clips, copies(len(clips)), pose)[0]
 
     def per_person(names, all_names):
         """A clip's names, one per person, with each of all names in k's place."""
@@ -91,8 +90,7 @@ def renderings(number, k, frames, size):
         identities = copies(len(ATTRIBUTES))
         for i, name in enumerate(ATTRIBUTES):
             identities[name][i] = grey
-        videos, _ = render([clip] * len(ATTRIBUTES), identities)
-        return videos
+        return render([clip] * len(ATTRIBUTES), identities)[0]
     poses, reference = toy.reference_pose(toy.BENCHMARK_IDENTITIES, toy.BENCHMARK_SEED), {}
     for name in ("yaw", "pitch", "roll", "mouth"):
         by_person = poses[name].unflatten(0, (-1, len(VIEWS)))
@@ -387,11 +385,10 @@ def prior_loss(model, encoders, clips, videos, seeds):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = data.noise_of(x0.shape[1:], generators).to(model.device)
     no_refs = [{} for _ in clips[0].motions]
-    no_vit = [None for _ in no_refs]
     losses = []
     for sigma in SIGMAS:
         t = torch.full((len(x0),), 1000 * sigma, device=model.device)
-        v = model((1 - sigma) * x0 + sigma * noise, t, text, no_refs, no_vit)
+        v = model((1 - sigma) * x0 + sigma * noise, t, text, no_refs, [None] * len(no_refs))
         losses.append((v - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
     return torch.stack(losses, dim=1).tolist()
 
@@ -431,17 +428,17 @@ def sample_batch(model, encoders, numbers, setting, plan, frames, size):
         yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip(video)}
 
 
-def evaluate(ckpt, plan, path, share=slice(None)):
-    """Sample and measure a checkpoint, or a share of the batches -> Evaluation. Every result is appended to
-    `path` at once, and those of an earlier call are kept. A batch of which any result is missing is sampled
-    again as a whole, since its other videos change the last digits."""
+def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
+    """Sample and measure a checkpoint -> Evaluation. Every result is appended to `path` at once, and those of
+    an earlier call are kept. A batch of which any result is missing is sampled again as a whole, since its
+    other videos change the last digits. Several ranks share the batches, and the file."""
     model, encoders, found = load(ckpt, precision=plan.precision)
     if found.kind != "toy":
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
     frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
     run = run_key(model, found, plan)
     results = {(line["case"], line.get("setting")): line for line in read_results(path, run)}
-    batches = cut_batches(plan.cases, plan.batch)[share]
+    batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
     for numbers in tqdm(batches, "evaluating", unit=" batches", disable=None):
         for setting in (*plan.settings, None):
             missing = [n for n in numbers if (n, setting) not in results]
@@ -451,10 +448,12 @@ def evaluate(ckpt, plan, path, share=slice(None)):
                 if n in missing:
                     results[n, setting] = {"run": run, "case": n, **values}
                     append(path, results[n, setting])
-    # in order, since a restart measures in another one
-    wanted = sorted(key for key in results if key[1] in plan.settings)
-    losses = {n: results[n, None]["loss"] for n in plan.cases if (n, None) in results}
-    return Evaluation([results[key] for key in wanted], losses, frames, size)
+    if world.size > 1:  # now all is in the file, as it is for a restart
+        world.barrier()
+        return evaluate(ckpt, plan, path)
+    # in this order, since a restart measures in another one
+    in_order = [results[n, setting] for n in plan.cases for setting in sorted(plan.settings)]
+    return Evaluation(in_order, {n: results[n, None]["loss"] for n in plan.cases}, frames, size)
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -473,10 +472,8 @@ def tick_values(low, high):
 
 def plot(heading, labels, series, percent=False):
     """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}."""
-    series, ends = {name: estimates for name, estimates in series.items() if any(estimates)}, []
-    for estimates in series.values():
-        for e in filter(None, estimates):
-            ends += e
+    series = {name: estimates for name, estimates in series.items() if any(estimates)}
+    ends = [end for estimates in series.values() for e in estimates if e for end in e]
     if not ends:
         return ""
     ticks, factor = tick_values(min(ends), max(ends)), 100 if percent else 1
@@ -525,11 +522,9 @@ def case_html(number, results, frames, size):
         parts.append(figure(strip(pictures), f"references of person {i}: {', '.join(VIEWS)}"))
     parts.append(figure(strip(toy.benchmark_truth(number, frames, size)), "ground truth"))
     for result in sorted(results, key=lambda r: list(SETTINGS).index(r["setting"])):
-        words = f"given {result['setting']}:"
-        for person in result["people"]:
-            swapped = ", swapped" if person.get("swapped") else ""
-            words += f" {person['psnr']:.1f} dB, rank {person['rank']}{swapped};"
-        parts.append(figure(result["strip"], words.removesuffix(";")))
+        people = [f"{person['psnr']:.1f} dB, rank {person['rank']}"
+                  + (", swapped" if person.get("swapped") else "") for person in result["people"]]
+        parts.append(figure(result["strip"], f"given {result['setting']}: {'; '.join(people)}"))
     return "".join(parts) + "</div>"
 
 
@@ -596,19 +591,6 @@ def plan_of(args):
     return plan
 
 
-def tell(evaluations):
-    """Print the tables of main's evaluations."""
-    results = evaluations["this checkpoint"].results
-    print(align(table(results, HEADLINE)))
-    for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
-        print(align(table(results, metrics, with_interval=False)))
-    lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
-    for name, evaluation in evaluations.items():
-        rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
-        lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
-    print(align(lines))
-
-
 def main(argv=None):
     meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
     p = Parser(description=__doc__, epilog=f"what the columns mean:\n{meanings}")
@@ -616,30 +598,31 @@ def main(argv=None):
     p.add_argument("--out", type=nonempty, default="out/eval", help="folder for cases.jsonl and report.html")
     benchmark_flags(p.add_argument)
     world = World.join()
-    with world.one_voice(), contextlib.ExitStack() as held:
+    with world.one_voice():
         args = p.parse_args(argv)
         start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
-        if world.rank == 0:
-            held.enter_context(lock(args.out))
-        path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
-        check_outputs([page], [])
-        plan = plan_of(args)
-        asked = {"this checkpoint": (ckpt, plan)}
-        first = find_checkpoint(Path(ckpt) / "stage1")
-        if first:
-            settings = [s for s in plan.settings if s == "none"]
-            asked["its stage 1"] = first, plan._replace(settings=settings)
-        if world.size > 1:  # each rank its share; then rank 0 finds everything measured, as after a restart
-            world.barrier()  # rank 0 has the lock
-            for one in asked.values():
-                evaluate(*one, path, slice(world.rank, None, world.size))
-            world.barrier()
-        if world.rank == 0:
-            evaluations = {name: evaluate(*one, path) for name, one in asked.items()}
-            tell(evaluations)
-            heading = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
-            report(page, f"{ckpt}: {heading}", evaluations)
-            print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+        with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
+            path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
+            check_outputs([page], [])
+            plan = plan_of(args)
+            world.barrier()  # rank 0 holds the folder
+            evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
+            if first := find_checkpoint(Path(ckpt) / "stage1"):
+                settings = [s for s in plan.settings if s == "none"]
+                evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path, world)
+            results = evaluations["this checkpoint"].results
+            print(align(table(results, HEADLINE)))
+            for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
+                print(align(table(results, metrics, with_interval=False)))
+            lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
+            for name, evaluation in evaluations.items():
+                rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
+                lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
+            print(align(lines))
+            if world.rank == 0:
+                how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
+                report(page, f"{ckpt}: {how}", evaluations)
+                print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
     world.leave()
 
 

