@@ -577,7 +577,7 @@ def benchmark_flags(add):
     case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
     add("--limit", type=case_count, default=CASES, help="for a quick look: so many cases, spread over all")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
-    add("--batch", type=case_count, default=20, help="cases sampled together")
+    add("--batch", type=case_count, default=20, help="cases sampled together, on one process of torchrun's")
     recipe_flags(add)
 
 

@@ -3,6 +3,7 @@
   python sample.py          people the toy never saw, from the newest checkpoint
   python sample.py --refs a_front.png a_left.png --refs b_front.png --prompt "a close-up of two people, ..."
   python sample.py --ckpt ckpts/Wan2.1-T2V-1.3B --prompt "..."      a Wan checkpoint, plain text-to-video
+  torchrun --nproc-per-node 8 sample.py --prompts prompts.jsonl     the prompts split over 8 GPUs
 
 One --refs per person, in the caption's order. A file's view is the word front, left, right or back in its
 name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames
@@ -499,8 +500,8 @@ def main(argv=None):
                             f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
         ulysses = Ulysses(world, found.config.num_heads) if args.ulysses else None
         jobs = make_jobs(args, found, frames, size)
-        # rounds are whole on a rank, and so short that every rank has one
-        per_round = ROUND if ulysses else min(ROUND, math.ceil(len(jobs) / world.size))
+        ranks = 1 if ulysses else world.size  # those that share the prompts
+        per_round = min(ROUND, math.ceil(len(jobs) / ranks))  # so that every rank has a round
         videos, sheets = output_files(args, jobs, per_round)
         model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
                                   any(job.files for job in jobs) and found.config.vit_dim > 0, ulysses)
@@ -511,18 +512,19 @@ def main(argv=None):
                                 f"this checkpoint reads at most {found.config.text_len}")
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
+    writes = world.rank == 0 or not ulysses
     for n, sheet in enumerate(sheets):
-        if not ulysses and n % world.size != world.rank:
+        if n % ranks != world.rank % ranks:
             continue
         start, part = time.perf_counter(), slice(n * per_round, (n + 1) * per_round)
         with world.one_voice():
             make_round(model, encoders, jobs[part], recipe, frames)
-            if world.rank == 0 or not ulysses:
+            if writes:
                 write_round(jobs[part], recipe, frames, args.ckpt, videos[part], sheet)
         for job in jobs[part]:
             job.video = None  # 10,000 videos do not fit into memory
         took = time.perf_counter() - start
-        if world.rank == 0 or not ulysses:
+        if writes:
             print(f"{', '.join(videos[part])} and {sheet} in {took:.1f} s, "
                   f"{took / len(jobs[part]) / recipe['steps']:.3g} seconds a step", flush=True)
     world.leave()
