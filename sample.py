@@ -429,7 +429,7 @@ def arguments(argv=None):
         raise UserError("--refs needs --prompt: say what the people do")
     if args.compile and args.offload:
         raise UserError("--compile needs its blocks to stay on the GPU: give it without --offload")
-    if args.compile and args.ulysses:
+    if args.compile and args.ulysses:  # lengths would be constants: a compilation a layout, at most eight
         raise UserError("--ulysses exchanges tokens inside a block: give it without --compile")
     args.ckpt = args.ckpt or default_checkpoint()
     return args
