@@ -163,9 +163,8 @@ def dry_run(args):
 
 
 def plan(args):
-    """Print the memory of a training step with --recompute on each of N cards, and its TFLOP, for everything
-    that --train offers; from shapes only. Weights and what the optimizer holds are exact for bf16 matmuls,
-    activations an estimate."""
+    """Print the memory of a training step on each of N cards, and its TFLOP, for everything that --train
+    offers; from shapes only. Weights and what the optimizer holds are exact, activations an estimate."""
     config, (H, W) = CONFIGS[args.config], args.size
     sample.check_wan_size(args.frames, args.size)
     frame = (H // 16) * (W // 16)  # tokens of a latent frame or a reference
@@ -174,9 +173,10 @@ def plan(args):
     # holds about 27 D + 4 F bytes a token (3.0 GB at 39,000 tokens of 1.3b)
     kept = config.num_layers * tokens * 8 * config.dim
     activations = kept + tokens * (27 * config.dim + 4 * config.ffn_dim)
-    print(f"{args.config}, one clip of {args.frames} frames of {H}x{W}, {args.people} person(s) of four views: "
+    print(f"{args.config}, {args.frames} frames of {H}x{W}, {args.people} person(s) of four views, "
           f"{tokens:,} tokens; GiB on a card with --recompute")
-    print(f"train     trained parameters  TFLOP a clip     1 card{''.join(f'  --shard {n:2}' for n in SHARDS)}")
+    cards = "".join(f"  --shard {n:2}" for n in SHARDS)
+    print(f"train     trained parameters  TFLOP a clip     1 card{cards}")
     for what in TRAINS:
         with torch.device("meta"):
             model = HarmoView(config)

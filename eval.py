@@ -8,6 +8,7 @@ yaw, motion, mouth, wall, or a reference's pose) is rendered from known paramete
 wins. No face network is needed. Intervals are 95 %, by bootstrap over cases. A restart skips finished cases.
 """
 import base64
+import contextlib
 import functools
 import hashlib
 import html
@@ -31,6 +32,7 @@ import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_outputs, find_checkpoint, in_range, lock,
                         nonempty, read_lines, run_script, source_hash, uses_bf16)
+from parallel import World
 from pictures import Job, from_bytes, to_bytes
 from rope import VIEWS
 from sample import SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags
@@ -77,8 +79,7 @@ def renderings(number, k, frames, size):
         return to_bytes(square(videos, k)), square(masks[:, k], k)
 
     def vary(clips, pose=None):
-        videos, _ = render(clips, copies(len(clips)), pose)
-        return videos
+        return render(clips, copies(len(clips)), pose)[0]
 
     def per_person(names, all_names):
         """A clip's names, one per person, with each of all names in k's place."""
@@ -89,8 +90,7 @@ def renderings(number, k, frames, size):
         identities = copies(len(ATTRIBUTES))
         for i, name in enumerate(ATTRIBUTES):
             identities[name][i] = grey
-        videos, _ = render([clip] * len(ATTRIBUTES), identities)
-        return videos
+        return render([clip] * len(ATTRIBUTES), identities)[0]
     poses, reference = toy.reference_pose(toy.BENCHMARK_IDENTITIES, toy.BENCHMARK_SEED), {}
     for name in ("yaw", "pitch", "roll", "mouth"):
         by_person = poses[name].unflatten(0, (-1, len(VIEWS)))
@@ -362,7 +362,7 @@ def read_results(path, run):
 def append(path, line):
     """Add a line to cases.jsonl, below whatever is there."""
     text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
-    with open(path, "ab+") as file:
+    with open(path, "ab+", buffering=0) as file:  # in one write, as other processes append too
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read() not in (b"", b"\n"):  # a line that a kill cut off
             text = "\n" + text
@@ -385,11 +385,10 @@ def prior_loss(model, encoders, clips, videos, seeds):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = data.noise_of(x0.shape[1:], generators).to(model.device)
     no_refs = [{} for _ in clips[0].motions]
-    no_vit = [None for _ in no_refs]
     losses = []
     for sigma in SIGMAS:
         t = torch.full((len(x0),), 1000 * sigma, device=model.device)
-        v = model((1 - sigma) * x0 + sigma * noise, t, text, no_refs, no_vit)
+        v = model((1 - sigma) * x0 + sigma * noise, t, text, no_refs, [None] * len(no_refs))
         losses.append((v - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
     return torch.stack(losses, dim=1).tolist()
 
@@ -413,47 +412,48 @@ def cut_batches(cases, batch):
     return batches
 
 
-def evaluate(ckpt, plan, path):
+def sample_batch(model, encoders, numbers, setting, plan, frames, size):
+    """Yields these cases' numbers and what was measured of each under one setting, or None: the prior."""
+    clips, casts = zip(*(toy.benchmark_cases()[n] for n in numbers))
+    if setting is None:
+        truths = torch.stack([toy.benchmark_truth(n, frames, size) for n in numbers])
+        for n, loss in zip(numbers, prior_loss(model, encoders, clips, truths, numbers)):
+            yield n, {"loss": loss}
+        return
+    views, jobs = SETTINGS[setting], []
+    for n, clip, cast in zip(numbers, clips, casts):
+        references = toy.held_out_references(cast, views, size)
+        jobs.append(Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
+    for n, video in zip(numbers, generate(model, encoders, jobs, plan.recipe, frames, len(jobs))):
+        yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip(video)}
+
+
+def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
     """Sample and measure a checkpoint -> Evaluation. Every result is appended to `path` at once, and those of
     an earlier call are kept. A batch of which any result is missing is sampled again as a whole, since its
-    other videos change the last digits."""
+    other videos change the last digits. Several ranks share the batches, and the file."""
     model, encoders, found = load(ckpt, precision=plan.precision)
     if found.kind != "toy":
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
     frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
     run = run_key(model, found, plan)
-    results, losses = {}, {}
-    for line in read_results(path, run):
-        if "loss" in line:
-            losses[line["case"]] = line["loss"]
-        else:
-            results[line["case"], line["setting"]] = line
-    for numbers in tqdm(cut_batches(plan.cases, plan.batch), "evaluating", unit=" batches", disable=None):
-        clips, casts = zip(*(toy.benchmark_cases()[n] for n in numbers))
-        for setting in plan.settings:
+    results = {(line["case"], line.get("setting")): line for line in read_results(path, run)}
+    batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
+    for numbers in tqdm(batches, "evaluating", unit=" batches", disable=None):
+        for setting in (*plan.settings, None):
             missing = [n for n in numbers if (n, setting) not in results]
             if not missing:
                 continue
-            views, jobs = SETTINGS[setting], []
-            for n, clip, cast in zip(numbers, clips, casts):
-                references = toy.held_out_references(cast, views, size)
-                jobs.append(Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
-            videos = generate(model, encoders, jobs, plan.recipe, frames, len(jobs))
-            for n, video in zip(numbers, videos):
+            for n, values in sample_batch(model, encoders, numbers, setting, plan, frames, size):
                 if n in missing:
-                    results[n, setting] = {"run": run, "case": n, "setting": setting,
-                                           "people": measure(video, n, views), "strip": strip(video)}
+                    results[n, setting] = {"run": run, "case": n, **values}
                     append(path, results[n, setting])
-        missing = [n for n in numbers if n not in losses]
-        if missing:
-            truths = torch.stack([toy.benchmark_truth(n, frames, size) for n in numbers])
-            for n, loss in zip(numbers, prior_loss(model, encoders, clips, truths, numbers)):
-                if n in missing:
-                    losses[n] = loss
-                    append(path, {"run": run, "case": n, "loss": loss})
-    # sorted, since a restart measures in another order
-    results = [result for _, result in sorted(results.items()) if result["setting"] in plan.settings]
-    return Evaluation(results, {n: losses[n] for n in plan.cases}, frames, size)
+    if world.size > 1:  # now all is in the file, as it is for a restart
+        world.barrier()
+        return evaluate(ckpt, plan, path)
+    # in this order, since a restart measures in another one
+    in_order = [results[n, setting] for n in plan.cases for setting in sorted(plan.settings)]
+    return Evaluation(in_order, {n: results[n, None]["loss"] for n in plan.cases}, frames, size)
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -472,10 +472,8 @@ def tick_values(low, high):
 
 def plot(heading, labels, series, percent=False):
     """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}."""
-    series, ends = {name: estimates for name, estimates in series.items() if any(estimates)}, []
-    for estimates in series.values():
-        for e in filter(None, estimates):
-            ends += e
+    series = {name: estimates for name, estimates in series.items() if any(estimates)}
+    ends = [end for estimates in series.values() for e in estimates if e for end in e]
     if not ends:
         return ""
     ticks, factor = tick_values(min(ends), max(ends)), 100 if percent else 1
@@ -524,11 +522,9 @@ def case_html(number, results, frames, size):
         parts.append(figure(strip(pictures), f"references of person {i}: {', '.join(VIEWS)}"))
     parts.append(figure(strip(toy.benchmark_truth(number, frames, size)), "ground truth"))
     for result in sorted(results, key=lambda r: list(SETTINGS).index(r["setting"])):
-        words = f"given {result['setting']}:"
-        for person in result["people"]:
-            swapped = ", swapped" if person.get("swapped") else ""
-            words += f" {person['psnr']:.1f} dB, rank {person['rank']}{swapped};"
-        parts.append(figure(result["strip"], words.removesuffix(";")))
+        people = [f"{person['psnr']:.1f} dB, rank {person['rank']}"
+                  + (", swapped" if person.get("swapped") else "") for person in result["people"]]
+        parts.append(figure(result["strip"], f"given {result['setting']}: {'; '.join(people)}"))
     return "".join(parts) + "</div>"
 
 
@@ -581,7 +577,7 @@ def benchmark_flags(add):
     case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
     add("--limit", type=case_count, default=CASES, help="for a quick look: so many cases, spread over all")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
-    add("--batch", type=case_count, default=20, help="cases sampled together")
+    add("--batch", type=case_count, default=20, help="cases sampled together, on one process of torchrun's")
     recipe_flags(add)
 
 
@@ -601,29 +597,33 @@ def main(argv=None):
     p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
     p.add_argument("--out", type=nonempty, default="out/eval", help="folder for cases.jsonl and report.html")
     benchmark_flags(p.add_argument)
-    args = p.parse_args(argv)
-    start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
-    with lock(args.out):
-        path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
-        check_outputs([page], [])
-        plan = plan_of(args)
-        evaluations = {"this checkpoint": evaluate(ckpt, plan, path)}
-        first = find_checkpoint(Path(ckpt) / "stage1")
-        if first:
-            settings = [s for s in plan.settings if s == "none"]
-            evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path)
-        results = evaluations["this checkpoint"].results
-        print(align(table(results, HEADLINE)))
-        for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
-            print(align(table(results, metrics, with_interval=False)))
-        lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
-        for name, evaluation in evaluations.items():
-            rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
-            lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
-        print(align(lines))
-        report(page, f"{ckpt}: {plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}",
-               evaluations)
-        print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+    world = World.join()
+    with world.one_voice():
+        args = p.parse_args(argv)
+        start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
+        with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
+            path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
+            check_outputs([page], [])
+            plan = plan_of(args)
+            world.barrier()  # rank 0 holds the folder
+            evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
+            if first := find_checkpoint(Path(ckpt) / "stage1"):
+                settings = [s for s in plan.settings if s == "none"]
+                evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path, world)
+            results = evaluations["this checkpoint"].results
+            print(align(table(results, HEADLINE)))
+            for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
+                print(align(table(results, metrics, with_interval=False)))
+            lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
+            for name, evaluation in evaluations.items():
+                rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
+                lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
+            print(align(lines))
+            if world.rank == 0:
+                how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
+                report(page, f"{ckpt}: {how}", evaluations)
+                print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+    world.leave()
 
 
 if __name__ == "__main__":

@@ -113,10 +113,7 @@ def apply_lora(model, path, scale=1.0):
     Raises UserError for a damaged file, one for another network, and values that are not finite. Names and
     shapes are checked before anything changes, values on the way: after that error model is half merged.
     """
-    file = read_weights(path)
-    found, unknown = sort_keys(model, file)
-    for name, keys in found.items():
-        check_shapes(file, keys, list(model.get_parameter(name).shape))
+    file, found, unknown = check_lora(model, path)
     common_alpha, changed = noted_alpha(Path(path)), 0
     for name, keys in found.items():
         if keys.keys() == {"alpha"}:  # changes nothing alone
@@ -135,10 +132,20 @@ def apply_lora(model, path, scale=1.0):
                             "the file is damaged, or the scale too large")
         weight.copy_(total)
         changed += 1
-    if not changed:
+    return changed, unknown
+
+
+def check_lora(model, path):
+    """Check a LoRA file's names and shapes; model may be on the meta device. -> the WeightFile, {parameter's
+    name: {what it holds: key}}, keys that fit nothing."""
+    file = read_weights(path)
+    found, unknown = sort_keys(model, file)
+    for name, keys in found.items():
+        check_shapes(file, keys, list(model.get_parameter(name).shape))
+    if all(keys.keys() == {"alpha"} for keys in found.values()):
         raise UserError(f"{path}: none of its {len(file.shapes)} keys fits: {str([*file.shapes][:2])[:99]}; "
                         "expected a LoRA for Wan's text-to-video ('blocks.0.self_attn.q.lora_A.weight', ...)")
-    return changed, unknown
+    return file, found, unknown
 
 
 def sort_keys(model, file):

@@ -125,6 +125,7 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads, eps):
         super().__init__()
         self.num_heads = num_heads
+        self.ulysses = None  # a parallel.Ulysses where x is this rank's part of the tokens
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
@@ -137,7 +138,8 @@ class Attention(nn.Module):
             q = self.norm_q(q).unflatten(-1, (self.num_heads, -1))  # [B, L, N, K]
             k = self.norm_k(k).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, N, L, K]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, K]
+        y = self.ulysses.attend(attend, q, k, v) if self.ulysses else attend(q, k, v)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -256,6 +258,7 @@ class HarmoView(nn.Module):
         self.proxies = (nn.Parameter(torch.empty(len(VIEWS), c.proxy_tokens, c.dim))
                         if c.proxy_tokens else None)
         self.mfi = MFI(c) if c.vit_dim else None
+        self.ulysses = None  # parallel.Ulysses.spread sets it, and that of self-attentions
         self.recompute = False  # activation checkpointing: recompute blocks in backward, store little
         self.init_weights()
         self.init_new()
@@ -311,8 +314,11 @@ class HarmoView(nn.Module):
             present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
             ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
             tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
-        rope = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump,
-                       c.dim // c.num_heads, x.device)
+        positions, tables = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump,
+                                    c.dim // c.num_heads, x.device)
+        if self.ulysses:
+            tokens, positions = self.ulysses.split(tokens, positions)  # from here on L is this rank's
+        rope = positions, tables
 
         with torch.autocast(x.device.type, enabled=False):  # time and modulation stay in float32
             time = in_float32(self.time_embedding, sinusoid(t, c.freq_dim))  # [B, D]
@@ -324,7 +330,9 @@ class HarmoView(nn.Module):
                                     context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
             else:
                 tokens = block(tokens, time6, context, rope)
-        out = self.head(tokens[:, :video_len], time).float()  # [B, L, 4C]
+        out = self.head(tokens if self.ulysses else tokens[:, :video_len], time).float()  # [B, L, 4C]
+        if self.ulysses:
+            out = self.ulysses.gather(out)[:, :video_len]
         out = unpatchify(out, grid)  # [B, C, T, H, W] in latents
         if c.prediction == "x0":
             sigma = (t.float() / 1000).clamp(min=SIGMA_MIN).view(-1, 1, 1, 1, 1)

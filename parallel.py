@@ -1,7 +1,8 @@
 """Several processes, as torchrun starts them: on the GPUs of one or more machines, or on a CPU."""
-import contextlib
 import os
 import sys
+import time
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from checkpoint import UserError
 TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 # CPU cores that this process may use
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+PATIENCE = 10  # seconds that rank 0 has to say what is wrong before another rank does
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class World:
             if local >= gpus:
                 sys.exit(0)
             if rank == 0:
-                print(f"{gpus} of {size} processes train: each needs a GPU of its own")
+                print(f"{gpus} of {size} processes work: each needs a GPU of its own")
             size = gpus
         device = torch.device("cuda", local) if gpus else torch.device("cpu")
         if gpus:
@@ -77,6 +80,24 @@ class World:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def leave(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @contextmanager
+    def one_voice(self):
+        """Around what all ranks do, but one should tell: rank 0. The others print nothing, and wait with an
+        error, which may be rank 0's too: then torchrun ends them as soon as rank 0 has said it."""
+        if self.rank == 0:
+            yield
+            return
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+            try:
+                yield
+            except Exception:
+                time.sleep(PATIENCE)
+                raise
+
 
 # ------------------------------------------------------------------------------------------ DDP and sharding
 def shard(model, world, bf16):
@@ -98,13 +119,13 @@ def replicate(model, world):
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def synchronized(network, last):
     """For a backward: gradients are averaged over the processes in a step's last one only."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(last)
     wait = isinstance(network, DistributedDataParallel) and not last
-    with network.no_sync() if wait else contextlib.nullcontext():
+    with network.no_sync() if wait else nullcontext():
         yield
 
 
@@ -144,3 +165,55 @@ def load_shards(folder, model, optimizers, ema):
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                    options=OPTIONS)
+
+
+# ---------------------------------------------------------------------------------------- one forward on many
+class Ulysses:
+    """One forward over all ranks (DeepSpeed-Ulysses, arXiv 2309.14509). A rank holds l of the L tokens, the
+    first ones one more where L does not divide; in self-attention all L of n heads. For sampling: no gradient
+    passes. B batch, N all heads, K head width."""
+
+    def __init__(self, world, num_heads):
+        if world.size == 1:
+            raise UserError("--ulysses splits a video over several processes, and this is one: start with "
+                            "torchrun --nproc-per-node 2, on GPUs with one for each")
+        if num_heads % world.size:
+            fits = ", ".join(str(n) for n in range(2, num_heads + 1) if num_heads % n == 0)
+            raise UserError(f"--ulysses: {num_heads} heads do not split over {world.size} processes: "
+                            f"give torchrun --nproc-per-node one of {fits or 'none, leave --ulysses out'}")
+        self.rank, self.ranks = world.rank, world.size
+        self.lengths = None  # each rank's number of tokens, set by every forward
+
+    def spread(self, network):
+        """Let a HarmoView share its tokens with those of the other ranks."""
+        network.ulysses = self
+        for block in network.blocks:
+            block.self_attn.ulysses = self
+
+    def split(self, tokens, positions):
+        """tokens [B, L, D] and positions [L, 3] -> this rank's."""
+        parts = positions.tensor_split(self.ranks)
+        self.lengths = [len(part) for part in parts]
+        return tokens.tensor_split(self.ranks, dim=1)[self.rank], parts[self.rank]
+
+    def exchange(self, x, sent, received):
+        """x [tokens, ...] in one run for each rank, of `sent` tokens -> of `received` tokens from each."""
+        assert not torch.is_grad_enabled()
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), received, sent)
+        return out
+
+    def attend(self, attend, q, k, v):
+        """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks -> [B, N, l, K]."""
+        mine = [q.shape[2]] * self.ranks
+        qkv = torch.stack((q, k, v)).unflatten(2, (self.ranks, -1))  # [3, B, ranks, n, l, K]
+        qkv = qkv.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # [ranks*l, 3, B, n, K]
+        qkv = self.exchange(qkv, mine, self.lengths).permute(1, 2, 3, 0, 4)  # [3, B, n, L, K]
+        y = attend(*qkv).permute(2, 0, 1, 3)  # [L, B, n, K]
+        y = self.exchange(y, self.lengths, mine).unflatten(0, (self.ranks, -1))  # [ranks, l, B, n, K]
+        return y.permute(2, 0, 3, 1, 4).flatten(1, 2)  # [B, ranks*n, l, K]
+
+    def gather(self, x):
+        """x [B, l, C] of every rank -> [B, L, C] on all."""
+        x = x.transpose(0, 1)  # [l, B, C]
+        return self.exchange(x.repeat(self.ranks, 1, 1), [len(x)] * self.ranks, self.lengths).transpose(0, 1)

@@ -3,6 +3,7 @@
   python sample.py          people the toy never saw, from the newest checkpoint
   python sample.py --refs a_front.png a_left.png --refs b_front.png --prompt "a close-up of two people, ..."
   python sample.py --ckpt ckpts/Wan2.1-T2V-1.3B --prompt "..."      a Wan checkpoint, plain text-to-video
+  torchrun --nproc-per-node 8 sample.py --prompts prompts.jsonl     the prompts split over 8 GPUs
 
 One --refs per person, in the caption's order. A file's view is the word front, left, right or back in its
 name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames
@@ -28,9 +29,10 @@ from checkpoint import (Parser, UserError, atomic_file, autocast, check_files, c
                         read_meta, run_script, save_checkpoint, seed_number, uses_bf16)
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
-from lora import apply_lora, read_lora_argument
+from lora import apply_lora, check_lora, read_lora_argument
 from model import (DiTConfig, HarmoView, check_checkpoint, load_checkpoint, load_wan, match_wan,
                    wan_config)
+from parallel import Ulysses, World
 from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
 from rope import VIEWS
 
@@ -44,6 +46,7 @@ SAMPLE_RECIPES = {
     "wan2.2": dict(steps=40, shift=12.0, solver="unipc", guide_text=(4.0, 3.0), guide_refs=4.0, fps=16,
                    negative=NEGATIVE_PROMPT),
 }
+ROLES = ("high", "low")  # of two networks
 BOUNDARY = 0.875  # where Wan2.2's experts change, as a share of t's range
 ROUND = 16  # videos that are made together, one network after the other, and written before the next ones
 
@@ -188,13 +191,14 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     one network after the other is in memory. A video's noise depends on its own seed only.
     model is an Experts, recipe a row of SAMPLE_RECIPES. All jobs have one size, and every `batch` neighbours
     have the same views and share a forward."""
-    text = encoders.text([*(job.prompt for job in jobs), recipe["negative"]]).to(model.device)
-    text, no_text = text[:-1], text[-1:]
     parts = [slice(i, i + batch) for i in range(0, len(jobs), batch)]
+    # on their own: padded to a longer neighbour's length, a short caption's last digits would differ
+    text = [encoders.text([job.prompt for job in jobs[part]]).to(model.device) for part in parts]
+    no_text = encoders.text([recipe["negative"]]).to(model.device)
     encoded = encode_references(encoders, [jobs[part] for part in parts], model.config.vit_dim > 0,
                                 model.device)
-    velocities = [guided(model, text[part], no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
-                         model.boundary) for part, (refs, vit) in zip(parts, encoded)]
+    velocities = [guided(model, tokens, no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
+                         model.boundary) for tokens, (refs, vit) in zip(text, encoded)]
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs])
     total = len(jobs) * recipe["steps"]
@@ -259,7 +263,7 @@ def check_experts(networks):
     the one for low; returns the boundary between them, Wan2.2's where both are released ones."""
     stamps = [read_meta(network).get("expert") for network in networks if is_trained(network)]
     for network in filter(is_trained, networks):
-        stamp, role = read_meta(network).get("expert", {}), ("high", "low")[networks.index(network)]
+        stamp, role = read_meta(network).get("expert", {}), ROLES[networks.index(network)]
         if len(networks) == 1:
             raise UserError(f"{network} is the expert for {stamp.get('role')} noise only: put both into one "
                             "folder, as high_noise_model and low_noise_model")
@@ -313,11 +317,11 @@ def export(ckpt, folder):
 
 
 def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False,
-         loras=()):
+         loras=(), ulysses=None):
     """--ckpt -> model (an Experts), its encoders, Found; says which checkpoint it took.
     Flags as in `arguments`; need_vit: a missing ViT is an error now."""
     found = find(ckpt)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # World.join chose among GPUs
     for network in filter(is_trained, found.networks):
         meta = read_meta(network)
         print(f"checkpoint {network} (stage {meta.get('stage')} {meta.get('name')}, step {meta.get('step')})")
@@ -342,12 +346,14 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
                 changed, unknown = apply_lora(model, file, scale)
                 print(f"{file}: {changed} weights of {network} changed"
                       + (f", {len(unknown)} keys fit nothing: {', '.join(unknown[:5])}" if unknown else ""))
+        if ulysses:
+            ulysses.spread(model)
         if compiled:
             model.compile_blocks()
         if offload:
             stream_blocks(model, device)
         return model if offload else model.to(device)
-    experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, ("high", "low"))]
+    experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, ROLES)]
     return Experts(experts, found.config, device, found.boundary, precision), encoders, found
 
 
@@ -445,6 +451,7 @@ def arguments(argv=None):
     card = p.add_argument_group("speed and memory").add_argument
     card("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
     card("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")
+    card("--ulysses", action="store_true", help="all processes of torchrun on one video (else on one each)")
     card("--no-fused", action="store_true", help="PyTorch's operations instead of the Triton kernels")
     card("--compile", action="store_true", help="torch.compile every block (needs a C++ compiler or a GPU)")
     args = p.parse_args(argv)
@@ -454,6 +461,8 @@ def arguments(argv=None):
         raise UserError("--refs needs --prompt: say what the people do")
     if args.compile and args.offload:
         raise UserError("--compile needs its blocks to stay on the GPU: give it without --offload")
+    if args.compile and args.ulysses:  # lengths would be constants: a compilation a layout, at most eight
+        raise UserError("--ulysses exchanges tokens inside a block: give it without --compile")
     args.ckpt = args.ckpt or default_checkpoint()
     return args
 
@@ -465,14 +474,14 @@ def check_wan_size(frames, size):
                         "are multiples of 16 (480x832)")
 
 
-def output_files(args, jobs):
+def output_files(args, jobs, per_round=ROUND):
     """Names of the MP4s, one a job, and of the sheets, one a round. UserError for one that may not be."""
     out = args.out.removesuffix(".mp4").removesuffix(".png")
     if os.path.basename(out) in ("", ".", ".."):
         raise UserError(f"--out {args.out!r}: expected the name of a file to write, without suffix")
     names = [out] if len(jobs) == 1 else [f"{out}-{n}" for n in range(1, len(jobs) + 1)]
     videos = [f"{name}.mp4" for name in names]
-    sheets = [f"{name}.png" for name in (names[::ROUND] if len(jobs) > ROUND else [out])]
+    sheets = [f"{name}.png" for name in (names[::per_round] if len(jobs) > per_round else [out])]
     inputs = [args.prompts] if args.prompts else []
     for job in jobs:
         for files in job.files:
@@ -482,13 +491,17 @@ def output_files(args, jobs):
     return videos, sheets
 
 
-def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
-    """Make and write these jobs' videos and their contact sheet. Each file tells how to make it again."""
-    start, info = time.perf_counter(), PngInfo()
+def make_round(model, encoders, jobs, recipe, frames):
+    """These jobs' videos, into their .video."""
     for size in dict.fromkeys(job.size for job in jobs):
         same = [job for job in jobs if job.size == size]
         for job, video in zip(same, generate(model, encoders, same, recipe, frames)):
             job.video = video
+
+
+def write_round(jobs, recipe, frames, ckpt, videos, sheet):
+    """Write these jobs' videos and their contact sheet. Each file tells how to make it again."""
+    info = PngInfo()
     for n, (job, path) in enumerate(zip(jobs, videos), 1):
         refs = []
         for files in job.files:
@@ -500,39 +513,58 @@ def make_round(model, encoders, jobs, recipe, frames, ckpt, videos, sheet):
         write_video(path, job.video, recipe["fps"], how)
     with atomic_file(sheet) as path:
         contact_sheet(jobs).save(path, "PNG", pnginfo=info)
-    for job in jobs:
-        job.video = None  # 10,000 videos do not fit into memory
-    took = time.perf_counter() - start
-    rate = took / len(jobs) / recipe["steps"]
-    print(f"{', '.join(videos)} and {sheet} in {took:.1f} s, {rate:.3g} seconds a step", flush=True)
 
 
 def main(argv=None):
-    args = arguments(argv)
-    if args.export:
-        return export(args.ckpt, args.export)
-    print("kernels:", use_fused(False if args.no_fused else None))
-    found = find(args.ckpt)
-    recipe = override(SAMPLE_RECIPES[found.kind], args)
-    frames, size = args.frames or found.frames, args.size or found.size
-    if found.kind != "toy":
-        check_wan_size(frames, size)
-    elif (frames, size) != (found.frames, found.size):
-        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
-                        f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
-    jobs = make_jobs(args, found, frames, size)
-    videos, sheets = output_files(args, jobs)
-    model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
-                              any(job.files for job in jobs) and found.config.vit_dim > 0, args.lora)
-    for text in [*(job.prompt for job in jobs), recipe["negative"]]:
-        length = encoders.tokenizer([text])[0].shape[1]
-        if length > found.config.text_len:
-            raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
-                            f"this checkpoint reads at most {found.config.text_len}")
-    print(f"{frames} frames of {size[0]}x{size[1]}, "
-          + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
-    for i, sheet in zip(range(0, len(jobs), ROUND), sheets):
-        make_round(model, encoders, jobs[i:i + ROUND], recipe, frames, args.ckpt, videos[i:i + ROUND], sheet)
+    world = World.join()
+    with world.one_voice():
+        args = arguments(argv)
+        if args.export:
+            return export(args.ckpt, args.export) if world.rank == 0 else None
+        print("kernels:", use_fused(False if args.no_fused else None))
+        found = find(args.ckpt)
+        recipe = override(SAMPLE_RECIPES[found.kind], args)
+        frames, size = args.frames or found.frames, args.size or found.size
+        if found.kind != "toy":
+            check_wan_size(frames, size)
+        elif (frames, size) != (found.frames, found.size):
+            raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
+                            f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
+        ulysses = Ulysses(world, found.config.num_heads) if args.ulysses else None
+        jobs = make_jobs(args, found, frames, size)
+        ranks = 1 if ulysses else world.size  # those that share the prompts
+        per_round = min(ROUND, math.ceil(len(jobs) / ranks))  # so that every rank has a round
+        videos, sheets = output_files(args, jobs, per_round)
+        for network, role in zip(found.networks, ROLES):
+            for file, _, only in args.lora:
+                if only in (None, role):
+                    check_lora(on_meta(network), file)
+        need_vit = any(job.files for job in jobs) and found.config.vit_dim > 0
+        model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
+                                  need_vit, args.lora, ulysses)
+        for text in [*(job.prompt for job in jobs), recipe["negative"]]:
+            length = encoders.tokenizer([text])[0].shape[1]
+            if length > found.config.text_len:
+                raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
+                                f"this checkpoint reads at most {found.config.text_len}")
+        print(f"{frames} frames of {size[0]}x{size[1]}, "
+              + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
+    writes = world.rank == 0 or not ulysses
+    for n, sheet in enumerate(sheets):
+        if n % ranks != world.rank % ranks:
+            continue
+        start, part = time.perf_counter(), slice(n * per_round, (n + 1) * per_round)
+        with world.one_voice():
+            make_round(model, encoders, jobs[part], recipe, frames)
+            if writes:
+                write_round(jobs[part], recipe, frames, args.ckpt, videos[part], sheet)
+        for job in jobs[part]:
+            job.video = None  # 10,000 videos do not fit into memory
+        took = time.perf_counter() - start
+        if writes:
+            print(f"{', '.join(videos[part])} and {sheet} in {took:.1f} s, "
+                  f"{took / len(jobs[part]) / recipe['steps']:.3g} seconds a step", flush=True)
+    world.leave()
 
 
 if __name__ == "__main__":

@@ -209,7 +209,8 @@ def resolve(args, world):
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
     if config.is_wan and not (args.wan and encoded_data(args)):
         raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
-                        f"DIR, a set that `python data.py encode` made; came --wan {args.wan} --data {args.data}")
+                        "DIR, a set that `python data.py encode` made; "
+                        f"came --wan {args.wan} --data {args.data}")
     if (args.data / "manifest.jsonl").is_file() and not encoded_data(args):
         raise UserError(f"--data {args.data} is not encoded yet: `python data.py encode` does it")
     if args.no_mfi:
@@ -326,8 +327,8 @@ def load_start(weights, args, config, new):
 
 
 def find_base(source, args):
-    """The frozen network of --train new or lora, as model.load_base takes it: that of the checkpoint `source`,
-    or that checkpoint itself where all of it was trained, or --wan."""
+    """The frozen network of --train new or lora, as model.load_base takes it: that of the checkpoint
+    `source`, or that checkpoint itself where all of it was trained, or --wan."""
     base = read_meta(source).get("base") if source else None
     if base and (base["train"], base["rank"]) != (args.train, args.rank):
         raise UserError(f"{source} was trained with --train {base['train']} --rank {base['rank']}: "
@@ -339,7 +340,7 @@ def find_base(source, args):
 
 
 def add_to_base(base, weights, args, config):
-    """The network of --train new or lora, on the CPU: its base, and what a checkpoint has trained beside it."""
+    """The network of --train new or lora, on the CPU: its base, and what a checkpoint trained beside it."""
     with torch.device("meta"):
         model = HarmoView(config)
     frozen = torch.bfloat16 if args.precision == "bf16" and not args.shard else torch.float32

@@ -68,7 +68,7 @@ def wan(tmp_path_factory):
     import toy
     from encoders import UMT5, DINOv2, WanVAE
     from lora import NEW_PREFIXES
-from model import DiTConfig, HarmoView
+    from model import DiTConfig, HarmoView
 
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("wan")

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 import data
 import train
 from checkpoint import UserError, load_tensors, save_checkpoint, uses_bf16
+from lora import NEW_PREFIXES
 from model import (
     CONFIGS,
     MFI,
-    NEW_PREFIXES,
     WAN,
     DiTConfig,
     HarmoView,

@@ -122,7 +122,7 @@ def test_processes_without_a_gpu_of_their_own_leave_quietly(gpus, left, monkeypa
         except SystemExit as end:
             assert end.code == 0
             gone.append(rank)
-    assert gone == left and ("1 of 2 processes train" in capsys.readouterr().out) == bool(left)
+    assert gone == left and ("1 of 2 processes work" in capsys.readouterr().out) == bool(left)
     monkeypatch.setenv("WORLD_SIZE", "8")  # on several machines that would leave different ranks on each
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=f"4 processes on a machine with {gpus} GPU.*--nproc-per-node {gpus}"):
