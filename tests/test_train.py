@@ -690,6 +690,23 @@ def test_from_files_through_all_stages_to_a_video_from_references(small_wan, wan
     assert Path("v.mp4").exists() and Path("v.png").exists()
 
 
+def test_both_experts_through_all_stages_to_a_video_from_references(small_wan, wan, wan_set):
+    """All of each expert trains in two stages, adapters in two more; then both make one video."""
+    small_wan[-1] = str(wan / "2.2")
+    for role in ("high", "low"):
+        out = ["--expert", role, "--out", f"pair/{role}_noise_model", "--steps", "2"]
+        for stage, flags in (("1", []), ("2", []), ("3", ["--train", "lora"]), ("4", ["--train", "lora"])):
+            train.main([*small_wan, *out, *flags, "--stage", stage])
+        meta = json.loads((find_checkpoint(f"pair/{role}_noise_model") / "checkpoint.json").read_text())
+        assert meta["stage"] == 4 and meta["expert"]["role"] == role and meta["wan"] == str(wan / "2.2")
+        assert "/stage2/" in meta["base"]["path"]
+    refs = ["--refs", str(wan_set / "ann_front.png"), "--refs", str(wan_set / "ben_left.png")]
+    words = (wan_set / "captions.txt").read_text().splitlines()[2]
+    size = ["--steps", "8", "--shift", "5", "--frames", "5", "--size", "32x48"]
+    sample.main(["--ckpt", "pair", *refs, "--prompt", words, *size, "--out", "v"])
+    assert Path("v.mp4").exists() and Path("v.png").exists()
+
+
 def test_resume_on_an_encoded_set_is_bit_exact(small_wan):
     command = [*small_wan, "--stage", "3", "--steps", "6", "--save-every", "3"]
     train.main(command)
