@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,9 @@ class World:
         elif size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, for any machine
             torch.set_num_threads(max(1, CORES // local_size))
         if size > 1:
-            dist.init_process_group("nccl" if gpus else "gloo", rank=rank, world_size=size)
+            # an hour: the others wait while rank 0 renders a toy world or makes a sample sheet
+            dist.init_process_group("nccl" if gpus else "gloo", rank=rank, world_size=size,
+                                    timeout=timedelta(hours=1))
         return cls(rank, size, device)
 
     def barrier(self):
@@ -154,15 +157,27 @@ def sharded_state(model, optimizers, ema):
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+@contextmanager
+def one_line(folder):
+    """torch.distributed.checkpoint's error is a page for each process."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        _, (cause, _) = error.failures.popitem()
+        raise UserError(f"{folder} cannot be written or read ({type(cause).__name__}: {cause})") from None
+
+
 def save_shards(folder, model, optimizers, ema):
     """Every process writes its part into one folder, which all of them must see."""
-    dcp.save(sharded_state(model, optimizers, ema), checkpoint_id=folder)
+    with one_line(folder):
+        dcp.save(sharded_state(model, optimizers, ema), checkpoint_id=folder)
 
 
 def load_shards(folder, model, optimizers, ema):
     """What save_shards wrote, by any number of processes."""
     state = sharded_state(model, optimizers, ema)
-    dcp.load(state, checkpoint_id=folder)
+    with one_line(folder):
+        dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                    options=OPTIONS)
 

@@ -150,8 +150,11 @@ def arguments(argv=None):
     log("--valid", type=nonempty, metavar="DIR", help="an encoded set of people that training does not see "
         "(default: the toy's own; none for Wan)")
     log("--valid-every", type=count, default=500, help="steps between validations; also at a stage's end")
-    log("--sample-prompts", type=nonempty, metavar="FILE", help="jobs for sample.py at the end of a stage")
-    log("--no-samples", action="store_true", help="no sample sheet at the end of a stage")
+    log("--sample-prompts", type=nonempty, metavar="FILE", help="jobs of sample sheets, as sample.py's "
+        "--prompts (default: for the toy people it never saw, for Wan none)")
+    log("--sample-saves", action="store_true", help="a sample sheet at every checkpoint, not only at a "
+        "stage's end")
+    log("--no-samples", action="store_true", help="no sample sheets")
     return p.parse_args(argv)
 
 
@@ -171,6 +174,8 @@ def resolve(args, world):
     args.optimizer = args.optimizer or ("adamw" if plain else "muon")
     if args.shard and args.optimizer == "muon":
         raise UserError("--shard splits matrices, and Muon needs them whole: give --optimizer adamw")
+    if args.shard and "RANK" not in os.environ:
+        raise UserError("--shard splits a network over processes: start with torchrun --nproc-per-node N")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
     if args.expert and args.wan:
         args.wan = choose_expert(args.wan, args.expert)
@@ -426,7 +431,6 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
             tensors = {"ema": {name: whole(p).cpu() for name, p in ema.items()}} if step == steps else {}
         if world.rank == 0:
             save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, args.keep, shards)
-        world.barrier()
 
     network = model if args.shard else replicate(model, world)
     bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
@@ -488,12 +492,27 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
             save(step + 1)
             if world.rank == 0:
                 draw_losses(args.out)
+                if (last or args.sample_saves) and not stopping:
+                    write_samples(folder, step + 1, last, args, model.config)
+            world.barrier()
         if stopping:
             return
     if world.rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"stage {number} {stage.name}: steps {first_step + 1} to {steps} in {minutes:.1f} min, "
               f"loss {float(total) / world.size:.4f}", flush=True)
+
+
+def write_samples(folder, step, last, args, config):
+    """What a user would run on the newest checkpoint of a stage, as a process of its own: sample.py is above
+    this file. Without prompts there is none for Wan, and none of sharded weights before the stage's end."""
+    if args.no_samples or config.is_wan and not args.sample_prompts or args.shard and not last:
+        return
+    prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
+    name = folder / ("sample" if last else f"sample-{step:06d}")
+    alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
+                    "--out", name], check=False, env=alone)
 
 
 def stop_on_signal(world):
@@ -577,6 +596,9 @@ def main(argv=None):
                   f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
                   f"clips {args.clips}, {args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, "
                   f"shift {args.shift}, {args.precision} on {world.device}, {kernels_in_use}", flush=True)
+            if args.expert:
+                print(f"{args.expert} expert: {args.levels.share():.0%} of all noise levels are its own, "
+                      f"{'from' if args.expert == 'high' else 'below'} t = {1000 * args.boundary:g}")
             if world.size == 1 and world.device.type == "cpu" and CORES > 1 and args.batch % 2 == 0:
                 print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
             load_data(args, config, world)  # what it renders and encodes, it leaves for the other ranks
@@ -595,13 +617,6 @@ def main(argv=None):
             gc.collect()  # sharded networks hold references to themselves
             if stop():
                 break
-            # what a user would run; a process of its own, since sample.py is above this file
-            if world.rank == 0 and not args.no_samples and (args.sample_prompts or not config.is_wan):
-                sheet = args.out / f"stage{number}"
-                prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
-                alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-                subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts,
-                                "--ckpt", sheet, "--out", sheet / "sample"], check=False, env=alone)
     if world.size > 1:
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ FILES = {
     "train": (610, "model data toy monitor muon parallel kernels lora rope checkpoint"),
     "monitor": (205, "model data rope checkpoint"),
     "sample": (460, "model data toy parallel pictures encoders kernels lora rope checkpoint"),
-    "parallel": (220, "checkpoint"),
+    "parallel": (230, "checkpoint"),
     "lora": (230, "checkpoint"),
     "muon": (70, ""),
     "kernels": (380, "rope checkpoint"),

@@ -975,3 +975,19 @@ def test_mv2id_is_a_preset_of_flags(fresh, monkeypatch):
     meta = json.loads((find_checkpoint("out/tiny") / "checkpoint.json").read_text())
     assert meta["config"]["rope_layout"] == "rd" and meta["config"]["proxy_tokens"] == 0
     assert meta["config"]["vit_dim"] == 0 and meta["flags"]["mask"] == 0.6 and meta["flags"]["pairs"] == "in"
+
+
+def test_sheets_at_every_checkpoint(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    arguments = [argument for argument in map(str, FAST) if argument != "--no-samples"]
+    train.main([*arguments, "--stage", "1", "--steps", "4", "--save-every", "2", "--sample-saves"])
+    assert {path.name for path in Path("out/tiny/stage1").glob("*.png")} == {"sample.png", "sample-000002.png"}
+
+
+def test_a_network_is_sharded_over_processes_only(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    with pytest.raises(UserError, match="--shard splits a network over processes: start with torchrun"):
+        train.main([*map(str, FAST), "--shard"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="Muon needs them whole: give --optimizer adamw"):
+        train.main([*map(str, FAST), "--shard", "--optimizer", "muon"])
