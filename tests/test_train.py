@@ -557,7 +557,7 @@ def test_weights_that_are_not_finite_are_never_saved(fresh, monkeypatch):
     def poison(self):
         next(p for group in self.param_groups for p in group["params"]).data[:] = float("nan")
 
-    monkeypatch.setattr(train.Muon, "step", poison)
+    monkeypatch.setattr(muon.Muon, "step", poison)
     with pytest.raises(UserError, match="stage 1 step 1: the weights are no longer finite and not saved"):
         call("train.py", *FAST, "--stage", 1, "--steps", 1, cwd=fresh)
     assert find_checkpoint(fresh / "out" / "tiny") is None
