@@ -344,8 +344,9 @@ def group(names, folders, args, captions):
             entries.append({"video": video, "caption": captions.get(row["name"], ""), "fps": args.fps,
                             "frames": args.frames, "sha256": clip["sha256"], "source": row["name"],
                             "identities": identities})
-    publish(args.out / "clips", clips)
-    publish(args.out / "refs", images)
+    if entries:  # else what an earlier run made stays
+        publish(args.out / "clips", clips)
+        publish(args.out / "refs", images)
     failed = ask_captions(entries, args) if args.caption_url else {}
     kinds = collections.Counter(reason.split(" (")[0] for reason in reasons.values())
     report = {
@@ -359,8 +360,9 @@ def group(names, folders, args, captions):
         "yaw, in steps of 10 degrees from -180": yaws.tolist(),
         "settings": {flag: getattr(args, flag.replace("-", "_")) for flag in EXTRACT | GROUP},
         "videos left out": reasons, "captions that failed": failed}
-    with atomic_file(args.out / "manifest.jsonl") as temporary:
-        temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    if entries:
+        with atomic_file(args.out / "manifest.jsonl") as temporary:
+            temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     with atomic_file(args.out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
     with atomic_file(args.out / "report.png") as temporary:
@@ -637,9 +639,23 @@ def read_arguments(argv):
         raise UserError(f"--caption-url {args.caption_url}: expected http://... or https://...")
     if not args.videos.is_dir():
         raise UserError(f"{args.videos}: no such folder")
-    if args.out.resolve().is_relative_to(args.videos.resolve()):
-        raise UserError(f"--out {args.out} lies in --videos: its clips would be read as videos")
+    check_folders(args.videos, args.out)
     return args
+
+
+def check_folders(videos, out):
+    """UserError where an output would be read as a video, or would replace what is not curate.py's own."""
+    if out.resolve().is_relative_to(videos.resolve()):
+        raise UserError(f"--out {out} lies in --videos: its clips would be read as videos")
+    for name in ("clips", "refs", "rows"):
+        if videos.resolve().is_relative_to((out / name).resolve()):
+            raise UserError(f"--videos {videos} lies in {out / name}, which is made anew: choose another "
+                            "--out")
+    foreign = [name for name in ("clips", "refs", "manifest.jsonl", "report.json", "report.png")
+               if os.path.lexists(out / name)]
+    if foreign and not (out / "rows").is_dir():
+        raise UserError(f"--out {out} holds {foreign[0]} but no rows/, so it is not of curate.py and would "
+                        "be replaced: choose another --out")
 
 
 def find_videos(folder):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from checkpoint import UserError, as_user_error, atomic_file, check_outputs, is_text
+from checkpoint import UserError, as_user_error, atomic_file, check_outputs, is_text, probe_writable
 from pictures import Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 from rope import VIEWS
 
@@ -116,7 +116,13 @@ def sample_of(entry, folder, sizes, frames, fps):
 
 
 def show(folder, number, out):
-    """Print what a manifest's set holds, and write a contact sheet of one of its clips."""
+    """Print what a manifest's set holds, and write a contact sheet of one of its clips to `out`."""
+    real = out.resolve()
+    if real.suffix != ".png" or out.suffix != ".png":
+        raise UserError(f"--out {out}: expected a file name that ends in .png")
+    for base in (Path(folder), Path(folder) / "source"):
+        if real.is_relative_to(base.resolve()):
+            raise UserError(f"--out {out} lies in {base}, among the set's own files: choose another --out")
     entries = read_manifest(folder)
     if number >= len(entries):
         raise UserError(f"--index {number}: the set has {len(entries)} clips, from 0 on")
@@ -133,8 +139,8 @@ def show(folder, number, out):
           "from another clip than theirs")
     entry = entries[number]
     path = Path(folder) / entry["video"]
-    images = [Path(folder) / picture["image"] for p in entry["identities"] for picture in p["views"].values()]
-    check_outputs([out], [Path(folder) / "manifest.jsonl", path, *images])
+    probe_writable(out.parent)
+    check_outputs([out], [path])
     with as_user_error(path), watch_decoder():
         frames = np.stack(list(itertools.islice(read_frames(path, 16, 480), 81)))
     video = from_bytes(torch.from_numpy(frames)).permute(3, 0, 1, 2)

@@ -526,6 +526,43 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, flags, expected):
         curate.main(["--videos", "videos", "--out", "out", "--faces", ".", *flags])
 
 
+@pytest.mark.parametrize("videos", ["clips", "refs/sub", "link"])
+def test_inputs_in_what_is_made_anew_are_refused(videos, tmp_path):
+    for folder in ("clips", "refs/sub", "rows"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.mp4").write_text("mine")
+    (tmp_path / "link").symlink_to("clips")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"--videos {tmp_path}/{videos} lies in .* choose another --out"):
+        run(tmp_path / videos, tmp_path, Truth())
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["clips/a.mp4", "refs/a.png", "manifest.jsonl", "report.json"])
+def test_an_out_of_somebody_else_is_refused(name, tmp_path):
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]} but no rows/.* choose another --out"):
+        run(tmp_path / "videos", tmp_path / "out", Truth())
+    assert content(tmp_path / "out") == {name: b"mine"}
+
+
+def test_a_run_that_keeps_nothing_leaves_the_last_ones_clips(tmp_path):
+    truth, videos, out = Truth(), tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    write_video(videos / "a.mp4", truth.shoot([0], ["nods"], yaws={0: 0}))
+    run(videos, out, truth, "--front-only")
+    before = content(out)
+    with pytest.raises(UserError, match="no clip is left of 1 videos"):
+        run(videos, out, truth)
+    after = content(out)
+    changed = {name for name in after if before[name] != after[name]}
+    assert changed == {"report.json", "report.png"} and after.keys() == before.keys()
+    assert json.loads((out / "report.json").read_text())["clips"]["kept"] == 0
+
+
 def test_a_metadata_table_of_any_kind(tmp_path):
     lines = '{"video": "./a.mp4", "prompt": "one\\n two"}\n{"video": "b.mp4", "text"'  # cut off
     (tmp_path / "metadata.jsonl").write_text(lines)

@@ -894,10 +894,10 @@ def test_a_manifest_is_encoded_with_wans_networks(world, wan, tmp_path, capsys):
     ("show --data none", "manifest.jsonl: no such file"),
     ("show --data world --index 4", "--index 4: the set has 4 clips"),
     ("show --data world --index -1", "--index: got '-1'"),
-    ("show --data world --out world", "is a folder"),
-    ("show --data world --out world/manifest.jsonl", "is one of the inputs"),
-    ("show --data world --out world/clip1.mp4", "is one of the inputs"),
-    ("show --data world --out world/ann_front.png", "is one of the inputs"),
+    ("show --data world --out world", "ends in .png"),
+    ("show --data world --out world/manifest.jsonl", "ends in .png"),
+    ("show --data world --out world/new.png", "new.png lies in world, among the set's own files"),
+    ("show --data world --out world/ann_front.png", "lies in world, among the set's own files"),
     ("list --data world", "invalid choice: 'list'"),
 ])
 def test_bad_arguments_are_one_line(arguments, says, world, wan, tmp_path, monkeypatch):

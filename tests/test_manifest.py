@@ -275,7 +275,7 @@ def test_show_counts_people_of_any_name(tmp_path, capsys):
         line["identities"][0]["id"] = name
     del lines[2]["identities"][0]["views"]["left"]
     write(tmp_path, *lines)
-    manifest.show(tmp_path, 0, tmp_path / "x.png")
+    manifest.show(tmp_path, 0, tmp_path.with_name("show.png"))
     said = capsys.readouterr().out
     assert said.startswith("4 clips, 3 identities; clips by number of people: {1: 4}\n")
     assert "4 front, 3 left, 0 right, 0 back; 3 of 7 from another clip" in said
@@ -285,23 +285,37 @@ def test_show_counts_people_of_any_name(tmp_path, capsys):
     ("index", "--index 1: the set has 1 clips, from 0 on"),
     ("damaged", "a.mp4: damaged, as the decoder says"), ("text", "a.mp4: damaged or no video"),
     ("picture", "front.png: not a readable picture"),
-    ("video as out", "a.mp4 is one of the inputs"), ("picture as out", "front.png is one of the inputs"),
-    ("manifest as out", "manifest.jsonl is one of the inputs"),
-    ("link as out", "link.png is one of the inputs")])
+    ("video as out", "a.mp4: expected a file name that ends in .png"),
+    ("picture as out", "front.png lies in .*, among the set's own files"),
+    ("manifest as out", "manifest.jsonl: expected a file name that ends in .png"),
+    ("link as out", "link.png lies in .*, among the set's own files"),
+    ("new as out", "new.png lies in .*, among the set's own files"),
+    ("source as out", "b.png lies in .*source, among the set's own files"),
+    ("text as out", "x.png: expected a file name that ends in .png")])
 def test_what_cannot_be_shown_is_one_line_that_names_it(kind, says, tmp_path, capsys):
-    videos(tmp_path, a=(17, 64, 64))
+    world, linked = tmp_path / "world", tmp_path / "linked"
+    videos(world, a=(17, 64, 64))
+    linked.mkdir()
+    (linked / "b.png").write_text("x")
+    (world / "source").symlink_to(linked)
     if kind == "damaged":
-        encode(tmp_path / "a.mp4", noise(17))
-        damage(tmp_path / "a.mp4")
+        encode(world / "a.mp4", noise(17))
+        damage(world / "a.mp4")
     if kind in ("text", "picture"):
-        (tmp_path / {"text": "a.mp4", "picture": "front.png"}[kind]).write_text("x")
-    (tmp_path / "link.png").symlink_to(tmp_path / "front.png")
-    out = {"video": "a.mp4", "picture": "front.png", "manifest": "manifest.jsonl", "link": "link.png"}
-    out = out.get(kind.split()[0], "x.png") if kind.endswith("as out") else "x.png"
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        (world / {"text": "a.mp4", "picture": "front.png"}[kind]).write_text("x")
+    (tmp_path / "link.png").symlink_to(world / "front.png")
+    (tmp_path / "x.png").symlink_to(tmp_path / "x.txt")
+    out = {"video": "world/a.mp4", "picture": "world/front.png", "manifest": "world/manifest.jsonl",
+           "link": "link.png", "new": "world/new.png", "source": "linked/b.png", "text": "x.png"}
+    out = out[kind.split()[0]] if kind.endswith("as out") else "show.png"
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
     with pytest.raises(UserError, match=says) as error:
-        manifest.show(tmp_path, int(kind == "index"), tmp_path / out)
-    assert one_line(error) and {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        manifest.show(world, int(kind == "index"), tmp_path / out)
+    assert one_line(error) and files() == before
 
 
 def test_clips_without_a_caption_are_read_and_counted(folder, capsys):
