@@ -33,6 +33,7 @@ class Sample(NamedTuple):
     read_video: Callable  # () -> [3, F, H, W]
     people: list  # {view: () -> picture [3, h, w]} per person
     cross: list  # {view: is it from another clip} per person
+    stamp: str = ""  # of its files: another one where they were replaced
 
 
 def read_manifest(folder):
@@ -112,7 +113,9 @@ def sample_of(entry, folder, sizes, frames, fps):
         people.append({view: reader(picture["image"]) for view, picture in person["views"].items()})
         cross.append({view: bool(picture.get("cross")) for view, picture in person["views"].items()})
     name = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:20]
-    return Sample(name, entry["video"], entry["caption"], read_video, people, cross)
+    files = [path, *(folder / p["image"] for who in entry["identities"] for p in who["views"].values())]
+    stamp = ", ".join(f"{found.st_size} {found.st_mtime_ns}" for found in map(os.stat, files))
+    return Sample(name, entry["video"], entry["caption"], read_video, people, cross, stamp)
 
 
 def show(folder, number, out):
