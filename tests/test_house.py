@@ -35,7 +35,8 @@ OVER = {
     "sample": (520, "what can be known of a job is refused before its first step"),
     "checkpoint": (590, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (200, "as above"),
-    "curate": (700, "names what is wrong with every video; tracks, identities in bounded memory, report"),
+    "curate": (750, "names what is wrong with every video; tracks, identities in bounded memory, report; "
+               "refuses what is not its own, finds damaged rows"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
