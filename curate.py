@@ -38,10 +38,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, count, fraction,
+from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, fraction,
                         frame_rate, in_range, is_text, lock, nonempty, not_negative, probe_writable,
                         read_lines, run_script, save_tensors, sha256_of)
 from faces import Faces, align, crop_faces, iou
+from manifest import PEOPLE
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
                       write_video)
 from rope import VIEWS
@@ -62,7 +63,7 @@ EXTRACT = {  # flag: type, default, meaning; rows are made anew where one change
     "margin": (not_negative, 0.6, "of a reference around the face, in face sides"),
 }
 GROUP = {
-    "people": (count, 2, "most people of a clip"),
+    "people": (in_range(int, 1, PEOPLE, f"1 to {PEOPLE}"), PEOPLE, "most people of a clip"),
     "same-identity": (cosine, 0.5, "tracks become one identity where their cosine, on average, is this"),
     "front-similarity": (cosine, 0.5, "least cosine of a front view with its identity's mean"),
     "side-similarity": (cosine, 0.35, "the same for left and right views"),

@@ -13,11 +13,13 @@ import math
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import UserError, as_user_error, atomic_file, is_text, lock, remove
+from manifest import SIDE, check_entry
 from pictures import VIDEOS, open_video, read_picture, view_of, watch_decoder
 from rope import VIEWS
 
@@ -120,10 +122,12 @@ def check_row(row, out, seen):
         raise ValueError(row["lacks"])
     for who in row["identities"]:
         for image in {view["image"] for view in who["views"].values()} - seen:
-            read_picture(file_in(out, image), (16, 16))
-    return {"video": row["video"], "caption": " ".join(row["caption"].split()),
+            read_picture(file_in(out, image), (16, 16), SIDE)
+    line = {"video": row["video"], "caption": " ".join(row["caption"].split()),
             "fps": int(fps) if fps.is_integer() else fps, "frames": frames,
             "source": row["video"].removeprefix("source/"), "identities": row["identities"]}
+    check_entry(line, out)
+    return line
 
 
 def file_in(folder, name):
@@ -312,13 +316,19 @@ def read_rows(path):
         yield f"{path.name} row {n}", row
 
 
+def lists_videos(path):
+    """Is it a table with a column of videos, and not the settings of a program."""
+    with suppress(UserError):
+        return any(isinstance(row, dict) and set(COLUMNS["video"]) & row.keys() for _, row in read_rows(path))
+
+
 def folders(root, out, mirror, notes):
     """metadata.csv, .jsonl or .json with columns video, caption and perhaps references; or videos, each with
     <stem>.txt and perhaps refs/<stem>/front.png, or refs/<stem>/<n>/front.png for several people. What a row
     lacks is looked for beside its video."""
     tables = [f for f in sorted(root.iterdir()) if f.suffix in (".csv", ".jsonl", ".json")
               and f.name[0] != "." and f.is_file()]
-    tables = [f for f in tables if f.stem == "metadata"] or tables
+    tables = [f for f in tables if f.stem == "metadata"] or [f for f in tables if lists_videos(f)]
     if len(tables) > 1:
         raise UserError(f"{root}: which of {', '.join(f.name for f in tables)} lists its videos? "
                         "Name it metadata, and no other")

@@ -553,15 +553,38 @@ BAD_TABLES = {
     "a huge field": ("metadata.csv", b"video,caption\na.mp4," + b"x" * 200000, "metadata.csv cannot be read"),
     "an object": ("metadata.json", b"{}", "not a list of rows"),
     "half": ("metadata.json", b'[{"video": "a.mp4", "capt', "metadata.json cannot be read"),
-    "two tables": ("b.jsonl", b"", "which of b.jsonl, c.csv lists its videos"),
+    "two tables": ("b.jsonl", b'{"video": "a.mp4"}', "which of b.jsonl, c.csv lists its videos"),
 }
+
+
+@pytest.mark.parametrize("name", ["config.json", "list.json", "numbers.csv", "log.jsonl"])
+def test_files_of_programs_are_no_tables(one, name):
+    content = {"config.json": "{}", "list.json": "[1, 2", "numbers.csv": "a,b\n1,2\n", "log.jsonl": "x\n{}\n"}
+    (one / "root" / name).write_text(content[name])
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    (one / "root/any.csv").write_text("video,caption\na.mp4,of the table\n")
+    importers.import_set("folders", one / "root", one / "out")
+    assert lines(one / "out")[0]["caption"] == "of the table"
+
+
+def test_what_encode_would_refuse_is_left_out(one, capsys):
+    for k in range(1, 4):
+        picture(one / f"root/refs/b/{k}/front.png")
+    picture(one / "root/refs/c/front.png", (15, 16))
+    for name in "bc":
+        os.link(one / "root/a.mp4", one / f"root/{name}.mp4")
+        (one / f"root/{name}.txt").write_text("x")
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "b.mp4 is left out: identities: expected a list of 1 to 2 people" in said[0]
+    assert "15 x 16 pixels, expected at least 16 a side" in said[1]
 
 
 @pytest.mark.parametrize("name, content, reason", BAD_TABLES.values(), ids=BAD_TABLES)
 def test_a_bad_table_is_one_line(one, name, content, reason):
     (one / "root" / name).write_bytes(content)
     if name == "b.jsonl":
-        (one / "root/c.csv").touch()
+        (one / "root/c.csv").write_text("path,x\na.mp4,1\n")
     with pytest.raises(UserError, match=reason) as error:
         importers.import_set("folders", one / "root", one / "out")
     assert "\n" not in str(error.value) and not (one / "out/manifest.jsonl").exists()
