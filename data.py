@@ -260,8 +260,9 @@ def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, si
     done, stored = finished(folder, made_from), None  # None: settings.json is lost or damaged
     with contextlib.suppress(OSError, ValueError, RecursionError):
         stored = json.loads((folder / "settings.json").read_text())
-    if not isinstance(stored, dict | None) or not (stored or done) and (folder / "settings.json").exists():
-        read_settings(folder)  # whatever it is, it is not ours
+    ours = done or stored or (folder / "index.jsonl").exists() or not (folder / "settings.json").exists()
+    if not ours or not isinstance(stored, dict | None):
+        read_settings(folder)  # raises, as it is no encoded set
     different = [f"{name} {stored.get(name)} there, {value} here" for name, value in settings.items()
                  if stored is not None and stored.get(name) != value]
     if different:

@@ -57,14 +57,14 @@ def read_manifest(folder):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
-                raise ValueError(f"expected a JSON object, got {line[:60]}") from None
+                raise ValueError(f"expected a JSON object, got {line[:60]!r}") from None
             check_entry(entry, path.parent)
             first = lines.setdefault(name_of(entry), n)
             if first < n:
                 raise ValueError(f"it is line {first} again")
             entries.append(entry)
         except (ValueError, RecursionError) as error:
-            reason = f"{path} line {n} left out: {error}"[:300]
+            reason = " ".join(f"{path} line {n} left out: {error}".split())[:300]
             print(reason.encode(errors="replace").decode())  # a lone surrogate cannot be printed
             skipped += 1
     if skipped:

@@ -389,7 +389,10 @@ def test_other_settings_are_refused_and_named(other, says, tmp_path):
 def test_settings_of_another_version_or_of_junk_are_one_line(settings, tmp_path):
     make(tmp_path, sample(1, ("front",)))
     (tmp_path / "settings.json").write_text(settings, encoding="latin-1")
-    for attempt in (data.Dataset, lambda folder: data.encode([], folder, Plain(), {})):
+    attempts = [data.Dataset]
+    if settings not in ("", "null", "\xff" * 9):  # these are written again
+        attempts.append(lambda folder: data.encode([sample(1, ("front",))], folder, Plain(), {}))
+    for attempt in attempts:
         says = "is not an encoded set of this version|was encoded with other settings"
         with pytest.raises(UserError, match=says) as error:
             attempt(tmp_path)
@@ -444,6 +447,25 @@ def test_a_damaged_part_is_made_again(file, damage, tmp_path):
         path.write_bytes(stored[:-9] if damage == "cut" else b"")
     make(tmp_path, *samples)
     assert content(tmp_path) == whole
+
+
+def test_a_set_that_is_damaged_all_over_is_made_again(tmp_path):
+    samples = [sample(n, ("front",)) for n in range(3)]
+    make(tmp_path, *samples)
+    whole = content(tmp_path)
+    for name in whole:
+        if name.endswith((".safetensors", "settings.json")):
+            (tmp_path / name).write_bytes(whole[name][:20])
+    make(tmp_path, *samples)
+    assert content(tmp_path) == whole
+
+
+def test_settings_of_another_program_are_not_replaced(tmp_path):
+    for text in ("// a comment", "[1]", '{"editor": 4}'):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(UserError, match="no|not an encoded set|other settings"):
+            make(tmp_path, sample(1, ("front",)))
+        assert content(tmp_path) == {"settings.json": text.encode()}
 
 
 BAD_LINES = [{"name": 3}, {"name": "../../x"}, {"name": None}, {"views": None}, {"views": [3]},

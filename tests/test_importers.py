@@ -527,7 +527,8 @@ def test_rows_of_any_kind_are_lines_or_have_a_reason(trainers, tmp_path, capsys)
     rows = [{"video": "a.mp4", "caption": "x"} | refs]
     for n in range(500):
         (trainers / f"x/{n}.mp4").write_bytes((trainers / "b.mp4").read_bytes())
-        rows.append({"video": f"x/{n}.mp4", "caption": "x"} | refs | {k: value() for k in rng.sample(keys, 2)})
+        changes = {k: value() for k in rng.sample(keys, 2)}
+        rows.append({"video": f"x/{n}.mp4", "caption": "x"} | refs | changes)
     write_rows(trainers, "json", rows)
     kept = importers.import_set("folders", trainers, tmp_path / "out")
     assert len(lines(tmp_path / "out")) == kept > 20
