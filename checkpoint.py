@@ -276,7 +276,7 @@ def as_user_error(path):
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
     except Exception as error:  # safetensors, zipfile and pickle raise a dozen kinds
-        cause = (str(error).splitlines() or [""])[0][:120]
+        cause = re.split(r"\. |\n", str(error))[0][:120]  # torch goes on with advice
         raise UserError(f"{path} cannot be read: cut short, damaged or no such file format "
                         f"({type(error).__name__}: {cause})") from None
 

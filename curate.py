@@ -38,10 +38,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, count, fraction,
+from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, fraction,
                         frame_rate, in_range, is_text, lock, nonempty, not_negative, probe_writable,
                         read_lines, run_script, save_tensors, sha256_of)
 from faces import Faces, align, crop_faces, iou
+from manifest import PEOPLE
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
                       write_video)
 from rope import VIEWS
@@ -62,13 +63,13 @@ EXTRACT = {  # flag: type, default, meaning; rows are made anew where one change
     "margin": (not_negative, 0.6, "of a reference around the face, in face sides"),
 }
 GROUP = {
-    "people": (count, 2, "most people of a clip"),
+    "people": (in_range(int, 1, PEOPLE, f"1 to {PEOPLE}"), PEOPLE, "most people of a clip"),
     "same-identity": (cosine, 0.5, "tracks become one identity where their cosine, on average, is this"),
     "front-similarity": (cosine, 0.5, "least cosine of a front view with its identity's mean"),
     "side-similarity": (cosine, 0.35, "the same for left and right views"),
     "near-copy": (cosine, 0.97, "a track that is more alike is a copy of this take: no cross-pair"),
 }
-ROWS = 2  # to be raised where a change of the code changes rows
+ROWS = 3  # to be raised where a change of the code changes rows
 STEP = 4  # frames from one detection to the next, so that windows of 4n+1 frames begin and end on one
 GAP = 2  # detections that a track may miss in a row: half a second, as long as a hand before a face
 IOU = 0.3  # least overlap of a face with itself a quarter of a second before
@@ -115,7 +116,25 @@ def extract(path, detector, args, folder):
     except UserError as error:
         row = {"reason": str(error)}
         print(f"{path} is left out: {error}", file=sys.stderr)
+    write_row(folder, row)
+
+
+def write_row(folder, row):
+    """Write row.json: what is known of a video, the sizes of the folder's other files, and a checksum."""
+    row = row | {"files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}}
+    row["checksum"] = hashlib.sha256(json.dumps(row).encode()).hexdigest()
     (folder / "row.json").write_text(json.dumps(row))
+
+
+def read_row(folder):
+    """What write_row wrote, or None where it or a file of it is missing or damaged: to be extracted again."""
+    try:
+        row = json.loads((folder / "row.json").read_text())
+        checksum = row.pop("checksum")
+        whole = all((folder / name).stat().st_size == size for name, size in row["files"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return row if whole and checksum == hashlib.sha256(json.dumps(row).encode()).hexdigest() else None
 
 
 def find_tracks(path, detector, args):
@@ -312,8 +331,9 @@ def group(names, folders, args, captions):
     """Rows -> clips, references, manifest and report in args.out; returns the report."""
     rows, reasons, first = [], {}, 0
     for name, folder in zip(names, folders):
-        with as_user_error(folder / "row.json"):
-            row = json.loads((folder / "row.json").read_text())
+        row = read_row(folder)
+        if row is None:
+            raise UserError(f"{folder} (of {name}) is damaged: run its --shard again, or delete it")
         if "reason" in row:
             reasons[name] = row["reason"]
         else:
@@ -344,8 +364,9 @@ def group(names, folders, args, captions):
             entries.append({"video": video, "caption": captions.get(row["name"], ""), "fps": args.fps,
                             "frames": args.frames, "sha256": clip["sha256"], "source": row["name"],
                             "identities": identities})
-    publish(args.out / "clips", clips)
-    publish(args.out / "refs", images)
+    if entries:  # else what an earlier run made stays
+        publish(args.out / "clips", clips)
+        publish(args.out / "refs", images)
     failed = ask_captions(entries, args) if args.caption_url else {}
     kinds = collections.Counter(reason.split(" (")[0] for reason in reasons.values())
     report = {
@@ -359,8 +380,9 @@ def group(names, folders, args, captions):
         "yaw, in steps of 10 degrees from -180": yaws.tolist(),
         "settings": {flag: getattr(args, flag.replace("-", "_")) for flag in EXTRACT | GROUP},
         "videos left out": reasons, "captions that failed": failed}
-    with atomic_file(args.out / "manifest.jsonl") as temporary:
-        temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    if entries:
+        with atomic_file(args.out / "manifest.jsonl") as temporary:
+            temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     with atomic_file(args.out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
     with atomic_file(args.out / "report.png") as temporary:
@@ -501,8 +523,12 @@ def read_captions(folder, names):
     """{video: its caption}, from the files that the top of this file names."""
     rows, table, captions = read_lines(folder / "metadata.jsonl"), folder / "metadata.csv", {}
     if table.is_file():
-        with as_user_error(table), open(table, encoding="utf-8-sig", newline="") as file:
-            rows += csv.DictReader(file)
+        with as_user_error(table):
+            try:
+                content = table.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError:
+                raise UserError("expected a table in UTF-8") from None
+            rows += csv.DictReader(io.StringIO(content, newline=""))
     for row in rows:
         row = {key: value for key, value in row.items() if is_text(value)}
         video = row.get("file_name") or row.get("video") or row.get("video_path") or row.get("path")
@@ -520,7 +546,8 @@ def ask_captions(entries, args):
     """Fill missing captions by a vision endpoint. captions.jsonl keeps the answers, so that none is asked for
     again. Returns {clip: why it has none}; ten failures in a row end the asking."""
     store, failed, in_a_row = args.out / "captions.jsonl", {}, 0
-    known = {line.get("video"): line.get("caption") for line in read_lines(store)}
+    known = {line["video"]: line["caption"] for line in read_lines(store)
+             if is_text(line.get("video")) and is_text(line.get("caption"))}
     for entry in tqdm(entries, desc="captions", unit=" clips", disable=None):
         video = entry["video"]
         entry["caption"] = entry["caption"] or known.get(video) or ""
@@ -635,11 +662,31 @@ def read_arguments(argv):
     args.shard = int(part[1]), int(part[2])
     if args.caption_url and not re.match(r"https?://[^/\s]", args.caption_url):
         raise UserError(f"--caption-url {args.caption_url}: expected http://... or https://...")
-    if not args.videos.is_dir():
-        raise UserError(f"{args.videos}: no such folder")
-    if args.out.resolve().is_relative_to(args.videos.resolve()):
-        raise UserError(f"--out {args.out} lies in --videos: its clips would be read as videos")
+    for flag, folder in (("videos", args.videos), ("faces", args.faces)):
+        if not folder.is_dir():
+            raise UserError(f"--{flag} {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
+        raise UserError(f"--device {args.device[:40]}: expected cpu, cuda or cuda:0, cuda:1, ...")
+    if args.device != "cpu" and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {args.device}: this machine has {torch.cuda.device_count()} usable GPUs; "
+                        "expected cpu" + " or one of them" * torch.cuda.is_available())
+    check_folders(args.videos, args.out)
     return args
+
+
+def check_folders(videos, out):
+    """UserError where an output would be read as a video, or would replace what is not curate.py's own."""
+    if out.resolve().is_relative_to(videos.resolve()):
+        raise UserError(f"--out {out} lies in --videos: its clips would be read as videos")
+    for name in ("clips", "refs", "rows"):
+        if videos.resolve().is_relative_to((out / name).resolve()):
+            raise UserError(f"--videos {videos} lies in {out / name}, which is made anew: choose another "
+                            "--out")
+    foreign = [name for name in ("clips", "refs", "manifest.jsonl", "report.json", "report.png")
+               if os.path.lexists(out / name)]
+    if foreign and not (out / "rows").is_dir():
+        raise UserError(f"--out {out} holds {foreign[0]} but no rows/, so it is not of curate.py and would "
+                        "be replaced: choose another --out")
 
 
 def find_videos(folder):
@@ -654,7 +701,8 @@ def find_videos(folder):
 
 def row_names(names, args):
     """A hash for every video: of its path, its length in bytes, the settings and the networks."""
-    networks = sorted((f.name, f.stat().st_size) for f in args.faces.glob("*") if f.is_file())
+    networks = [(file.name, file.stat().st_size) for pattern in Faces.FILES.values()
+                for file in sorted(args.faces.glob(pattern))[:1]]  # those that Faces reads
     settings = [ROWS, networks, [getattr(args, flag.replace("-", "_")) for flag in EXTRACT]]
     return [hashlib.sha256(json.dumps([name, (args.videos / name).stat().st_size, settings]).encode())
             .hexdigest()[:16] for name in names]
@@ -666,14 +714,21 @@ def main(argv=None, detector=None):
     probe_writable(args.out)
     names = find_videos(args.videos)
     captions = read_captions(args.videos, names)
+    if captions:
+        print(f"captions for {sum(bool(captions.get(name)) for name in names)} of {len(names)} videos; "
+              f"{len(captions.keys() - set(names))} rows of metadata match no video")
     folders = [args.out / "rows" / row for row in row_names(names, args)]
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = list(zip(names, folders))[args.shard[0] * ranks + rank::args.shard[1] * ranks]
     for name, folder in tqdm(mine, desc="extract", unit=" videos", disable=None):
-        if not folder.exists():
+        if read_row(folder) is None:
             detector = detector or Faces(args.faces, args.device)
-            with atomic_folder(folder) as build:
-                extract(args.videos / name, detector, args, build)
+            try:
+                with atomic_folder(folder) as build:
+                    extract(args.videos / name, detector, args, build)
+            except OSError:
+                if read_row(folder) is None:  # else another process made the same row meanwhile
+                    raise
     missing = sum(not folder.exists() for folder in folders)
     if missing:
         print(f"{missing} of {len(names)} videos are left to other shards; the last of them groups all")

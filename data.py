@@ -9,12 +9,15 @@ Clips are encoded once, so the training loop reads latents only. The toy and Wan
 """
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import random
+import re
+import sys
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -27,7 +30,7 @@ from tqdm import tqdm
 import importers
 import manifest
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, count, fraction, frame_rate, in_range,
-                        lock, nonempty, probe_writable, read_lines, run_script, sha256_of, uses_bf16)
+                        is_text, lock, nonempty, probe_writable, read_lines, run_script, sha256_of, uses_bf16)
 from encoders import WanEncoders
 from pictures import from_bytes, picture_size, to_bytes
 from rope import VIEWS
@@ -125,7 +128,10 @@ class Dataset:
     def __init__(self, folder, text_dropout=0.1):
         self.folder, self.text_dropout = Path(folder), text_dropout
         self.settings = read_settings(self.folder)
-        self.index = read_lines(self.folder / "index.jsonl")
+        lines = read_lines(self.folder / "index.jsonl")
+        self.index = [line for line in lines if is_sound(line) and "error" not in line]
+        if lost := len(lines) - len(self.index):
+            print(f"{folder}/index.jsonl: {lost} of {len(lines)} lines are damaged, left out: encode again")
         if not self.index:
             raise UserError(f"{folder} holds no encoded sample: see the output of `python data.py encode`")
         self.people = sorted({len(entry["views"]) for entry in self.index})
@@ -188,6 +194,7 @@ class Dataset:
                 if number not in self.broken:
                     sha256 = None if number in self.checked else entry["sha256"]  # read whole at first only
                     tensors = self.load(entry["name"], keys, sha256)
+                    self.check_shapes(tensors, entry)
                     self.checked.add(number)
                     return tensors
             except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -199,6 +206,17 @@ class Dataset:
             if not others:
                 raise UserError(f"{self.folder}: no whole sample is left for views {views}: encode it again")
             number = min((n for n in others if n > number), default=others[0])
+
+    def check_shapes(self, tensors, entry):
+        """ValueError where tensors of a sample are not as index.jsonl and settings.json say."""
+        for key, tensor in tensors.items():
+            found, expected = list(tensor.shape), entry["shape"] if key == "latents" else None
+            if key.startswith("refs."):
+                found, expected = found[:1], [self.settings["variants"]]
+            if key.startswith("vit."):
+                found, expected = found[:2] + found[3:], [self.settings["variants"], *self.settings["vit"]]
+            if expected and found != expected:
+                raise ValueError(f"{key} is {found}, expected {expected}")
 
     def batch(self, views, numbers, generators, device):
         """views and numbers from draw, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
@@ -259,27 +277,35 @@ def unpack(stored):
 
 
 def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, size=1):
-    """Encode those of the Samples that are not in the set yet; process `rank` of `size` takes every size-th.
+    """Encode those of the Samples that are not in the set yet, or whose files were replaced or damaged since;
+    process `rank` of `size` takes every size-th.
 
     settings  JSON-able; a set that was made with others is refused
     mask      region masking: this fraction of each reference is hidden before any network sees it
     variants  differently masked versions of each reference
-    Whoever finishes last writes index.jsonl, in the order of `samples`, and failed.jsonl, with reasons.
+    Whoever finishes last writes index.jsonl, in the order of `samples`, and failed.jsonl, with reasons;
+    returns whether this process did.
     """
     folder = Path(folder)
     settings = {"schema": "harmoview encoded set", "version": VERSION, "mask": mask,
                 "variants": variants if mask else 1, "vit": encoders.vit_shape, **settings}
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "settings.json").exists():
-        stored = read_settings(folder)
-        different = [f"{name} {stored.get(name)} there, {value} here" for name, value in settings.items()
-                     if stored.get(name) != value]
-        if different:
-            raise UserError(f"{folder} was encoded with other settings ({'; '.join(different)}): "
-                            "give the same, or another --out")
-    done = {entry["name"] for entry in finished(folder)}
+    # each line says what it was made from, so a set whose settings.json is lost can be trusted
+    made_from = {sample.name: hashlib.sha256(json.dumps([settings, sample.stamp], sort_keys=True).encode())
+                 .hexdigest()[:16] for sample in samples}
+    done, stored = finished(folder, made_from), None  # None: settings.json is lost or damaged
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        stored = json.loads((folder / "settings.json").read_text())
+    ours = done or stored or (folder / "index.jsonl").exists() or not (folder / "settings.json").exists()
+    if not ours or not isinstance(stored, dict | None):
+        read_settings(folder)  # raises, as it is no encoded set
+    different = [f"{name} {stored.get(name)} there, {value} here" for name, value in settings.items()
+                 if stored is not None and stored.get(name) != value]
+    if different:
+        raise UserError(f"{folder} was encoded with other settings ({'; '.join(different)}): "
+                        "give the same, or another --out")
     todo = [sample for sample in samples[rank::size] if sample.name not in done]
-    if todo:
+    if todo or stored is None or not is_readable(sample_path(folder, "empty")):
         write_sample(folder, "empty", {"text": encoders.text([""])[0].half()})
         with atomic_file(folder / "settings.json") as path:
             path.write_text(json.dumps(settings, indent=1))
@@ -287,33 +313,64 @@ def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, si
           tqdm(total=len(todo), desc="encoding", unit=" clips", disable=None if rank == 0 else True) as bar):
         for first in range(0, len(todo), 64):  # so many at a time, as each network is loaded once for them
             for entry in encode_samples(todo[first:first + 64], folder, encoders, mask, settings["variants"]):
+                entry["made_from"] = made_from[entry["name"]]
+                if "error" in entry:
+                    tqdm.write(f"{entry['source']} is left out: {entry['error']}", file=sys.stderr)
                 log.write(f"\n{json.dumps(entry)}\n")  # the line before may have been cut off
                 log.flush()
                 bar.update()
     with lock(folder, wait=True):
-        entries = {entry["name"]: entry for entry in finished(folder)}
-        if all(sample.name in entries for sample in samples):
-            for name, failed in (("index", False), ("failed", True)):
-                with atomic_file(folder / f"{name}.jsonl") as path:
-                    lines = [entries[sample.name] for sample in samples]
-                    lines = [line for line in lines if ("error" in line) == failed]
-                    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            for log in folder.glob("done-*.jsonl"):
-                log.unlink()
+        entries = finished(folder, made_from)
+        if not all(sample.name in entries for sample in samples):
+            return False
+        for name, failed in (("index", False), ("failed", True)):
+            with atomic_file(folder / f"{name}.jsonl") as path:
+                lines = [entries[sample.name] for sample in samples]
+                lines = [line for line in lines if ("error" in line) == failed]
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for log in folder.glob("done-*.jsonl"):
+            log.unlink()
+    return True
 
 
-def finished(folder):
-    """Lines of the samples whose files are there, and of those that failed since the last index."""
+def finished(folder, made_from):
+    """{name: line} of the samples that are made from the same as now and whose files are whole, and of those
+    that failed since the last index."""
     logs = [line for log in sorted(folder.glob("done-*.jsonl")) for line in read_lines(log)]
-    return [line for line in read_lines(folder / "index.jsonl") + logs
-            if "name" in line and ("error" in line or sample_path(folder, line["name"]).is_file())]
+    lines = [line for line in read_lines(folder / "index.jsonl") + logs
+             if is_sound(line) and line.get("made_from") == made_from.get(line["name"], "")]
+    return {line["name"]: line for line in lines if "error" in line or
+            os.path.isfile(path := sample_path(folder, line["name"])) and
+            os.path.getsize(path) == line.get("bytes")}
+
+
+def is_sound(line):
+    """Is a line of index.jsonl or of a log as encode_samples writes them."""
+    shape, views = line.get("shape"), line.get("views")
+    if not is_text(line.get("name")) or not re.fullmatch(r"[\w-]{1,99}", line["name"]):
+        return False  # a name leads nowhere else
+    return is_text(line.get("source")) and (is_text(line.get("error")) or (
+        is_text(line.get("sha256")) and are_counts(shape, 4) and isinstance(views, list)
+        and all(isinstance(person, dict) and set(VIEWS).issuperset(person) for person in views)))
+
+
+def are_counts(value, length):
+    return isinstance(value, list) and len(value) == length and all(type(n) is int and n > 0 for n in value)
+
+
+def is_readable(path):
+    with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+        return "text" in file.keys()
 
 
 def read_settings(folder):
     try:
         settings = json.loads((folder / "settings.json").read_text())
-        if settings["version"] != VERSION or settings["variants"] < 1:
+        if settings["version"] != VERSION:
             raise ValueError(f"version {settings['version']}, expected {VERSION}")
+        variants, vit = settings["variants"], settings["vit"]
+        if not are_counts([variants], 1) or not (vit is None or are_counts(vit, 2)):
+            raise ValueError(f"variants {variants} and vit {vit}, expected a number, and two or null")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not an encoded set of this version ({error}): "
                         "make one with `python data.py encode`") from None
@@ -358,7 +415,8 @@ def encode_samples(samples, folder, encoders, mask, variants):
             yield {"name": sample.name, "source": sample.source, "error": str(error)}
             continue
         sha256 = write_sample(folder, sample.name, tensors)
-        yield {"name": sample.name, "source": sample.source, "sha256": sha256, "caption": sample.caption,
+        yield {"name": sample.name, "source": sample.source, "sha256": sha256,
+               "bytes": sample_path(folder, sample.name).stat().st_size, "caption": sample.caption,
                "shape": list(tensors["latents"].shape), "views": sample.cross}
     encoders.drop()
 
@@ -405,7 +463,6 @@ def main(argv=None):
     if args.what == "import":
         return importers.import_set(args.kind, args.root, args.out, args.mirror)
     if args.what == "show":
-        probe_writable(Path(args.out).parent)
         return manifest.show(args.data, args.index, Path(args.out))
     if bad := [f"{h}x{w}" for h, w in args.size if h < 16 or w < 16 or h % 16 or w % 16]:
         raise UserError(f"--size {' '.join(bad)}: expected multiples of 16")
@@ -422,9 +479,10 @@ def main(argv=None):
                 "networks": encoders.sizes}
     out = Path(args.out or f"{args.data}/encoded")
     probe_writable(out)
-    encode(samples, out, encoders, settings, args.mask, args.mask_variants, rank, size)
-    if rank == 0:
+    if encode(samples, out, encoders, settings, args.mask, args.mask_variants, rank, size):
         encoded, failed = (len(read_lines(out / f"{name}.jsonl")) for name in ("index", "failed"))
+        if not encoded:
+            raise UserError(f"{out}: no clip is encoded, {failed} left out (failed.jsonl has the reasons)")
         print(f"{out}: {encoded} clips encoded, {failed} left out (failed.jsonl has the reasons)")
 
 

@@ -44,7 +44,7 @@ def load_released(kind, path, device):
         with torch.device("meta"):
             network = kind.from_shapes(shapes)
     except Exception as error:  # tensors of any names and shapes
-        raise UserError(f"{path} holds no {kind.__name__}: {type(error).__name__} {error} "
+        raise UserError(f"{path} holds no {kind.__name__}: {type(error).__name__} {str(error)[:60]!r} "
                         f"among its {len(shapes)} tensors") from None
     for module in network.modules():
         if hasattr(module, counter):

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import UserError, as_user_error, atomic_file, is_text, lock, remove
+from manifest import SIDE, check_entry
 from pictures import VIDEOS, open_video, read_picture, view_of, watch_decoder
 from rope import VIEWS
 
@@ -47,37 +48,55 @@ def import_set(kind, root, out, mirror=False):
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise UserError(f"--out {out} and --root {root}: one lies in the other; choose another --out")
     held = {f.name for f in out.iterdir() if f.name[0] != "."} if out.is_dir() else set()
-    if held and (held - {"manifest.jsonl", "refs", "source"} or (out / "source").resolve() != outer):
-        raise UserError(f"--out {out} holds something else than an import of {root}: choose another")
+    others = sorted(held - {"manifest.jsonl", "refs", "source", "encoded"})
+    if others or (held and (out / "source").resolve() != outer):
+        what = others[0] if others else "something else than"
+        raise UserError(f"--out {out} holds {what}, not only an import of {root}: choose another")
     with lock(out):
         if not held:
             os.symlink(outer, out / "source", target_is_directory=True)
-        (out / "refs").mkdir(exist_ok=True)
-        kept, left_out, notes, used = {}, 0, {}, set()
-        with atomic_file(out / "manifest.jsonl") as temporary, open(temporary, "w") as file:
-            for name, row in KINDS[kind](root, out, mirror, notes):
-                try:
-                    line = check_row(row, out, used)
-                    video = os.path.realpath(out / line["video"])
-                    if video in kept:
-                        raise ValueError(f"its video is that of {kept[video]}")
-                except (ValueError, OSError) as error:
-                    name, left_out = name if name.isprintable() else ascii(name), left_out + 1
-                    print(f"{name} is left out: {' '.join(str(error).split())}", file=sys.stderr)
-                    continue
-                kept[video] = name
-                used |= {view["image"] for who in line["identities"] for view in who["views"].values()}
-                file.write(f"{json.dumps(line)}\n")
-            if not kept:
-                raise UserError(f"no video of {root} is of use, {left_out} rows are left out: is it laid out "
-                                f"like this? {' '.join(KINDS[kind].__doc__.split())}")
-        for old in (out / "refs").iterdir():
-            if f"refs/{old.name}" not in used:
-                remove(old)
+        try:
+            return write_manifest(kind, root, out, mirror)
+        except BaseException:
+            if not held:  # else the right --root would be refused
+                remove(out / "refs")
+                remove(out / "source")
+            raise
+
+
+def write_manifest(kind, root, out, mirror):
+    (out / "refs").mkdir(exist_ok=True)
+    kept, left_out, notes, used, first = {}, 0, {}, set(), ""
+    with atomic_file(out / "manifest.jsonl") as temporary, open(temporary, "w") as file:
+        for name, row in KINDS[kind](root, out, mirror, notes):
+            try:
+                line = check_row(row, out, used)
+                video = os.path.realpath(out / line["video"])
+                if video in kept:
+                    raise ValueError(f"its video is that of {kept[video]}")
+            except ValueError as error:  # not OSError: that is of writing, as where the disk is full
+                reason = f"{name if name.isprintable() else ascii(name)} is left out: {one_line(error)}"
+                print(reason, file=sys.stderr)
+                first, left_out = first or reason, left_out + 1
+                continue
+            kept[video] = name
+            used |= {view["image"] for who in line["identities"] for view in who["views"].values()}
+            file.write(f"{json.dumps(line)}\n")
+        if not kept:
+            raise UserError(f"no video of {root} is of use, {left_out} rows are left out"
+                            f"{first and '; the first: '}{first[:300]}; is the set laid out like this? "
+                            f"{one_line(KINDS[kind].__doc__)}")
+    for old in (out / "refs").iterdir():
+        if f"refs/{old.name}" not in used:
+            remove(old)
     for note, names in notes.items():
         print(f"{note}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
     print(f"{len(kept)} videos, {left_out} rows left out: {out}/manifest.jsonl")
     return len(kept)
+
+
+def one_line(text):
+    return " ".join(str(text).split())
 
 
 def check_row(row, out, seen):
@@ -99,23 +118,31 @@ def check_row(row, out, seen):
                 frames = sum(packet.size > 0 for packet in container.demux(stream))
     except UserError as error:
         raise ValueError(f"{video.name}: {error}") from None
+    if row["lacks"]:
+        raise ValueError(row["lacks"])
     for who in row["identities"]:
         for image in {view["image"] for view in who["views"].values()} - seen:
-            read_picture(file_in(out, image), (16, 16))
-    return {"video": row["video"], "caption": " ".join(row["caption"].split()),
+            read_picture(file_in(out, image), (16, 16), SIDE)
+    line = {"video": row["video"], "caption": " ".join(row["caption"].split()),
             "fps": int(fps) if fps.is_integer() else fps, "frames": frames,
             "source": row["video"].removeprefix("source/"), "identities": row["identities"]}
+    check_entry(line, out)
+    return line
 
 
 def file_in(folder, name):
     """A path of the manifest in `folder` -> Path. Raises ValueError where it leads out of this folder and of
     the one that its link "source" leads to, also through other links, or where no file is."""
-    real = Path(os.path.realpath(folder / as_name(name)))
+    try:
+        real = Path(os.path.realpath(folder / as_name(name)))
+        found, is_file = real.exists(), real.is_file()
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
     bases = (os.path.realpath(folder), os.path.realpath(folder / "source"))
     if ".." in Path(name).parts or os.path.isabs(name) or not any(map(real.is_relative_to, bases)):
         raise ValueError(f"{name} leads out of the folder")
-    if not real.is_file():
-        raise ValueError(f"{name}: {'not a file' if real.exists() else 'no such file'}")
+    if not is_file:
+        raise ValueError(f"{name}: {'not a file' if found else 'no such file'}")
     return real
 
 
@@ -162,17 +189,24 @@ def takes_of(person, takes, angles, side, caption, out, pitches, most=8):
                                key=lambda c: (math.hypot(turns[c] - best, pitches.get(c, 0)), c))
     for i, take in enumerate(names):
         others, views = sorted(givers - {i}, key=lambda k: (k - i - n // 2) % n), {}
+        lacks = "no front view in another take"
+        if n == 1:
+            lacks += f": this is the only take of {person}, and a person needs two"
         for view, camera, k in ((v, c, k) for v in VIEWS for c in cameras[v] for k in others):
             if view not in views and camera in takes[names[k]]:
-                with suppress(ValueError, OSError):  # damaged, as its own row says
+                try:
                     image = middle_frame(out, takes[names[k]][camera])
-                    known = {fact: facts[camera] for fact, facts in (("yaw", angles), ("pitch", pitches))
-                             if camera in facts}
-                    views[view] = {"image": image, **known, "cross": True}
+                except ValueError as error:
+                    if view == "front":
+                        lacks += f": {takes[names[k]][camera]} is {error}"
+                    continue
+                known = {fact: facts[camera] for fact, facts in (("yaw", angles), ("pitch", pitches))
+                         if camera in facts}
+                views[view] = {"image": image, **known, "cross": True}
         for camera, video in sorted(takes[take].items()):
             row = {"video": f"source/{video}", "caption": caption(take, camera),
-                   "identities": [{"id": person, "views": views}]}
-            yield video, row if "front" in views else ValueError("no front view in another take")
+                   "identities": [{"id": person, "views": views}], "lacks": lacks * ("front" not in views)}
+            yield video, row
 
 
 def turned(yaw):
@@ -282,13 +316,19 @@ def read_rows(path):
         yield f"{path.name} row {n}", row
 
 
+def lists_videos(path):
+    """Is it a table with a column of videos, and not the settings of a program."""
+    with suppress(UserError):
+        return any(isinstance(row, dict) and set(COLUMNS["video"]) & row.keys() for _, row in read_rows(path))
+
+
 def folders(root, out, mirror, notes):
     """metadata.csv, .jsonl or .json with columns video, caption and perhaps references; or videos, each with
     <stem>.txt and perhaps refs/<stem>/front.png, or refs/<stem>/<n>/front.png for several people. What a row
     lacks is looked for beside its video."""
     tables = [f for f in sorted(root.iterdir()) if f.suffix in (".csv", ".jsonl", ".json")
               and f.name[0] != "." and f.is_file()]
-    tables = [f for f in tables if f.stem == "metadata"] or tables
+    tables = [f for f in tables if f.stem == "metadata"] or [f for f in tables if lists_videos(f)]
     if len(tables) > 1:
         raise UserError(f"{root}: which of {', '.join(f.name for f in tables)} lists its videos? "
                         "Name it metadata, and no other")
@@ -302,7 +342,7 @@ def folders(root, out, mirror, notes):
         try:
             yield name, row if isinstance(row, Exception) else read_row(root, row, name, mirror, notes)
         except (ValueError, OSError) as error:
-            yield name, error
+            yield name, ValueError(error)
 
 
 def read_row(root, row, name, mirror, notes):
@@ -340,7 +380,9 @@ def read_row(root, row, name, mirror, notes):
                     views[view]["yaw"] = -facts["yaw"]
         if views:
             identities.append({"id": who, "views": views})
-    return {"video": video, "caption": caption or "", "identities": identities}
+    lacks = "" if identities else f"no reference; expected refs/{path.stem}/front.png or a column " \
+        f"{COLUMNS['references'][0]}"
+    return {"video": video, "caption": caption or "", "identities": identities, "lacks": lacks}
 
 
 def read_people(row, value):

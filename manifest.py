@@ -20,9 +20,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from checkpoint import UserError, as_user_error, atomic_file, check_outputs, is_text
+from checkpoint import UserError, as_user_error, atomic_file, check_outputs, is_text, probe_writable
 from pictures import Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 from rope import VIEWS
+
+
+PEOPLE = 2  # most people of a clip, as many as a network here tells apart
+SIDE = 16  # least side of a reference in pixels
 
 
 class Sample(NamedTuple):
@@ -33,24 +37,34 @@ class Sample(NamedTuple):
     read_video: Callable  # () -> [3, F, H, W]
     people: list  # {view: () -> picture [3, h, w]} per person
     cross: list  # {view: is it from another clip} per person
+    stamp: str = ""  # of its files: another one where they were replaced
 
 
 def read_manifest(folder):
     """Lines of a folder's manifest.jsonl; prints the reason of each that is left out, and how many."""
     path = Path(folder) / "manifest.jsonl"
     if not path.is_file():
+        if (path.parent / "settings.json").is_file():
+            raise UserError(f"{folder} is an encoded set, expected the folder of its manifest, by default "
+                            f"{Path(os.path.abspath(folder)).parent}")
         raise UserError(f"{path}: no such file; curate.py writes one, and `python data.py import`")
-    entries, skipped = [], 0
+    entries, skipped, lines = [], 0, {}
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError(f"expected a JSON object, got {line[:60]!r}") from None
             check_entry(entry, path.parent)
+            first = lines.setdefault(name_of(entry), n)
+            if first < n:
+                raise ValueError(f"it is line {first} again")
             entries.append(entry)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = f"{path} line {n} left out: {type(error).__name__} {error}"[:300]
+        except (ValueError, RecursionError) as error:
+            reason = " ".join(f"{path} line {n} left out: {error}".split())[:300]
             print(reason.encode(errors="replace").decode())  # a lone surrogate cannot be printed
             skipped += 1
     if skipped:
@@ -63,22 +77,44 @@ def read_manifest(folder):
 
 
 def check_entry(entry, folder):
-    """Raise ValueError, KeyError or TypeError where a line of a manifest cannot be used."""
-    if not is_text(entry["video"]) or not is_text(entry["caption"]):
-        raise ValueError("video or caption is no text")
-    if not entry["identities"]:
-        raise ValueError("nobody in it")
-    paths = [entry["video"]]
-    for person in entry["identities"]:
-        for view, picture in person["views"].items():
+    """Raise ValueError where a line of a manifest cannot be used: what was expected, and what came."""
+    def expect(holds, expected, *keys):
+        if not holds:
+            came = entry
+            for key in keys:
+                came = came.get(key, ...) if isinstance(came, dict) else came[key]
+            came = "nothing" if came is ... else json.dumps(came)[:60]
+            raise ValueError(f"{' '.join(map(str, keys))}: expected {expected}, got {came}")
+
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected a JSON object, got {json.dumps(entry)[:60]}")
+    for key in ("video", "caption"):
+        expect(is_text(entry.get(key)), "text", key)
+    people, paths = entry.get("identities"), [entry["video"]]
+    expect(isinstance(people, list) and 1 <= len(people) <= PEOPLE, f"a list of 1 to {PEOPLE} people",
+           "identities")
+    for k, person in enumerate(people):
+        expect(isinstance(person, dict), "an object", "identities", k)
+        views = person.get("views")
+        expect(isinstance(views, dict) and views, "pictures of a person", "identities", k, "views")
+        for view, picture in views.items():
             if view not in VIEWS:
                 raise ValueError(f"view {view!r}; expected {', '.join(VIEWS)}")
+            at = "identities", k, "views", view
+            expect(isinstance(picture, dict), "an object", *at)
+            expect(is_text(picture.get("image")), "a file name", *at, "image")
+            expect(isinstance(picture.get("cross", False), bool), "true or false", *at, "cross")
             paths.append(picture["image"])
     for path in paths:
         if os.path.isabs(path) or ".." in Path(path).parts:
-            raise ValueError(f"{path} leaves the folder")
-        if not (folder / path).is_file():
-            raise ValueError(f"{path}: no such file")
+            raise ValueError(f"{path[:99]} leaves the folder")
+        if not os.path.isfile(folder / path):  # unlike Path's, False for any name
+            raise ValueError(f"{path[:99]}: no such file")
+
+
+def name_of(entry):
+    """A line's own name, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def samples_of(folder, sizes, frames, fps):
@@ -106,17 +142,24 @@ def sample_of(entry, folder, sizes, frames, fps):
         return from_bytes(torch.from_numpy(np.stack(fitted))).permute(3, 0, 1, 2)
 
     def reader(image):
-        return lambda: read_picture(folder / image, size())
+        return lambda: read_picture(folder / image, size(), SIDE)
     people, cross = [], []
     for person in entry["identities"]:
         people.append({view: reader(picture["image"]) for view, picture in person["views"].items()})
         cross.append({view: bool(picture.get("cross")) for view, picture in person["views"].items()})
-    name = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:20]
-    return Sample(name, entry["video"], entry["caption"], read_video, people, cross)
+    files = [path, *(folder / p["image"] for who in entry["identities"] for p in who["views"].values())]
+    stamp = ", ".join(f"{found.st_size} {found.st_mtime_ns}" for found in map(os.stat, files))
+    return Sample(name_of(entry), entry["video"], entry["caption"], read_video, people, cross, stamp)
 
 
 def show(folder, number, out):
-    """Print what a manifest's set holds, and write a contact sheet of one of its clips."""
+    """Print what a manifest's set holds, and write a contact sheet of one of its clips to `out`."""
+    real = out.resolve()
+    if real.suffix != ".png" or out.suffix != ".png":
+        raise UserError(f"--out {out}: expected a file name that ends in .png")
+    for base in (Path(folder), Path(folder) / "source"):
+        if real.is_relative_to(base.resolve()):
+            raise UserError(f"--out {out} lies in {base}, among the set's own files: choose another --out")
     entries = read_manifest(folder)
     if number >= len(entries):
         raise UserError(f"--index {number}: the set has {len(entries)} clips, from 0 on")
@@ -133,14 +176,14 @@ def show(folder, number, out):
           "from another clip than theirs")
     entry = entries[number]
     path = Path(folder) / entry["video"]
-    images = [Path(folder) / picture["image"] for p in entry["identities"] for picture in p["views"].values()]
-    check_outputs([out], [Path(folder) / "manifest.jsonl", path, *images])
+    probe_writable(out.parent)
+    check_outputs([out], [path])
     with as_user_error(path), watch_decoder():
         frames = np.stack(list(itertools.islice(read_frames(path, 16, 480), 81)))
     video = from_bytes(torch.from_numpy(frames)).permute(3, 0, 1, 2)
     references = []
     for person in entry["identities"]:
-        references.append({view: read_picture(Path(folder) / picture["image"], video.shape[2:])
+        references.append({view: read_picture(Path(folder) / picture["image"], video.shape[2:], SIDE)
                            for view, picture in person["views"].items()})
     names = ", ".join(str(person.get("id")) for person in entry["identities"])
     job = Job(entry["caption"], references, video=video, note=f" ({entry['video']}; {names})")

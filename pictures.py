@@ -54,9 +54,9 @@ def to_image(picture, height, width=None):
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
-def read_picture(path, size):
-    """A picture file -> [3, H, W] in -1..1, size (H, W): EXIF orientation, alpha on white, Lanczos fit,
-    white padding."""
+def read_picture(path, size, least=1):
+    """A picture file of at least `least` pixels a side -> [3, H, W] in -1..1, size (H, W): EXIF orientation,
+    alpha on white, Lanczos fit, white padding."""
     formats = f"a {', '.join(PICTURE_FORMATS)} file"
     if not Path(path).is_file():  # a pipe might never end
         problem = "not a file" if Path(path).exists() else "no such file"
@@ -69,6 +69,8 @@ def read_picture(path, size):
                 image.load()
     except Exception as error:  # Pillow's readers raise a dozen kinds
         raise UserError(f"{path}: not a readable picture ({error}); expected {formats}") from None
+    if min(image.size) < least:
+        raise UserError(f"{path}: {image.width} x {image.height} pixels, expected at least {least} a side")
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = image.convert("RGBA")

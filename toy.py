@@ -8,6 +8,7 @@ Another identity in the same call shows somebody else; so eval.py measures ident
 import functools
 import json
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -611,22 +612,27 @@ def main(argv=None):
 
 def write_samples(folder, size, frames, fps):
     """Four clips of four people that training never sees, with their references and captions, as files."""
+    clips, captions, lines = [], "", ""
+    for n, indices in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
+        clip = draw_clip(random.Random(n), len(indices), SWEEPS)
+        cast = [{"id": NAMES[i], "views": {view: {"image": f"{NAMES[i]}_{view}.png", "cross": True}
+                                           for view in VIEWS}} for i in indices]
+        clips.append((n, indices, clip))
+        captions += f"{caption(clip)}\n"
+        lines += json.dumps({"video": f"clip{n}.mp4", "caption": caption(clip), "identities": cast}) + "\n"
+    manifest = folder / "manifest.jsonl"
+    if os.path.lexists(manifest) and not (manifest.is_file() and manifest.read_bytes() == lines.encode()):
+        raise UserError(f"{manifest} is not of the toy and would be replaced: choose another --out")
     identities = benchmark_people()
     pictures = render_references(pick(identities, range(len(NAMES))), BENCHMARK_SEED, size)
     for name, views in zip(NAMES, pictures):
         for view, picture in zip(VIEWS, views):
             with atomic_file(folder / f"{name}_{view}.png") as path:
                 to_image(picture, size).save(path)
-    captions = lines = ""
-    for n, indices in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
-        clip = draw_clip(random.Random(n), len(indices), SWEEPS)
-        captions += f"{caption(clip)}\n"
+    for n, indices, clip in clips:
         video, _ = render_clips([clip], [pick(identities, i) for i in indices], frames, size)
         write_video(folder / f"clip{n}.mp4", video[0], fps)
         print(f"{folder}/clip{n}.mp4, {' and '.join(NAMES[i] for i in indices)}: {caption(clip)}")
-        cast = [{"id": NAMES[i], "views": {view: {"image": f"{NAMES[i]}_{view}.png", "cross": True}
-                                           for view in VIEWS}} for i in indices]
-        lines += json.dumps({"video": f"clip{n}.mp4", "caption": caption(clip), "identities": cast}) + "\n"
     for name, text in (("captions.txt", captions), ("manifest.jsonl", lines)):
         with atomic_file(folder / name) as path:
             path.write_text(text)

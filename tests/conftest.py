@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 # before anything imports triton: then the fused kernels run on a CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # before anything imports torch: then a script computes the same bits in this process and in its own
 os.environ["OMP_NUM_THREADS"] = "1"
+# tqdm's own lock is shared with forked processes, and one that a test kills may hold it for ever
+tqdm.set_lock(threading.RLock())
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

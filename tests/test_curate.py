@@ -330,6 +330,75 @@ def test_kills_leave_the_same_bytes(world, curated, tmp_path):
     assert content(tmp_path / "out") == content(curated[0])
 
 
+ROW_DAMAGES = {"row.json": ["{}", "[]", "", "cut", "edited"], "embeddings.safetensors": ["gone", "cut"],
+               "0.mp4": ["gone", "cut"], "0_front.png": ["gone", ""]}
+
+
+def test_a_damaged_row_is_extracted_again(tmp_path):
+    truth, videos, out = Truth(), tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    write_video(videos / "a.mp4", truth.shoot([0], ["sweeps rightwards"]))
+    run(videos, out, truth)
+    whole, (row,) = content(out), (out / "rows").iterdir()
+    for name, damages in ROW_DAMAGES.items():
+        for damage in damages:
+            stored, path = (row / name).read_bytes(), row / name
+            path.unlink()  # the clips are links to it
+            if damage != "gone":
+                edited = stored.replace(b'"shots": 1', b'"shots": "1"')
+                path.write_bytes({"cut": stored[:-40], "edited": edited}.get(damage, damage.encode()))
+            assert curate.read_row(row) is None
+            run(videos, out, truth)
+            assert content(out) == whole
+
+
+def test_a_damaged_row_of_another_shard_is_named(world, tmp_path):
+    folder, truth = world
+    for shard in ("0/2", "1/2"):
+        curate.main(["--videos", str(folder), "--out", str(tmp_path), *FLAGS, "--shard", shard], truth)
+    names = curate.find_videos(folder)
+    args = curate.read_arguments(["--videos", str(folder), "--out", str(tmp_path), *FLAGS])
+    row = tmp_path / "rows" / curate.row_names(names, args)[1]
+    (row / "row.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{row.name} .of {names[1]}. is damaged: run its --shard again"):
+        curate.main(["--videos", str(folder), "--out", str(tmp_path), *FLAGS, "--shard", "0/2"], truth)
+
+
+def test_another_process_may_make_the_same_row(tmp_path, monkeypatch):
+    truth, videos, real = Truth(), tmp_path / "videos", curate.extract
+    videos.mkdir()
+    write_video(videos / "a.mp4", truth.shoot([0], ["sweeps rightwards"]))
+
+    def beside(path, detector, args, build):
+        real(path, detector, args, build)
+        if not meanwhile:
+            meanwhile.append(path)
+            monkeypatch.setattr(os.path, "lexists", lambda path: False)  # it comes just after this look
+            shutil.copytree(build, build.parent / build.name.split("-")[-1])
+
+    meanwhile = []
+    monkeypatch.setattr(curate, "extract", beside)
+    manifest, _ = run(videos, tmp_path / "out", truth)
+    assert len(manifest) == 1 and meanwhile
+
+
+def test_only_the_networks_that_are_read_name_the_rows(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "detection_Resnet50_Final.pth").write_text("x")
+
+    def names():
+        folder = str(tmp_path)
+        args = curate.read_arguments(["--videos", folder, "--out", f"{folder}-out", "--faces", folder])
+        return curate.row_names(["a.mp4"], args)
+
+    before = names()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "detection_mobilenet0.25_Final.pth").write_text("a second one is not read")
+    assert names() == before
+    (tmp_path / "backbone.pth").write_text("x")
+    assert names() != before
+
+
 def test_two_shards_are_one_run(world, curated, tmp_path):
     for part in ("1/2", "0/2"):
         curate.main(["--videos", str(world[0]), "--out", str(tmp_path), *FLAGS, "--shard", part], world[1])
@@ -518,12 +587,54 @@ def test_fuzzed_videos_survive_with_reasons(tmp_path):
     (("--front", "40"), "--front <= --side"), (("--caption-url", "file:///etc"), "expected http"),
     (("--same-identity", "nan"), "a cosine"),
     (("--out", "videos/out"), "lies in --videos"), (("--margin", "-1"), "a number from 0"),
+    (("--device", "foo"), "--device foo: expected cpu, cuda or"),
+    (("--device", "cuda:99"), "--device cuda:99: this machine has"),
+    (("--faces", "none"), "--faces none: no such folder"),
+    (("--faces", "file"), "--faces file: not a folder"),
 ])
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, flags, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "videos").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=expected):
         curate.main(["--videos", "videos", "--out", "out", "--faces", ".", *flags])
+
+
+@pytest.mark.parametrize("videos", ["clips", "refs/sub", "link"])
+def test_inputs_in_what_is_made_anew_are_refused(videos, tmp_path):
+    for folder in ("clips", "refs/sub", "rows"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.mp4").write_text("mine")
+    (tmp_path / "link").symlink_to("clips")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"--videos {tmp_path}/{videos} lies in .* choose another --out"):
+        run(tmp_path / videos, tmp_path, Truth())
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["clips/a.mp4", "refs/a.png", "manifest.jsonl", "report.json"])
+def test_an_out_of_somebody_else_is_refused(name, tmp_path):
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]} but no rows/.* choose another --out"):
+        run(tmp_path / "videos", tmp_path / "out", Truth())
+    assert content(tmp_path / "out") == {name: b"mine"}
+
+
+def test_a_run_that_keeps_nothing_leaves_the_last_ones_clips(tmp_path):
+    truth, videos, out = Truth(), tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    write_video(videos / "a.mp4", truth.shoot([0], ["nods"], yaws={0: 0}))
+    run(videos, out, truth, "--front-only")
+    before = content(out)
+    with pytest.raises(UserError, match="no clip is left of 1 videos"):
+        run(videos, out, truth)
+    after = content(out)
+    changed = {name for name in after if before[name] != after[name]}
+    assert changed == {"report.json", "report.png"} and after.keys() == before.keys()
+    assert json.loads((out / "report.json").read_text())["clips"]["kept"] == 0
 
 
 def test_a_metadata_table_of_any_kind(tmp_path):
@@ -534,7 +645,7 @@ def test_a_metadata_table_of_any_kind(tmp_path):
     assert curate.read_captions(tmp_path, ["a.mp4"]) == {
         "a.mp4": "one two", "sub/c.mp4": "d, e", "d.mp4": ""}
     (tmp_path / "metadata.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="metadata.csv"):
+    with pytest.raises(UserError, match="metadata.csv: expected a table in UTF-8"):
         curate.read_captions(tmp_path, [])
 
 
@@ -584,6 +695,29 @@ def test_an_endpoint_captions_what_has_none(tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------- clustering
+def test_bad_lines_of_captions_jsonl_are_left_out(tmp_path, monkeypatch):
+    lines = [{"video": ["x"], "caption": "a"}, {"video": "a.mp4", "caption": 3}, {"video": "b.mp4"},
+             {"caption": "x"}, {"video": "c.mp4", "caption": "known"}]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(curate, "ask_caption", lambda *_: "asked")
+    entries = [{"video": f"{name}.mp4", "caption": "", "identities": []} for name in "abc"]
+    args = curate.read_arguments(["--videos", str(tmp_path), "--faces", ".", "--out", f"{tmp_path}-out"])
+    args.out = tmp_path
+    assert curate.ask_captions(entries, args) == {}
+    assert [entry["caption"] for entry in entries] == ["asked", "asked", "known"]
+
+
+def test_captions_that_match_no_video_are_counted(world, tmp_path, capsys):
+    folder, truth = world
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    shutil.copy(folder / "cut.mp4", videos / "cut.mp4")
+    (videos / "metadata.csv").write_text("video,caption\n/data/cut.mp4,a cut\nother.mp4,other\n")
+    run(videos, tmp_path / "out", truth)
+    said = capsys.readouterr().out
+    assert said.startswith("captions for 0 of 1 videos; 2 rows of metadata match no video\n")
+
+
 def people_and_tracks(people, tracks, noise, seed=0, width=64):
     g = torch.Generator().manual_seed(seed)
     means = F.normalize(torch.randn(people, width, generator=g), dim=1)

@@ -4,11 +4,13 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import threading
 import time
 from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -18,6 +20,7 @@ from conftest import ROOT, WAN_SMALL, run
 from test_checkpoint import fork, wait_for
 
 import data
+import manifest
 import toy
 import train
 from checkpoint import UserError, read_lines
@@ -386,8 +389,12 @@ def test_other_settings_are_refused_and_named(other, says, tmp_path):
 def test_settings_of_another_version_or_of_junk_are_one_line(settings, tmp_path):
     make(tmp_path, sample(1, ("front",)))
     (tmp_path / "settings.json").write_text(settings, encoding="latin-1")
-    for attempt in (data.Dataset, lambda folder: data.encode([], folder, Plain(), {})):
-        with pytest.raises(UserError, match="is not an encoded set of this version") as error:
+    attempts = [data.Dataset]
+    if settings not in ("", "null", "\xff" * 9):  # these are written again
+        attempts.append(lambda folder: data.encode([sample(1, ("front",))], folder, Plain(), {}))
+    for attempt in attempts:
+        says = "is not an encoded set of this version|was encoded with other settings"
+        with pytest.raises(UserError, match=says) as error:
             attempt(tmp_path)
         assert one_line(error)
     (tmp_path / "settings.json").unlink()
@@ -404,6 +411,110 @@ def test_a_damaged_empty_caption_is_one_line_that_names_it(tmp_path):
             data.Dataset(tmp_path)
         assert one_line(error)
         path.unlink(missing_ok=True)
+
+
+def test_replaced_files_are_encoded_again(tmp_path, capsys):
+    """Another video and another picture of the same names; the same files give the same bits."""
+    def encode():
+        return make(tmp_path / "set", *manifest.samples_of(tmp_path, [(16, 16)], [1], 8), mask=0.5)
+
+    toy.write_samples(tmp_path, 16, 1, 8)
+    encode()
+    before = content(tmp_path / "set")
+    encode()
+    assert content(tmp_path / "set") == before
+    os.replace(tmp_path / "clip2.mp4", tmp_path / "clip1.mp4")
+    shutil.copy(tmp_path / "clip1.mp4", tmp_path / "clip2.mp4")
+    shutil.copy(tmp_path / "ann_left.png", tmp_path / "dan_front.png")
+    encode()
+    after = content(tmp_path / "set")
+    changed = {name for name in after if after[name] != before[name]}
+    made = {line["source"]: line for line in read_lines(tmp_path / "set/index.jsonl")}
+    assert changed == {"index.jsonl"} | {
+        data.sample_path(Path(), made[f"clip{n}.mp4"]["name"]).as_posix() for n in (1, 4)}
+
+
+@pytest.mark.parametrize("file", ["em/empty.safetensors", "settings.json", "index.jsonl",
+                                  "00/0001.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "zero bytes"])
+def test_a_damaged_part_is_made_again(file, damage, tmp_path):
+    samples = [sample(n, ("front",)) for n in range(3)]
+    make(tmp_path, *samples)
+    whole, path = content(tmp_path), tmp_path / file
+    stored = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(stored[:-9] if damage == "cut" else b"")
+    make(tmp_path, *samples)
+    assert content(tmp_path) == whole
+
+
+def test_a_set_that_is_damaged_all_over_is_made_again(tmp_path):
+    samples = [sample(n, ("front",)) for n in range(3)]
+    make(tmp_path, *samples)
+    whole = content(tmp_path)
+    for name in whole:
+        if name.endswith((".safetensors", "settings.json")):
+            (tmp_path / name).write_bytes(whole[name][:20])
+    make(tmp_path, *samples)
+    assert content(tmp_path) == whole
+
+
+def test_settings_of_another_program_are_not_replaced(tmp_path):
+    for text in ("// a comment", "[1]", '{"editor": 4}'):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(UserError, match="no|not an encoded set|other settings"):
+            make(tmp_path, sample(1, ("front",)))
+        assert content(tmp_path) == {"settings.json": text.encode()}
+
+
+BAD_LINES = [{"name": 3}, {"name": "../../x"}, {"name": None}, {"views": None}, {"views": [3]},
+             {"views": [{"side": True}]}, {"shape": "x"}, {"shape": [3, 2]}, {"shape": [3, 2, 4, -1]},
+             {"sha256": 5}, {"source": None}]
+
+
+@pytest.mark.parametrize("change", BAD_LINES, ids=str)
+@pytest.mark.parametrize("how", ["changed", "missing"])
+def test_a_bad_line_of_the_index_is_left_out_and_made_again(change, how, tmp_path, capsys):
+    samples = [sample(n, ("front",)) for n in range(3)]
+    make(tmp_path, *samples)
+    whole = content(tmp_path)
+    lines = read_lines(tmp_path / "index.jsonl")
+    lines[1] |= change
+    if how == "missing":
+        del lines[1][next(iter(change))]
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    capsys.readouterr()
+    dataset = data.Dataset(tmp_path)
+    assert [entry["name"] for entry in dataset.index] == ["0000", "0002"]
+    assert "index.jsonl: 1 of 3 lines are damaged, left out: encode again" in capsys.readouterr().out
+    make(tmp_path, *samples)
+    assert content(tmp_path) == whole
+
+
+@pytest.mark.parametrize("file, change, says", [
+    ("settings", {"variants": 9}, "refs.0.front is .1., expected .9."),
+    ("settings", {"vit": [2, 9]}, "vit.0 is .1, 2, 3., expected .1, 2, 9."),
+    ("index", {"shape": [3, 2, 16, 8]}, "latents is .*, expected .3, 2, 16, 8.")])
+def test_what_the_files_do_not_hold_is_named(file, change, says, tmp_path, capsys):
+    make(tmp_path, sample(1, ("front",)))
+    path = tmp_path / ("settings.json" if file == "settings" else "index.jsonl")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="no whole sample is left"):
+        data.Dataset(tmp_path).batch((("front",),), [0], generators(0), "cpu")
+    assert re.search(says, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("change", [{"vit": 3}, {"vit": [1]}, {"vit": ["a", 2]}, {"variants": True},
+                                    {"vit": ...}])
+def test_settings_of_other_types_are_one_line(change, tmp_path):
+    make(tmp_path, sample(1, ("front",)))
+    settings = json.loads((tmp_path / "settings.json").read_text()) | change
+    settings = {key: value for key, value in settings.items() if value is not ...}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="is not an encoded set of this version") as error:
+        data.Dataset(tmp_path)
+    assert one_line(error)
 
 
 # -------------------------------------------------------------------------------------------- kills and ranks
@@ -864,7 +975,9 @@ def test_a_manifest_is_encoded_with_wans_networks(world, wan, tmp_path, capsys):
                    "--size", "48x48", "48x96", "--frames", "5", "9", "81"])
     finally:
         (world / "manifest.jsonl").write_text("\n".join(lines) + "\n")
-    assert f"{tmp_path}/set: 4 clips encoded, 1 left out (failed.jsonl has" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{tmp_path}/set: 4 clips encoded, 1 left out (failed.jsonl has" in said.out
+    assert "bad.mp4 is left out: damaged or no video" in said.err
     dataset = data.Dataset(tmp_path / "set")
     assert [entry["shape"] for entry in dataset.index] == [[16, 3, 6, 6]] * 2 + [[16, 3, 6, 12]] * 2
     assert [entry["caption"] for entry in dataset.index] == (world / "captions.txt").read_text().splitlines()
@@ -894,10 +1007,10 @@ def test_a_manifest_is_encoded_with_wans_networks(world, wan, tmp_path, capsys):
     ("show --data none", "manifest.jsonl: no such file"),
     ("show --data world --index 4", "--index 4: the set has 4 clips"),
     ("show --data world --index -1", "--index: got '-1'"),
-    ("show --data world --out world", "is a folder"),
-    ("show --data world --out world/manifest.jsonl", "is one of the inputs"),
-    ("show --data world --out world/clip1.mp4", "is one of the inputs"),
-    ("show --data world --out world/ann_front.png", "is one of the inputs"),
+    ("show --data world --out world", "ends in .png"),
+    ("show --data world --out world/manifest.jsonl", "ends in .png"),
+    ("show --data world --out world/new.png", "new.png lies in world, among the set's own files"),
+    ("show --data world --out world/ann_front.png", "lies in world, among the set's own files"),
     ("list --data world", "invalid choice: 'list'"),
 ])
 def test_bad_arguments_are_one_line(arguments, says, world, wan, tmp_path, monkeypatch):
@@ -909,6 +1022,16 @@ def test_bad_arguments_are_one_line(arguments, says, world, wan, tmp_path, monke
     with pytest.raises(UserError, match=says) as error:
         data.main(arguments.split())
     assert one_line(error) and content(world) == before
+
+
+def test_where_nothing_can_be_encoded_it_fails(world, wan, tmp_path, capsys):
+    line = json.loads((world / "manifest.jsonl").read_text().splitlines()[0])
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line))
+    for name in ("clip1.mp4", *(view["image"] for view in line["identities"][0]["views"].values())):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match="no clip is encoded, 1 left out .failed.jsonl") as error:
+        data.main(["encode", "--data", str(tmp_path), "--wan", str(wan / "2.1"), "--size", "48x48"])
+    assert one_line(error) and "clip1.mp4 is left out: " in capsys.readouterr().err
 
 
 def test_torchrun_spreads_the_clips(world, wan, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Sets of others become manifests: trees of their layouts, made here, and what is wrong with them."""
 
+import errno
 import json
 import math
 import os
@@ -35,7 +36,7 @@ def put(video, *paths):
         os.link(video, path)
 
 
-def picture(path, size=(8, 8)):
+def picture(path, size=(16, 16)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path)
 
@@ -46,9 +47,10 @@ def lines(out):
 
 @pytest.fixture
 def one(videos, tmp_path):
-    """A set root/ with a.mp4, a.txt and out/ beside it."""
+    """A set root/ with a.mp4, a.txt and a picture; tests write out/ beside it."""
     put(videos / "front.mp4", tmp_path / "root/a.mp4")
     (tmp_path / "root/a.txt").write_text("a man")
+    picture(tmp_path / "root/refs/a/front.png")
     return tmp_path
 
 
@@ -414,8 +416,14 @@ BAD_ROWS = {
     "a picture as video": ({"video": "x/left.png", "caption": "x"}, "damaged or no video"),
     "a playlist": ({"video": "list.mp4", "caption": "x"}, "damaged or no video"),
     "sound": ({"video": "sound.mp4", "caption": "x"}, "sound.mp4: no video in it"),
-    "again": ({"video": "a.mp4", "caption": "x"}, "its video is that of metadata.jsonl row 1"),
-    "again by a link": ({"video": "same.mp4", "caption": "x"}, "its video is that of metadata.jsonl row 1"),
+    "again": (
+        {"video": "a.mp4", "caption": "x", "refs": ["x/left.png"]},
+        "its video is that of metadata.jsonl row 1",
+    ),
+    "again by a link": (
+        {"video": "same.mp4", "caption": "x", "refs": ["x/left.png"]},
+        "its video is that of metadata.jsonl row 1",
+    ),
     "reference missing": (
         {"video": "b.mp4", "caption": "x", "refs": ["front.png"]},
         "front.png: no such file",
@@ -476,9 +484,10 @@ def test_a_bad_row_is_left_out_with_its_reason(trainers, tmp_path, row, reason, 
             container.mux(stream.encode(sound))
         container.mux(stream.encode())
     text = row if isinstance(row, str) else json.dumps(row)
-    (trainers / "metadata.jsonl").write_text(f'{{"video": "a.mp4", "caption": "one"}}\n{text}')
+    good = {"video": "a.mp4", "caption": "one", "refs": ["x/front.png"]}
+    (trainers / "metadata.jsonl").write_text(f"{json.dumps(good)}\n{text}")
     assert importers.import_set("folders", trainers, tmp_path / "out") == 1
-    assert lines(tmp_path / "out") == [entry("a.mp4", "one")]
+    assert lines(tmp_path / "out") == [entry("a.mp4", "one", person("a_1", front="x/front.png"))]
     said = capsys.readouterr()
     (line,) = said.err.splitlines()
     assert line.startswith("metadata.jsonl row 2 is left out: ") and reason in line and len(line) < 6000
@@ -514,10 +523,12 @@ def test_rows_of_any_kind_are_lines_or_have_a_reason(trainers, tmp_path, capsys)
             return {rng.choice(keys): value(depth + 1) for _ in range(rng.randrange(5))}
         return rng.choice(atoms)
 
-    rows = [{"video": "a.mp4", "caption": "x"}]
+    refs = {"refs": ["x/front.png"]}
+    rows = [{"video": "a.mp4", "caption": "x"} | refs]
     for n in range(500):
         (trainers / f"x/{n}.mp4").write_bytes((trainers / "b.mp4").read_bytes())
-        rows.append({"video": f"x/{n}.mp4", "caption": "x"} | {k: value() for k in rng.sample(keys, 2)})
+        changes = {k: value() for k in rng.sample(keys, 2)}
+        rows.append({"video": f"x/{n}.mp4", "caption": "x"} | refs | changes)
     write_rows(trainers, "json", rows)
     kept = importers.import_set("folders", trainers, tmp_path / "out")
     assert len(lines(tmp_path / "out")) == kept > 20
@@ -543,15 +554,38 @@ BAD_TABLES = {
     "a huge field": ("metadata.csv", b"video,caption\na.mp4," + b"x" * 200000, "metadata.csv cannot be read"),
     "an object": ("metadata.json", b"{}", "not a list of rows"),
     "half": ("metadata.json", b'[{"video": "a.mp4", "capt', "metadata.json cannot be read"),
-    "two tables": ("b.jsonl", b"", "which of b.jsonl, c.csv lists its videos"),
+    "two tables": ("b.jsonl", b'{"video": "a.mp4"}', "which of b.jsonl, c.csv lists its videos"),
 }
+
+
+@pytest.mark.parametrize("name", ["config.json", "list.json", "numbers.csv", "log.jsonl"])
+def test_files_of_programs_are_no_tables(one, name):
+    content = {"config.json": "{}", "list.json": "[1, 2", "numbers.csv": "a,b\n1,2\n", "log.jsonl": "x\n{}\n"}
+    (one / "root" / name).write_text(content[name])
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    (one / "root/any.csv").write_text("video,caption\na.mp4,of the table\n")
+    importers.import_set("folders", one / "root", one / "out")
+    assert lines(one / "out")[0]["caption"] == "of the table"
+
+
+def test_what_encode_would_refuse_is_left_out(one, capsys):
+    for k in range(1, 4):
+        picture(one / f"root/refs/b/{k}/front.png")
+    picture(one / "root/refs/c/front.png", (15, 16))
+    for name in "bc":
+        os.link(one / "root/a.mp4", one / f"root/{name}.mp4")
+        (one / f"root/{name}.txt").write_text("x")
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "b.mp4 is left out: identities: expected a list of 1 to 2 people" in said[0]
+    assert "15 x 16 pixels, expected at least 16 a side" in said[1]
 
 
 @pytest.mark.parametrize("name, content, reason", BAD_TABLES.values(), ids=BAD_TABLES)
 def test_a_bad_table_is_one_line(one, name, content, reason):
     (one / "root" / name).write_bytes(content)
     if name == "b.jsonl":
-        (one / "root/c.csv").touch()
+        (one / "root/c.csv").write_text("path,x\na.mp4,1\n")
     with pytest.raises(UserError, match=reason) as error:
         importers.import_set("folders", one / "root", one / "out")
     assert "\n" not in str(error.value) and not (one / "out/manifest.jsonl").exists()
@@ -566,12 +600,14 @@ def test_frames_and_rate_of_other_containers(one, form):
         stream = container.add_stream("mpeg4" if form == "avi" else "libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         for n in range(9):
-            picture = np.full((32, 64, 3), 20 * n, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            pixels = np.full((32, 64, 3), 20 * n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     (one / "root/b.txt").write_text("b")
+    picture(one / "root/refs/b/front.png")
     assert importers.import_set("folders", one / "root", one / "out") == 2
-    assert lines(one / "out")[1] == entry(name, "b", frames=9, fps=30)
+    front = person("b_1", front="refs/b/front.png")
+    assert lines(one / "out")[1] == entry(name, "b", front, frames=9, fps=30)
 
 
 def test_a_second_import_replaces_the_first_and_cleans_up(videos, tmp_path):
@@ -585,6 +621,68 @@ def test_a_second_import_replaces_the_first_and_cleans_up(videos, tmp_path):
     assert (out / "manifest.jsonl").read_bytes() == before and names(out / "refs") == pictures
     (root / "M003/video/front/sad/level_1/002.mp4").unlink()
     assert importers.import_set("mead", root, out) == 2
+
+
+@pytest.mark.parametrize("kind", ["mead", "folders"])
+def test_a_full_disk_keeps_the_last_manifest(kind, videos, one, monkeypatch):
+    """What cannot be written is no fault of a row."""
+    root, out, real = one / "root", one / "out", importers.atomic_file
+    mead_tree(videos, root, ["front"], [f"sad/level_1/{n:03d}" for n in range(3)])
+    importers.import_set(kind, root, out)
+    before = (out / "manifest.jsonl").read_bytes()
+    for path in (out / "refs").iterdir():
+        path.unlink()
+
+    def full(path):
+        if path.suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path)
+
+    monkeypatch.setattr(importers, "atomic_file", full)
+    if kind == "folders":  # it writes the manifest only
+        monkeypatch.setattr(importers.json, "dumps", lambda line: full(out / "x.png"))
+    with pytest.raises(OSError, match="No space left"):
+        importers.import_set(kind, root, out)
+    assert (out / "manifest.jsonl").read_bytes() == before
+
+
+def test_an_import_that_fails_leaves_the_folder_to_the_right_root(one):
+    (one / "empty").mkdir()
+    with pytest.raises(UserError, match="no video of"):
+        importers.import_set("folders", one / "empty", one / "out")
+    assert [name for name in names(one / "out") if name[0] != "."] == []
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    (one / "out/encoded").mkdir()  # as data.py encode leaves it
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    (one / "root/a.txt").write_text("")
+    with pytest.raises(UserError, match="the first: a.mp4 is left out: no caption; is the set laid out"):
+        importers.import_set("folders", one / "root", one / "out")
+    assert len(lines(one / "out")) == 1 and (one / "out/source").is_symlink()
+
+
+def test_a_video_without_a_reference_is_left_out(one, capsys):
+    os.link(one / "root/a.mp4", one / "root/b.mp4")
+    (one / "root/b.txt").write_text("b")
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    assert capsys.readouterr().err == (
+        "b.mp4 is left out: no reference; expected refs/b/front.png or a column references\n"
+    )
+
+
+def test_damage_is_reported_before_what_it_causes(videos, tmp_path, capsys):
+    root = tmp_path / "root"
+    mead_tree(videos, root, ["top"])
+    for take in ("happy/level_2/001", "neutral/level_1/001"):
+        path = root / f"M003/video/front/{take}.mp4"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    mead_tree(videos, root, ["front"], ["sad/level_1/001"], "W009")
+    with pytest.raises(UserError, match="5 rows are left out; the first: .* damaged or no video"):
+        importers.import_set("mead", root, tmp_path / "out")
+    said = capsys.readouterr().err.splitlines()
+    assert "001.mp4: damaged or no video" in said[0]
+    assert "no front view in another take: M003/video/front/neutral/level_1/001.mp4 is damaged" in said[1]
+    assert "the only take of W009, and a person needs two" in said[4]
 
 
 def test_the_middle_frame_is_the_middle_one(tmp_path):
@@ -617,10 +715,12 @@ def test_other_folders_are_refused(one):
         fails("no video of .* is of use, 0 rows are left out", root="empty", out=f"out_{kind}", kind=kind)
     (one / "mine").mkdir()
     (one / "mine/letter.txt").write_text("dear")
-    fails("holds something else", out="mine")
+    fails("holds letter.txt", out="mine")
     (one / "other").mkdir()
     importers.import_set("folders", one / "root", one / "out")
     fails("holds something else", root="other")
+    (one / "out/letter.txt").write_text("dear")
+    fails("holds letter.txt, not only an import of")
     assert names(one / "mine") == ["letter.txt"] and len(lines(one / "out")) == 1
 
 
@@ -645,4 +745,4 @@ def test_a_manifest_reads_only_what_is_below_it(one):
 
 def test_the_command_imports(one):
     data.main(["import", "folders", "--root", str(one / "root"), "--out", str(one / "out")])
-    assert lines(one / "out") == [entry("a.mp4", "a man")]
+    assert lines(one / "out") == [entry("a.mp4", "a man", person("a_1", front="refs/a/front.png"))]

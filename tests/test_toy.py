@@ -473,11 +473,40 @@ def test_samples_come_with_a_manifest(tmp_path, capsys):
             assert person["views"] == {v: {"image": f"{person['id']}_{v}.png", "cross": True} for v in VIEWS}
 
 
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """What toy.py writes, whatever the size."""
+    folder = tmp_path_factory.mktemp("samples")
+    toy.write_samples(folder, 16, 1, 8)
+    return (folder / "manifest.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("foreign", ['{"video": "a.mp4"}\n', "", "cut", "folder", "dangling link"])
+def test_a_manifest_of_somebody_else_is_never_replaced(foreign, manifest, tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    if foreign == "folder":
+        path.mkdir()
+    elif foreign == "dangling link":
+        path.symlink_to("none")
+    else:
+        path.write_bytes(manifest[:-9] if foreign == "cut" else foreign.encode())
+    with pytest.raises(UserError, match="manifest.jsonl is not of the toy .* choose another --out"):
+        toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
+    assert names(tmp_path) == ["manifest.jsonl"]
+
+
+def test_the_toys_own_manifest_may_be_written_again(manifest, tmp_path):
+    for size in ("16", "32"):
+        toy.main(["--out", str(tmp_path), "--size", size, "--frames", "1"])
+    assert (tmp_path / "manifest.jsonl").read_bytes() == manifest
+
+
 @pytest.mark.parametrize("place", range(0, 24, 5))
-def test_samples_never_overwrite_half_a_file(place, tmp_path, monkeypatch):
+def test_samples_never_overwrite_half_a_file(place, manifest, tmp_path, monkeypatch):
     """The disk is full in the middle of a file: what was there stays, what came before is whole."""
     for name in SAMPLES:
         (tmp_path / name).write_text("old")
+    (tmp_path / "manifest.jsonl").write_bytes(manifest)
     drawn = []
 
     def full(picture, *size):
@@ -493,7 +522,7 @@ def test_samples_never_overwrite_half_a_file(place, tmp_path, monkeypatch):
         toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
     assert names(tmp_path) == SAMPLES
     for name in SAMPLES:
-        if (tmp_path / name).read_bytes() != b"old":
+        if name != "manifest.jsonl" and (tmp_path / name).read_bytes() != b"old":
             opening = av.open(str(tmp_path / name)) if name.endswith("mp4") else Image.open(tmp_path / name)
             with contextlib.closing(opening):
                 pass
