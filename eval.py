@@ -45,7 +45,8 @@ YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested y
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
-CODE = ("data", "encoders", "eval", "kernels", "model", "rope", "sample", "toy")  # what the numbers depend on
+# what the numbers depend on
+CODE = ("data", "encode", "encoders", "eval", "kernels", "model", "rope", "sample", "toy")
 
 
 # -------------------------------------------------------------------------------------------------- measuring

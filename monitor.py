@@ -183,10 +183,13 @@ def draw_losses(out):
 
     def place(x, y):
         return 70 + 740 * x / start, 470 - 430 * (y - low) / (high - low)
+    room = 0
     for step, name in edges:
         x, _ = place(step, low)
         draw.line((x, 40, x, 470), "#dddddd")
-        draw.text((x + 4, 474), f"{name}, from {step}", "#777777", font)
+        if x >= room:  # of several short stages the first has its name
+            draw.text((x + 4, 474), f"{name}, from {step}", "#777777", font)
+            room = x + 120
     for k in range(5):
         y = low + (high - low) * k / 4
         draw.line((*place(0, y), *place(start, y)), "#eeeeee")

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 from checkpoint import (Parser, UserError, atomic_file, atomic_folder, frame_rate, in_range, lock, nonempty,
                         probe_writable, run_script, save_tensors, source_hash)
+from encode import encode
 from encoders import UMT5, DINOv2, Tokenizer
 from manifest import Sample
 from pictures import Job, from_bytes, to_bytes, to_image, write_video
@@ -495,12 +495,12 @@ def render_training(clips, n_people, size, frames, pairs, seed):
 
 def encode_cache(folder, encoders, pairs="cross", mask=0.0):
     """The encoded set of a folder of render_cache, made once; returns its folder. Flags as in train.py."""
-    code = source_hash("data", "encoders", "toy")
+    code = source_hash("encode", "encoders", "toy")
     result = folder / f"{encoders.name}-{pairs}-mask{mask:g}-{code}"
     if not (result / "index.jsonl").exists():
         with lock(folder, wait=True):
             if not (result / "index.jsonl").exists():  # by now, of another process
-                data.encode(training_samples(folder, pairs), result, encoders, {}, mask)
+                encode(training_samples(folder, pairs), result, encoders, {}, mask)
     return result
 
 

@@ -24,6 +24,7 @@ import manifest
 import toy
 import train
 from checkpoint import UserError, read_lines
+from encode import encode, mask_regions, pack, sample_path, unpack
 from encoders import WanEncoders
 from manifest import Sample
 from model import CONFIGS
@@ -101,12 +102,12 @@ def squares_of(image, block):
 @pytest.mark.parametrize("height, width, block", [(32, 32, 8), (16, 48, 8), (64, 32, 16)])
 def test_region_masking_hides_its_share_in_whole_blocks(height, width, block):
     image = torch.ones(3, height, width)
-    masked = data.mask_regions(image, 0.6, block, torch.Generator().manual_seed(0))
+    masked = mask_regions(image, 0.6, block, torch.Generator().manual_seed(0))
     squares = squares_of(masked, block)
     assert ((squares == 0).all(-1) | (squares == 1).all(-1)).all()
     assert (squares[:, 0] == 0).sum() == round(0.6 * len(squares))
     assert torch.equal(image, torch.ones(3, height, width))
-    assert not torch.equal(masked, data.mask_regions(image, 0.6, block, torch.Generator().manual_seed(1)))
+    assert not torch.equal(masked, mask_regions(image, 0.6, block, torch.Generator().manual_seed(1)))
 
 
 def test_noise_is_its_samples_own():
@@ -156,18 +157,18 @@ def test_a_set_is_what_the_networks_say(mask, variants, pairs, clips, tmp_path):
     """Latents, text and features one by one; with a mask, both networks get the masked picture, the same."""
     folder, encoders = clips
     recorder, samples = Recorder(encoders), toy.training_samples(folder, pairs)
-    data.encode(samples, tmp_path, recorder, {}, mask, variants=3)
+    encode(samples, tmp_path, recorder, {}, mask, variants=3)
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["variants"] == variants and settings["vit"] == encoders.vit_shape
     pictures, for_features = iter(recorder.for_latents), iter(recorder.for_features)
 
     def as_stored(latent):
-        return data.pack(latent, encoders.latent_dtype)
+        return pack(latent, encoders.latent_dtype)
 
     index = read_lines(tmp_path / "index.jsonl")
     assert [entry["name"] for entry in index] == [sample.name for sample in samples]
     for entry, sample in zip(index, samples, strict=True):
-        tensors = safetensors.torch.load_file(data.sample_path(tmp_path, entry["name"]))
+        tensors = safetensors.torch.load_file(sample_path(tmp_path, entry["name"]))
         assert entry["views"] == [dict.fromkeys(person, pairs == "cross") for person in sample.people]
         assert torch.equal(tensors["latents"], as_stored(encoders.encode(sample.read_video()[None])[0]))
         assert list(tensors["latents"].shape) == entry["shape"]
@@ -202,7 +203,7 @@ def generators(*seeds):
 def test_batches_are_what_is_stored_and_all_variants_are_drawn(clips, tmp_path):
     folder, encoders = clips
     samples = toy.training_samples(folder, "cross")
-    data.encode(samples, tmp_path, encoders, {}, 0.5, variants=3)
+    encode(samples, tmp_path, encoders, {}, 0.5, variants=3)
     dataset = data.Dataset(tmp_path, text_dropout=0)
     views, numbers = (("front", "back"), ("left",)), [2, 3] * 20
     x0, text, refs, vit = dataset.batch(views, numbers, generators(*range(40)), "cpu")
@@ -210,15 +211,15 @@ def test_batches_are_what_is_stored_and_all_variants_are_drawn(clips, tmp_path):
     assert x0.dtype == text.dtype == vit[0].dtype == refs[1]["left"].dtype == torch.float32
     drawn = set()
     for i, number in enumerate(numbers):
-        tensors = safetensors.torch.load_file(data.sample_path(tmp_path, samples[number].name))
-        assert torch.equal(x0[i], data.unpack(tensors["latents"]))
+        tensors = safetensors.torch.load_file(sample_path(tmp_path, samples[number].name))
+        assert torch.equal(x0[i], unpack(tensors["latents"]))
         length = len(tensors["text"])
         assert torch.equal(text[i, :length], tensors["text"].float()) and not text[i, length:].any()
         fits = [v for v in range(3) if torch.equal(refs[0]["front"][i],
-                                                   data.unpack(tensors["refs.0.front"][v]))]
+                                                   unpack(tensors["refs.0.front"][v]))]
         assert len(fits) == 1  # and all of the sample is of that variant
-        assert torch.equal(refs[0]["back"][i], data.unpack(tensors["refs.0.back"][fits[0]]))
-        assert torch.equal(refs[1]["left"][i], data.unpack(tensors["refs.1.left"][fits[0]]))
+        assert torch.equal(refs[0]["back"][i], unpack(tensors["refs.0.back"][fits[0]]))
+        assert torch.equal(refs[1]["left"][i], unpack(tensors["refs.1.left"][fits[0]]))
         assert torch.equal(vit[0][i], tensors["vit.0"][fits[0]].float())
         drawn.add((number, fits[0]))
     assert len(drawn) == 2 * 3
@@ -272,7 +273,7 @@ def sample(number, *people, size=(16, 16), frames=2, cross=False, error=None, br
 
 
 def make(folder, *samples, encoders=None, **options):
-    data.encode(samples, folder, encoders or Plain(), {}, **options)
+    encode(samples, folder, encoders or Plain(), {}, **options)
     return data.Dataset(folder)
 
 
@@ -292,7 +293,7 @@ def test_a_set_is_files_by_name_and_two_lists(tmp_path):
         "settings.json", "index.jsonl", "failed.jsonl",
         "em/empty.safetensors", "00/0001.safetensors", "02/0205.safetensors"}
     for entry in read_lines(tmp_path / "index.jsonl"):
-        path = data.sample_path(tmp_path, entry["name"])
+        path = sample_path(tmp_path, entry["name"])
         assert entry["sha256"] == data.sha256_of(path)
         assert path.stat().st_mode == (tmp_path / "index.jsonl").stat().st_mode  # as readable for others
 
@@ -360,7 +361,7 @@ def test_a_lost_file_is_encoded_again(tmp_path):
     samples = [sample(n, ("front",)) for n in range(4)]
     make(tmp_path, *samples)
     whole = content(tmp_path)
-    data.sample_path(tmp_path, "0002").unlink()
+    sample_path(tmp_path, "0002").unlink()
     make(tmp_path, *samples)
     assert content(tmp_path) == whole
 
@@ -374,7 +375,7 @@ def test_a_lost_file_is_encoded_again(tmp_path):
 def test_other_settings_are_refused_and_named(other, says, tmp_path):
     def again(encoders=None, settings=None, mask=0.0, variants=4):
         settings = {"networks": {"a": 1}} | (settings or {"size": [[16, 16]]})
-        data.encode([sample(1, ("front",))], tmp_path, encoders or Plain(), settings, mask, variants)
+        encode([sample(1, ("front",))], tmp_path, encoders or Plain(), settings, mask, variants)
 
     again()
     whole = content(tmp_path)
@@ -391,7 +392,7 @@ def test_settings_of_another_version_or_of_junk_are_one_line(settings, tmp_path)
     (tmp_path / "settings.json").write_text(settings, encoding="latin-1")
     attempts = [data.Dataset]
     if settings not in ("", "null", "\xff" * 9):  # these are written again
-        attempts.append(lambda folder: data.encode([sample(1, ("front",))], folder, Plain(), {}))
+        attempts.append(lambda folder: encode([sample(1, ("front",))], folder, Plain(), {}))
     for attempt in attempts:
         says = "is not an encoded set of this version|was encoded with other settings"
         with pytest.raises(UserError, match=says) as error:
@@ -404,7 +405,7 @@ def test_settings_of_another_version_or_of_junk_are_one_line(settings, tmp_path)
 
 def test_a_damaged_empty_caption_is_one_line_that_names_it(tmp_path):
     make(tmp_path, sample(1, ("front",)))
-    path = data.sample_path(tmp_path, "empty")
+    path = sample_path(tmp_path, "empty")
     path.write_bytes(path.read_bytes()[:50])
     for _ in range(2):
         with pytest.raises(UserError, match="empty.safetensors") as error:
@@ -415,23 +416,23 @@ def test_a_damaged_empty_caption_is_one_line_that_names_it(tmp_path):
 
 def test_replaced_files_are_encoded_again(tmp_path, capsys):
     """Another video and another picture of the same names; the same files give the same bits."""
-    def encode():
+    def again():
         return make(tmp_path / "set", *manifest.samples_of(tmp_path, [(16, 16)], [1], 8), mask=0.5)
 
     toy.write_samples(tmp_path, 16, 1, 8)
-    encode()
+    again()
     before = content(tmp_path / "set")
-    encode()
+    again()
     assert content(tmp_path / "set") == before
     os.replace(tmp_path / "clip2.mp4", tmp_path / "clip1.mp4")
     shutil.copy(tmp_path / "clip1.mp4", tmp_path / "clip2.mp4")
     shutil.copy(tmp_path / "ann_left.png", tmp_path / "dan_front.png")
-    encode()
+    again()
     after = content(tmp_path / "set")
     changed = {name for name in after if after[name] != before[name]}
     made = {line["source"]: line for line in read_lines(tmp_path / "set/index.jsonl")}
     assert changed == {"index.jsonl"} | {
-        data.sample_path(Path(), made[f"clip{n}.mp4"]["name"]).as_posix() for n in (1, 4)}
+        sample_path(Path(), made[f"clip{n}.mp4"]["name"]).as_posix() for n in (1, 4)}
 
 
 @pytest.mark.parametrize("file", ["em/empty.safetensors", "settings.json", "index.jsonl",
@@ -529,13 +530,13 @@ def encoding(kind, request):
         return samples, lambda: toy.ToyEncoders(folder, 32)
     wan = request.getfixturevalue("wan") / "2.1"
     # here once, or each forked process would import and compile for seconds
-    data.encode(samples[:1], root / "once", WanEncoders(wan, torch.device("cpu")), {})
+    encode(samples[:1], root / "once", WanEncoders(wan, torch.device("cpu")), {})
     return samples, lambda: WanEncoders(wan, torch.device("cpu"))
 
 
 def encode_here(samples, folder, encoders, mask, rank=0, size=1):
     torch.set_num_threads(1)
-    data.encode(samples, folder, encoders(), {}, mask, 2, rank, size)
+    encode(samples, folder, encoders(), {}, mask, 2, rank, size)
 
 
 @pytest.mark.parametrize("kind, mask", [("plain", 0.5), ("toy", 0.0), ("wan", 0.0)])
@@ -584,7 +585,7 @@ def encode_until(n, folder, samples):
 
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
-    data.encode(samples, folder, Plain(), {})
+    encode(samples, folder, Plain(), {})
 
 
 def test_a_kill_before_any_step_to_the_disk_loses_nothing(tmp_path):
@@ -614,27 +615,27 @@ def test_two_processes_encode_what_one_does(kind, request, tmp_path):
 
 def test_whoever_finishes_last_writes_the_index(tmp_path):
     samples = [sample(n, ("front",), error="bad" if n == 3 else None) for n in range(5)]
-    data.encode(samples, tmp_path, Plain(), {}, rank=1, size=2)
+    encode(samples, tmp_path, Plain(), {}, rank=1, size=2)
     assert not (tmp_path / "index.jsonl").exists() and (tmp_path / "done-1-2.jsonl").exists()
-    data.encode(samples, tmp_path, Plain(), {}, rank=0, size=2)
+    encode(samples, tmp_path, Plain(), {}, rank=0, size=2)
     assert len(read_lines(tmp_path / "index.jsonl")) == 4 and len(read_lines(tmp_path / "failed.jsonl")) == 1
     assert not list(tmp_path.glob("done-*"))
     encoders = Plain()  # a third process does what others left
-    data.encode([*samples, sample(9, ("front",))], tmp_path, encoders, {}, rank=2, size=3)
-    data.encode([*samples, sample(9, ("front",))], tmp_path, encoders, {})
+    encode([*samples, sample(9, ("front",))], tmp_path, encoders, {}, rank=2, size=3)
+    encode([*samples, sample(9, ("front",))], tmp_path, encoders, {})
     assert len(read_lines(tmp_path / "index.jsonl")) == 5 and encoders.encoded == 1
 
 
 def test_a_log_line_that_was_cut_off_costs_one_sample(tmp_path):
     samples = [sample(n, ("front",)) for n in range(4)]
     make(tmp_path / "whole", *samples)
-    data.encode(samples, tmp_path / "half", Plain(), {}, rank=0, size=2)
+    encode(samples, tmp_path / "half", Plain(), {}, rank=0, size=2)
     log = tmp_path / "half/done-0-2.jsonl"
     log.write_text(log.read_text()[:-30])
     encoders = Plain()
-    data.encode(samples, tmp_path / "half", encoders, {}, rank=0, size=2)
+    encode(samples, tmp_path / "half", encoders, {}, rank=0, size=2)
     assert encoders.encoded == 1
-    data.encode(samples, tmp_path / "half", Plain(), {}, rank=1, size=2)
+    encode(samples, tmp_path / "half", Plain(), {}, rank=1, size=2)
     assert content(tmp_path / "half") == content(tmp_path / "whole")
 
 
@@ -757,7 +758,7 @@ def of_steps(dataset, first_step, rank=0, size=1, micro=4, steps=12):
     """Tensors of what train.py's micro-steps get from first_step on, sample by sample: [step][sample]."""
     args = Namespace(batch=4, steps=[steps] * 4, seed=3, micro_batch=micro)
     world, found = World(rank, size, torch.device("cpu")), []
-    for step in train.micro_batches(STAGES[4], 4, first_step, args, dataset, VIEWS, world):
+    for _, step in train.micro_batches(STAGES[4], 4, first_step, args, dataset, VIEWS, world):
         found.append([])
         for (x0, text, refs, vit), generators in step:
             for i, generator in enumerate(generators):
@@ -837,7 +838,7 @@ def test_a_damaged_sample_is_replaced_by_the_next_and_named_once(damage, tmp_pat
     """The next one that has the views and the shape; of all processes the same, whatever they have read."""
     make(tmp_path, sample(0, ("front",)), sample(1, ("front", "left")), sample(2, ("front",)),
          sample(3, ("front", "left"), size=(16, 32)), sample(4, ("front", "left")))
-    harm(data.sample_path(tmp_path, "0001"), damage)
+    harm(sample_path(tmp_path, "0001"), damage)
     capsys.readouterr()
     dataset, views = data.Dataset(tmp_path), (("front", "left"),)
     for _ in range(3):
@@ -846,14 +847,14 @@ def test_a_damaged_sample_is_replaced_by_the_next_and_named_once(damage, tmp_pat
     said = capsys.readouterr()
     lines = (said.out + said.err).strip().splitlines()
     assert len(lines) == 1 and "0001" in lines[0] and "clips/1.mp4" in lines[0] and "is damaged" in lines[0]
-    harm(data.sample_path(tmp_path, "0004"), damage)
+    harm(sample_path(tmp_path, "0004"), damage)
     assert numbers_of(data.Dataset(tmp_path).batch((("front",),), [4], generators(0), "cpu")[0]) == [0]
     with pytest.raises(UserError, match="no whole sample is left for views") as error:
         data.Dataset(tmp_path).batch(views, [1], generators(0), "cpu")
     assert one_line(error)
     # and encoding again mends it, where the file is gone
     for name in ("0001", "0004"):
-        path = data.sample_path(tmp_path, name)
+        path = sample_path(tmp_path, name)
         path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
     dataset = make(tmp_path, sample(0, ("front",)), sample(1, ("front", "left")), sample(2, ("front",)),
                    sample(3, ("front", "left"), size=(16, 32)), sample(4, ("front", "left")))
@@ -863,7 +864,7 @@ def test_a_damaged_sample_is_replaced_by_the_next_and_named_once(damage, tmp_pat
 def test_all_ranks_replace_a_damaged_sample_alike(tmp_path):
     make(tmp_path, *(sample(n, ("front",)) for n in range(8)))
     for name in ("0001", "0005", "0006"):
-        harm(data.sample_path(tmp_path, name), "truncated")
+        harm(sample_path(tmp_path, name), "truncated")
     rng, orders = random.Random(0), [[*range(8)] for _ in range(6)]
     for order in orders:  # each rank meets them in an order of its own
         rng.shuffle(order)

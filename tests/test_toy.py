@@ -368,7 +368,7 @@ def test_a_cache_is_encoded_once_and_another_mask_is_another_set(tmp_path, monke
     masked = toy.encode_cache(folder, encoders, mask=0.5)
     assert len({first, masked}) == 2 and data.Dataset(masked).settings["variants"] == 4
     assert data.Dataset(first).settings["variants"] == 1 and len(data.Dataset(first).index) == 4
-    monkeypatch.setattr(data, "encode", None)
+    monkeypatch.setattr(toy, "encode", None)
     assert toy.encode_cache(folder, encoders) == first
     assert toy.encode_cache(folder, encoders, mask=0.5) == masked
     with pytest.raises(TypeError):

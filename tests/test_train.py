@@ -981,7 +981,8 @@ def test_sheets_at_every_checkpoint(fresh, monkeypatch):
     monkeypatch.chdir(fresh)
     arguments = [argument for argument in map(str, FAST) if argument != "--no-samples"]
     train.main([*arguments, "--stage", "1", "--steps", "4", "--save-every", "2", "--sample-saves"])
-    assert {path.name for path in Path("out/tiny/stage1").glob("*.png")} == {"sample.png", "sample-000002.png"}
+    sheets = {path.name for path in Path("out/tiny/stage1").glob("*.png")}
+    assert sheets == {"sample.png", "sample-000002.png"}
 
 
 def test_a_network_is_sharded_over_processes_only(fresh, monkeypatch):
