@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,8 +61,11 @@ class World:
         elif size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, for any machine
             torch.set_num_threads(max(1, CORES // local_size))
         if size > 1:
+            store = next(rendezvous("env://", rank, size))[0]
+            # torchrun's store still holds the addresses of processes that it has started again
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             # an hour: the others wait while rank 0 renders a toy world or makes a sample sheet
-            dist.init_process_group("nccl" if gpus else "gloo", rank=rank, world_size=size,
+            dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=size,
                                     timeout=timedelta(hours=1))
         return cls(rank, size, device)
 

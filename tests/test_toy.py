@@ -313,7 +313,7 @@ def test_a_sweep_is_drawn_twice_as_often_where_references_are_cross_pair(tmp_pat
 
 def render(root, log):
     """render_cache and encode_cache, with a line in `log` for everything that is computed."""
-    for module, name in ((toy, "render_training"), (data, "encode")):
+    for module, name in ((toy, "render_training"), (toy, "encode")):
         function = getattr(module, name)
 
         def logging(*arguments, function=function, name=name):
