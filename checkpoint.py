@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import warnings
 import zipfile
@@ -133,8 +134,11 @@ def autocast(device, precision="auto"):
 
 
 # ------------------------------------------------------------------------------------------------------ files
+HOST = re.sub(r"\W", "", socket.gethostname())[:40] or "host"  # machines may share a folder
+
+
 def temporary_name(path, state="unfinished"):
-    return path.with_name(f".{state}-{os.getpid()}-{path.name}")
+    return path.with_name(f".{state}-{HOST}.{os.getpid()}-{path.name}")
 
 
 def remove(path):
@@ -213,7 +217,8 @@ def lock(folder, wait=False):
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         for left in [*folder.glob(".*-*-*"), *folder.glob("*/.*-*-*")]:
-            match = re.fullmatch(r"\.(?P<state>unfinished|replaced)-(?P<owner>\d+)-(?P<name>.+)", left.name)
+            match = re.fullmatch(rf"\.(?P<state>unfinished|replaced)-{HOST}\.(?P<owner>\d+)-(?P<name>.+)",
+                                 left.name)
             if not match or is_running(int(match["owner"])):
                 continue  # the user's, or of another script, which may write here without the lock
             if match["state"] == "replaced" and not os.path.lexists(left.with_name(match["name"])):
@@ -230,7 +235,7 @@ def probe_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_name(folder / "probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from None
 
@@ -461,6 +466,8 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None, shards=None):
             shutil.copy(file, build)
         for file in shards.iterdir() if shards else ():
             os.replace(file, build / file.name)
+        if shards:
+            shards.rmdir()
         sha256 = {f.name: sha256_of(f) for f in sorted(build.iterdir())}
         (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
     if keep:

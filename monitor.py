@@ -41,8 +41,9 @@ def peak_memory():
 class Metrics:
     """metrics.jsonl of a stage, from a step on; lines after it, from a run that went further, are dropped."""
 
-    def __init__(self, folder, step, model, world):
-        self.model, self.world, self.file = model, world, None
+    def __init__(self, folder, step, model, world, passes=3):
+        """passes: forwards that a step costs, its backward included; frozen weights need no gradient"""
+        self.model, self.world, self.passes, self.file = model, world, passes, None
         if world.rank == 0:
             path = folder / "metrics.jsonl"
             lines = [line for line in read_lines(path)
@@ -76,7 +77,7 @@ class Metrics:
                 tokens += (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
             tokens += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
         self.tokens += B * tokens
-        self.flops += 3 * B * self.model.flops(tokens)
+        self.flops += self.passes * B * self.model.flops(tokens)
 
     def speed(self):
         """What a step took since the last call."""
@@ -88,10 +89,19 @@ class Metrics:
         return {name: round(value, 4) for name, value in line.items()}
 
     def write(self, **line):
-        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in line.items()}
         if self.file:
-            print(json.dumps(line), file=self.file, flush=True)
+            print(json.dumps(without_nan(line)), file=self.file, flush=True)
+
+
+def without_nan(line):
+    """A dict as JSON can hold it: None for what is not finite."""
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            found[name] = without_nan(value)
+        else:
+            found[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return found
 
 
 class Validation:
@@ -105,7 +115,8 @@ class Validation:
         for given, views in GIVEN.items():
             by_shape = self.dataset.having(views, False)
             if by_shape and set(views[0]) <= set(available):
-                self.cases[given] = views, max(by_shape.values(), key=len)[:CASES]
+                members = max(by_shape.values(), key=len)
+                self.cases[given] = views, members[::max(1, len(members) // CASES)][:CASES]
         if not self.cases:
             raise UserError(f"{folder} holds no clip of one or two people: give another --valid")
 
@@ -171,7 +182,7 @@ def draw_losses(out):
         for line in lines:
             values = {"training": line.get("loss")} | (line.get("valid") or {})
             for name, value in values.items():
-                if isinstance(value, float) and value > 0 and not name.startswith("t "):
+                if isinstance(value, float) and 0 < value < math.inf and not name.startswith("t "):
                     curves.setdefault(name, []).append((start + line["step"], math.log10(value)))
         start += max(line["step"] for line in lines)
     if not curves:

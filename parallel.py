@@ -62,8 +62,11 @@ class World:
             torch.set_num_threads(max(1, CORES // local_size))
         if size > 1:
             store = next(rendezvous("env://", rank, size))[0]
-            # torchrun's store still holds the addresses of processes that it has started again
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            # After a restart torchrun's store still holds the addresses of the dead. On one machine the count
+            # of restarts keeps them apart; on several each counts its own, so there torchrun has to make new
+            # stores: README's TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+            if local_size == size:
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             # an hour: the others wait while rank 0 renders a toy world or makes a sample sheet
             dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=size,
                                     timeout=timedelta(hours=1))
@@ -109,8 +112,8 @@ class World:
 # ------------------------------------------------------------------------------------------ DDP and sharding
 def shard(model, world, bf16):
     """FSDP2: every process holds its part of each float32 weight, and so of its gradient, its average and the
-    optimizer's state. A block's weights are gathered when it computes, in bf16 if asked; gradients are
-    averaged in float32."""
+    optimizer's state. A block's weights are gathered when it computes, in bf16 if asked, its few float32 ones
+    (norms, modulation) too; gradients are averaged in float32."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
@@ -123,12 +126,13 @@ def replicate(model, world):
     if world.size == 1:
         return model
     # a step's views leave some proxies or MFI unused, the same on all processes
-    return DistributedDataParallel(model, find_unused_parameters=True)
+    return DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 @contextmanager
 def synchronized(network, last):
-    """For a backward: gradients are averaged over the processes in a step's last one only."""
+    """For a backward: gradients are averaged over the processes in a step's last one only. Until then every
+    process holds all of them, sharded or not."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(last)
     wait = isinstance(network, DistributedDataParallel) and not last
@@ -144,6 +148,16 @@ def local(tensor):
 def whole(tensor):
     """All of a tensor, gathered where it is sharded; then every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors, world):
+    """{name: tensor} whole and on the CPU, for process 0; none for the others, which all must ask."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if world.rank == 0:
+            found[name] = full.cpu()
+    return found
 
 
 def sharded_state(model, optimizers, ema):

@@ -40,14 +40,14 @@ import toy
 from checkpoint import (Parser, UserError, as_user_error, autocast, check_replaceable, compare, count,
                         delete_checkpoint, expert_folders, find_checkpoint, find_valid, fraction, in_range,
                         load_tensors, lock, nonempty, not_negative, pack_optimizers, parent_of, positive,
-                        probe_writable, read_meta, run_script, save_checkpoint, seed_number, steps_in,
-                        temporary_name, unpack_optimizers, uses_bf16)
+                        probe_writable, read_meta, run_script, save_checkpoint, seed_number, sha256_of,
+                        steps_in, temporary_name, unpack_optimizers, uses_bf16)
 from kernels import use_fused
 from lora import TRAINS, set_trained
 from model import CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
 from monitor import CASES, Metrics, Validation, draw_losses, exchanged
 from muon import make_optimizers
-from parallel import (CORES, TORCHRUN, World, load_shards, local, replicate, save_shards, shard,
+from parallel import (CORES, TORCHRUN, World, gathered, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
 from rope import LAYOUTS, VIEWS
 
@@ -107,7 +107,7 @@ def arguments(argv=None):
     opt("--rank", type=count, default=32, help="rank of the adapters")
     opt("--steps", type=count, nargs="+", help="steps of each stage: one number for all, or one a stage")
     opt("--batch", type=count, help="global batch size: all ranks, all micro-steps")
-    opt("--micro-batch", type=count, help="samples per forward on a rank (default: its whole share)")
+    opt("--micro-batch", type=count, help="samples per forward on a rank (default: its share, for Wan 1)")
     opt("--muon-lr", type=positive, help="peak learning rate of Muon")
     opt("--adamw-lr", type=positive, help="peak learning rate of AdamW")
     opt("--optimizer", choices=("muon", "adamw"),
@@ -204,9 +204,9 @@ def resolve(args, world):
     if args.batch % world.size:
         fits = max(n for n in range(1, world.size) if args.batch % n == 0)
         raise UserError(f"--batch {args.batch} does not split over {world.size} processes: "
-                        f"give torchrun --nproc-per-node {fits}, or another --batch")
+                        f"give a multiple of {world.size}, or torchrun --nproc-per-node {fits}")
     share = args.batch // world.size
-    args.micro_batch = args.micro_batch or share
+    args.micro_batch = args.micro_batch or (1 if config.is_wan else share)
     if share % args.micro_batch:
         raise UserError(f"--batch {args.batch} is not a multiple of {world.size} process(es) x "
                         f"--micro-batch {args.micro_batch}")
@@ -223,6 +223,9 @@ def resolve(args, world):
     for name in ("rope_layout", "rope_jump", "proxy_tokens"):
         if getattr(args, name) is not None:
             config = replace(config, **{name: getattr(args, name)})
+    if args.train == "new" and not config.proxy_tokens:
+        raise UserError("--train new has nothing to train in steps without references but proxies: leave "
+                        "--proxy-tokens 0 out, or give --train lora")
     if not config.is_wan:
         toy.check_config(config)
     return list(STAGES) if args.stage == "all" else [int(args.stage)], config
@@ -256,7 +259,10 @@ def step_flags(args, number):
     names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
              "shift", "timesteps", "expert", "boundary", "train", "rank", "shard", "precision", "clips",
              "pairs", "mask", "no_curriculum", "front_only")
-    return {name: getattr(args, name) for name in names} | {"steps": args.steps[number - 1]}
+    flags = {name: getattr(args, name) for name in names} | {"steps": args.steps[number - 1]}
+    if folder := encoded_data(args):
+        flags["data"] = sha256_of(folder / "index.jsonl")[:16]
+    return flags
 
 
 class Start(NamedTuple):
@@ -274,7 +280,9 @@ def prepare(number, args, config, world):
     or from nothing. Raises UserError where the stage before is missing or not finished, and where a
     checkpoint was trained with other flags."""
     same_run = f"--config {args.config} --out {args.out}"
-    own = find_valid(args.out / f"stage{number}") if args.resume else None
+    own = None
+    if args.resume:  # process 0 alone reads it through
+        own = world.agree(find_valid(args.out / f"stage{number}") if world.rank == 0 else None)
     if args.resume and not own and steps_in(args.out / f"stage{number}"):
         raise UserError(f"{args.out}/stage{number}: none of its checkpoints is whole; "
                         "--overwrite starts the stage afresh")
@@ -408,7 +416,7 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
                         f"clips of {' or '.join(map(str, dataset.people))}: leave the stage out")
     stage = replace(stage, people=people)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    metrics = Metrics(folder, first_step, model, world)
+    metrics = Metrics(folder, first_step, model, world, passes=3 if args.train == "all" else 2)
 
     def save(step):
         if not world.all(all(bool(local(p).isfinite().all()) for p in [*trained.values(), *ema.values()])):
@@ -428,7 +436,7 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
         if args.shard:
             shards = Path(world.agree(str(temporary_name(folder / "shards"))))
             save_shards(shards, model, optimizers, ema)
-            tensors = {"ema": {name: whole(p).cpu() for name, p in ema.items()}} if step == steps else {}
+            tensors = {"ema": gathered(ema, world)} if step == steps else {}
         if world.rank == 0:
             save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, args.keep, shards)
 
@@ -465,8 +473,9 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)
         else:  # every rank sees the same summed gradient, so every rank skips
             skipped += 1
-            tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; "
-                       "step skipped, no weight changed")
+            if world.rank == 0:
+                tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; "
+                           "step skipped, no weight changed")
             if skipped == min(10, steps):
                 raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
                                 f"last one {step} with {', '.join(sorted(set(names))[:20])}; try smaller "
@@ -511,8 +520,10 @@ def write_samples(folder, step, last, args, config):
     prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
     name = folder / ("sample" if last else f"sample-{step:06d}")
     alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
-                    "--out", name], check=False, env=alone)
+    torch.cuda.empty_cache()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the other processes wait for an hour at most
+        subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
+                        "--out", name], check=False, env=alone, timeout=3000)
 
 
 def stop_on_signal(world):
@@ -582,13 +593,13 @@ def main(argv=None):
     args = arguments(argv)
     kernels_in_use = use_fused(False if args.no_fused else None)
     world = World.join()
-    stages, config = resolve(args, world)
-    # what can be refused is refused here, before minutes of rendering
-    check_existing(stages, args)
-    start = prepare(stages[0], args, config, world)
-    probe_writable(args.out)
-    if not args.data.is_dir():
-        probe_writable(args.data)
+    with world.one_voice():  # what can be refused is refused here, before minutes of rendering
+        stages, config = resolve(args, world)
+        check_existing(stages, args)
+        start = prepare(stages[0], args, config, world)
+        probe_writable(args.out)
+        if not args.data.is_dir():
+            probe_writable(args.data)
     with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
         if world.rank == 0:
             print(f"{args.config}: {config}\n"
@@ -617,8 +628,7 @@ def main(argv=None):
             gc.collect()  # sharded networks hold references to themselves
             if stop():
                 break
-    if world.size > 1:
-        dist.destroy_process_group()
+    world.leave()
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def test_a_kill_leaves_the_old_one_and_the_next_lock_sweeps_up(tmp_path):
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
-    folder, old = tmp_path / "step", tmp_path / f".replaced-{os.getpid()}-step"
+    folder, old = tmp_path / "step", tmp_path / f".replaced-{checkpoint.HOST}.{os.getpid()}-step"
     folder.mkdir()
     (folder / "old").touch()
     replace = os.replace

@@ -14,9 +14,9 @@ FILES = {
     "model": (420, "rope kernels lora checkpoint"),
     "data": (330, "importers manifest pictures encode encoders rope checkpoint"),
     "train": (610, "model data toy monitor muon parallel kernels lora rope checkpoint"),
-    "monitor": (210, "model data rope checkpoint"),
+    "monitor": (220, "model data rope checkpoint"),
     "sample": (460, "model data toy parallel pictures encoders kernels lora rope checkpoint"),
-    "parallel": (230, "checkpoint"),
+    "parallel": (245, "checkpoint"),
     "lora": (230, "checkpoint"),
     "muon": (70, ""),
     "kernels": (380, "rope checkpoint"),
@@ -37,7 +37,7 @@ FILES = {
 OVER = {
     "model": (520, "configs, files and inputs are checked before a network is built; frozen bases"),
     "sample": (590, "what can be known of a job is refused before its first step; experts, rounds by rank"),
-    "checkpoint": (600, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (605, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (240, "dry runs of sampling and of training"),
     "curate": (750, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows"),

@@ -311,3 +311,32 @@ def test_eval_over_ranks_gives_the_same_table(tmp_path):
 def table_of(lines):
     """Without which checkpoint it is, and the time."""
     return [line for line in lines if not line.startswith(("checkpoint", "one/", "two/"))]
+
+
+def test_two_machines_start_again_after_one_lost_its_process(tmp_path):
+    """Two torchruns of one process each. The one that lost its process counts a restart, the other does not,
+    as on two machines; both find each other again."""
+    (tmp_path / "script.py").write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from parallel import World
+world = World.join()
+world.barrier()
+if world.rank == 1 and not os.path.exists("died"):
+    open("died", "w").close()
+    os._exit(1)
+for _ in range(3):
+    world.barrier()
+open(f"done-{{world.rank}}-" + os.environ["TORCHELASTIC_RESTART_COUNT"], "w").close()
+world.leave()
+""")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two",
+               "--max-restarts", "3", "script.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    machines = [subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [machine.wait(120) for machine in machines] == [0, 0]
+    counts = {path.name[-1] for path in tmp_path.glob("done-*")}
+    assert len(list(tmp_path.glob("done-*"))) == 2 and counts == {"0", "1"}

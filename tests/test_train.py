@@ -103,7 +103,7 @@ train.main({[*common, "both", *micro]})"""
 )
 def test_a_batch_that_does_not_split_names_the_processes_that_fit(batch, processes, fits):
     args = train.arguments(["--config", "tiny", "--batch", str(batch)])
-    with pytest.raises(UserError, match=f"does not split over {processes} .*--nproc-per-node {fits},"):
+    with pytest.raises(UserError, match=f"does not split over {processes} .*--nproc-per-node {fits}$"):
         train.resolve(args, train.World(0, processes, torch.device("cpu")))
 
 
