@@ -1,11 +1,16 @@
-"""The toy benchmark: 100 fixed cases over 52 people that training never saw, with exact ground truth.
+"""Two benchmarks with one report: the toy's, with exact ground truth, and the real one, with face networks.
 
-  python eval.py --ckpt out/toy      prints tables; writes OUT/cases.jsonl, a line per result, and report.html
+  python eval.py --ckpt out/toy                                        the toy: tables, OUT/report.html
+  python eval.py make-cases --data DATA --out cases.jsonl              cases for real videos; see cases.py
+  python eval.py --cases cases.jsonl --videos DIR --faces FACES        measure any system's videos
+  python eval.py --cases cases.jsonl --ckpt out/1.3b --faces FACES     sample them first; torchrun spreads it
+  python eval.py --compare out/ours out/theirs                         systems side by side, paired by case
 
-A case is a clip of one or two people whose motion sweeps the yaw. The clip is sampled from its caption and
-references. What it then shows is read by rendering: the same clip with one thing changed (another person,
-yaw, motion, mouth, wall, or a reference's pose) is rendered from known parameters, and the nearest rendering
-wins. No face network is needed. Intervals are 95 %, by bootstrap over cases. A restart skips finished cases.
+The toy benchmark has 100 fixed cases over 52 people that training never saw. A case is a clip of one or two
+people whose motion sweeps the yaw. The clip is sampled from its caption and references. What it then shows is
+read by rendering: the same clip with one thing changed (another person, yaw, motion, mouth, wall, or a
+reference's pose) is rendered from known parameters, and the nearest rendering wins. benchmark.py measures
+real videos. Every result is a line of JSON in OUT, appended as it is there. A restart skips finished cases.
 """
 import contextlib
 import functools
@@ -13,6 +18,7 @@ import hashlib
 import html
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +29,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from tqdm import tqdm
 
+import benchmark
+import cases as real_cases
 import data
 import toy
-from checkpoint import (Parser, UserError, check_outputs, find_checkpoint, in_range, lock, nonempty,
-                        run_script, source_hash, uses_bf16)
+from checkpoint import (Parser, UserError, check_outputs, count, find_checkpoint, frame_rate, in_range, lock,
+                        nonempty, probe_writable, read_meta, run_script, sha256_of, source_hash, uses_bf16)
+from curate import check_url
 from parallel import World
-from pictures import Job, from_bytes, to_bytes
+from pictures import Job, from_bytes, open_video, read_picture, to_bytes, write_video
 from report import (BIN_NAMES, Metric, align, append, by_yaw, column, estimate, figure, interval, mean, one,
                     per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
-from sample import SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags
+from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, find, generate, load, make_round,
+                    override, recipe_flags)
 
 CASES = 100
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
@@ -379,7 +389,7 @@ def report(path, heading, evaluations):
     write_page(path, "toy benchmark", heading, table_of(results, METRICS), METRICS, plots, galleries)
 
 
-# -------------------------------------------------------------------------------------------------------- CLI
+# ----------------------------------------------------------------------------------------------- the toy, run
 def benchmark_flags(add):
     """Flags that say what is measured; claims.py has them too."""
     case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
@@ -399,38 +409,167 @@ def plan_of(args):
     return plan
 
 
-def main(argv=None):
+def run_toy(args, world):
+    start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
+    path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
+    check_outputs([page], [])
+    plan = plan_of(args)
+    world.barrier()  # rank 0 holds the folder
+    evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
+    if first := find_checkpoint(Path(ckpt) / "stage1"):
+        settings = [s for s in plan.settings if s == "none"]
+        evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path, world)
+    results = evaluations["this checkpoint"].results
+    print(align(table_of(results, HEADLINE)))
+    for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
+        print(align(table_of(results, metrics, with_interval=False)))
+    lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
+    for name, evaluation in evaluations.items():
+        rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
+        lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
+    print(align(lines))
+    if world.rank == 0:
+        how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
+        report(page, f"{ckpt}: {how}", evaluations)
+        print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------------ real videos
+def sample_cases(cases, args, world):
+    """Make the cases' videos with --ckpt in OUT/videos, over all ranks -> that folder, and the cases, those
+    that the checkpoint cannot make with a fault. A video whose comment says that it was made of the same is
+    kept."""
+    found = find(args.ckpt)
+    recipe, folder = override(SAMPLE_RECIPES[found.kind], args), args.out / "videos"
+    if not found.meta:
+        raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
+                        "train.py made")
+    probe_writable(folder)
+    weights = [read_meta(network)["sha256"] for network in found.networks]
+    model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, precision=args.precision,
+                              need_vit=found.config.vit_dim > 0)
+
+    def job_of(case):
+        """A case as a Job with its pictures, which says in its note what the video is made of."""
+        if len(case.refs) > found.config.max_identities:
+            raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
+                            f"{found.config.max_identities}")
+        check_prompt(encoders, found, case.prompt)
+        references = [{view: read_picture(file, found.size) for view, file in views.items()}
+                      for views in case.refs]
+        files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
+        note = json.dumps([case.prompt, case.seed, files, found.frames, found.size, recipe, weights])
+        size = toy.frame_size(found.size[0], len(case.refs)) if found.kind == "toy" else found.size
+        return Job(case.prompt, references, case.seed, size, note=hashlib.sha256(note.encode()).hexdigest())
+    checked, todo = [], []
+    for case in cases:
+        try:
+            if not case.fault and not is_made(folder / f"{case.id}.mp4", job_of(case).note):
+                todo.append(case)
+        except UserError as error:
+            case = case._replace(fault=str(error))
+        checked.append(case)
+    world.barrier()  # all have looked before anybody writes
+    mine = todo[world.rank::world.size]
+    for start in range(0, len(mine), ROUND):
+        jobs = [job_of(case) for case in mine[start:start + ROUND]]
+        make_round(model, encoders, jobs, recipe, found.frames)
+        for case, job in zip(mine[start:], jobs):
+            write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
+    world.barrier()
+    return folder, checked
+
+
+def is_made(path, note):
+    """Is there a whole video with this comment."""
+    try:
+        with open_video(path) as (container, _):
+            return container.metadata.get("comment") == note
+    except UserError:
+        return False
+
+
+def run_real(args, world, detector=None):
+    start, args.out = time.perf_counter(), Path(args.out)
+    page = args.out / "report.html"
+    check_outputs([page, args.out / "cases_measured.jsonl"], [args.cases])
+    cases, folder = real_cases.read_cases(args.cases), args.videos
+    if not folder:
+        folder, cases = sample_cases(cases, args, world)
+    world.barrier()  # rank 0 holds the folder
+    results = benchmark.run_cases(cases, folder, args, world, detector)
+    print(benchmark.summary(results))
+    if world.rank == 0:
+        heading = f"{args.cases.name}, videos of {args.ckpt or args.videos}"
+        benchmark.write_report(page, heading, cases, results)
+        print(f"{page} in {time.perf_counter() - start:.0f} s")
+    if all("reason" in result for result in results):
+        raise UserError(f"none of {len(results)} videos could be measured; the first: {results[0]['reason']}")
+
+
+# -------------------------------------------------------------------------------------------------------- CLI
+OF_THE_TOY = {"--limit", "--settings", "--batch"}
+OF_REAL_VIDEOS = {"--videos", "--faces", "--fps", "--judge-url", "--judge-model", "--wan", "--offload", "--tile"}
+OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", "--wan", "--offload",
+               "--tile"}
+
+
+def arguments(argv):
+    """-> args; UserError where flags of one half are given to the other."""
     meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
-    p = Parser(description=__doc__, epilog=f"what the columns mean:\n{meanings}")
+    real = "\n".join(f"  {name:15}{metric.words}" for name, metric in benchmark.METRICS.items())
+    p = Parser(description=__doc__, epilog=f"what the toy's columns mean:\n{meanings}\n\n"
+               f"what the real benchmark's columns mean:\n{real}")
     p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
-    p.add_argument("--out", type=nonempty, default="out/eval", help="folder for cases.jsonl and report.html")
-    benchmark_flags(p.add_argument)
+    p.add_argument("--out", type=nonempty, default="out/eval", help="folder for results and report.html")
+    toys = p.add_argument_group("the toy benchmark, and how to sample")
+    benchmark_flags(toys.add_argument)
+    add = p.add_argument_group("real videos").add_argument
+    add("--cases", type=Path, help="file of cases; see cases.py and make-cases")
+    add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
+    add("--faces", type=Path, help="folder with the weights that faces.py names")
+    add("--fps", type=frame_rate, default=8, help="pictures a second that are looked at (8)")
+    add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model, for `natural`")
+    add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
+    add("--compare", nargs="+", type=Path, metavar="DIR", help="--out folders of earlier calls, side by side")
+    add("--wan", type=nonempty, help="for --ckpt: folder of umT5, VAE and ViT, as in sample.py")
+    add("--offload", action="store_true", help="for --ckpt: as in sample.py")
+    add("--tile", type=count, help="for --ckpt: as in sample.py")
+    args = p.parse_args(argv)
+    given = {word.split("=")[0] for word in argv}
+    if args.compare and {word for word in given if word.startswith("--")} - {"--compare", "--out"}:
+        raise UserError("--compare takes folders of earlier calls, and --out only")
+    if args.cases and bool(args.videos) == bool(args.ckpt):
+        raise UserError("--cases needs one of --videos DIR, a system's videos, and --ckpt to make them")
+    for flags, wrong, reason in (
+            (OF_THE_TOY, args.cases, "belongs to the toy benchmark: leave it out with --cases"),
+            (OF_REAL_VIDEOS, not args.cases, "belongs to real videos: it needs --cases"),
+            (OF_SAMPLING, args.videos, "is for sampling: leave it out with --videos")):
+        if wrong and (named := sorted(given & flags)):
+            raise UserError(f"{named[0]} {reason}")
+    if args.cases and not (args.faces and args.faces.is_dir()):
+        raise UserError(f"--faces {args.faces or ''}: expected a folder of face networks; README.md says which")
+    if args.videos and not args.videos.is_dir():
+        raise UserError(f"--videos {args.videos}: no such folder")
+    check_url("--judge-url", args.judge_url)
+    return args
+
+
+def main(argv=None, detector=None):
+    """detector: an object with the methods of faces.Faces, instead of the networks in --faces."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["make-cases"]:
+        return real_cases.make_cases(argv[1:])
     world = World.join()
     with world.one_voice():
-        args = p.parse_args(argv)
-        start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
+        args = arguments(argv)
         with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
-            path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
-            check_outputs([page], [])
-            plan = plan_of(args)
-            world.barrier()  # rank 0 holds the folder
-            evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
-            if first := find_checkpoint(Path(ckpt) / "stage1"):
-                settings = [s for s in plan.settings if s == "none"]
-                evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path, world)
-            results = evaluations["this checkpoint"].results
-            print(align(table_of(results, HEADLINE)))
-            for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
-                print(align(table_of(results, metrics, with_interval=False)))
-            lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
-            for name, evaluation in evaluations.items():
-                rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
-                lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
-            print(align(lines))
-            if world.rank == 0:
-                how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
-                report(page, f"{ckpt}: {how}", evaluations)
-                print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+            if args.compare:
+                benchmark.compare(args.compare, Path(args.out))
+            elif args.cases:
+                run_real(args, world, detector)
+            else:
+                run_toy(args, world)
     world.leave()
 
 

@@ -245,7 +245,7 @@ figcaption {{ font-size: 11px; color: #555 }}</style>
 <h1>HarmoView on the {name}</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap
 intervals.</p>
 {table_html(lines)}<ul>{legend_html(metrics)}</ul>
-<div>{''.join(plots)}</div><h2>All cases, the worst first</h2>
+<div>{''.join(plots)}</div>{"<h2>All cases, the worst first</h2>" if cases else ""}
 {''.join(cases)}"""
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -474,6 +474,14 @@ def check_wan_size(frames, size):
                         "are multiples of 16 (480x832)")
 
 
+def check_prompt(encoders, found, text):
+    """UserError where a prompt is too long for a checkpoint."""
+    length = encoders.tokenizer([text])[0].shape[1]
+    if length > found.config.text_len:
+        raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
+                        f"this checkpoint reads at most {found.config.text_len}")
+
+
 def output_files(args, jobs, per_round=ROUND):
     """Names of the MP4s, one a job, and of the sheets, one a round. UserError for one that may not be."""
     out = args.out.removesuffix(".mp4").removesuffix(".png")
@@ -543,10 +551,7 @@ def main(argv=None):
         model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
                                   need_vit, args.lora, ulysses)
         for text in [*(job.prompt for job in jobs), recipe["negative"]]:
-            length = encoders.tokenizer([text])[0].shape[1]
-            if length > found.config.text_len:
-                raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
-                                f"this checkpoint reads at most {found.config.text_len}")
+            check_prompt(encoders, found, text)
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
     writes = world.rank == 0 or not ulysses
