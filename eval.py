@@ -509,7 +509,8 @@ def run_real(args, world, detector=None):
 
 # -------------------------------------------------------------------------------------------------------- CLI
 OF_THE_TOY = {"--limit", "--settings", "--batch"}
-OF_REAL_VIDEOS = {"--videos", "--faces", "--fps", "--judge-url", "--judge-model", "--wan", "--offload", "--tile"}
+OF_REAL_VIDEOS = {"--videos", "--faces", "--fps", "--judge-url", "--judge-model", "--wan", "--offload",
+                  "--tile"}
 OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", "--wan", "--offload",
                "--tile"}
 
@@ -548,7 +549,7 @@ def arguments(argv):
         if wrong and (named := sorted(given & flags)):
             raise UserError(f"{named[0]} {reason}")
     if args.cases and not (args.faces and args.faces.is_dir()):
-        raise UserError(f"--faces {args.faces or ''}: expected a folder of face networks; README.md says which")
+        raise UserError(f"--faces {args.faces or ''}: expected a folder of face networks; see README.md")
     if args.videos and not args.videos.is_dir():
         raise UserError(f"--videos {args.videos}: no such folder")
     check_url("--judge-url", args.judge_url)
