@@ -200,10 +200,10 @@ def similarity(face, targets):
 
 def measure(case, path, detector, fps):
     """A case's video -> its pictures and a dict per person, which METRICS reads."""
+    watched = watch(path, detector, len(case.refs), fps)
     refs = [{view: look_up(file, detector) for view, file in views.items()} for views in case.refs]
     shown = [[look_up(file, detector) for file in files] for files in case.eval_refs]
     targets = [[face.embedding for face in faces if face and face.embedding is not None] for faces in shown]
-    watched = watch(path, detector, len(case.refs), fps)
     with_identity = all(targets)  # everybody has a reference, or nobody's video face could be compared fairly
     alike = []
     for track in watched.tracks:

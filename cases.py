@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, check_outputs, count,
-                        is_seed, is_text, read_lines, seed_number)
+                        is_seed, is_text, probe_writable, read_lines, seed_number)
 from manifest import read_manifest
 from rope import VIEWS
 
@@ -187,6 +187,7 @@ def make_cases(argv):
     p.add_argument("--seed", type=seed_number, default=0)
     args = p.parse_args(argv)
     folder = args.out.with_name(f"{args.out.stem}_refs")
+    probe_writable(args.out.parent)
     check_outputs([args.out], [args.data / "manifest.jsonl", *args.training])
     if folder.exists() and not args.out.exists():
         raise UserError(f"{folder} exists and would be replaced: choose another --out")

@@ -270,7 +270,7 @@ def table_of(out):
 def test_kills_and_restarts_leave_the_same_table(world, tmp_path):
     made = world[0]
     fork, rng = multiprocessing.get_context("fork"), random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = fork.Process(target=made.run, args=("killed",))
         process.start()
         time.sleep(rng.uniform(0.3, 2))
@@ -298,14 +298,14 @@ def test_a_restart_measures_only_what_changed(world, monkeypatch):
     lines = [line | {"prompt": "another"} if line["id"] == "pair" else line for line in made.lines]
     made.run("again", lines=lines)
     assert measured == ["pair"]
-    made.run("again", "--fps", "4", lines=lines[:1] + [lines[1] | {"asked_yaw": [0]}])
-    assert measured == ["pair", "truth", "still-head"]
+    made.run("again", lines=[line | {"asked_yaw": [0]} if line["id"] == "truth" else line for line in lines])
+    assert measured == ["pair", "truth"]
     videos = made.folder / "videos"
     os.rename(videos / "copy.mp4", videos / "kept")
     shutil.copy(videos / "truth.mp4", videos / "copy.mp4")
     made.run("again")
     os.replace(videos / "kept", videos / "copy.mp4")
-    assert measured[3:] == ["copy"]
+    assert measured[2:] == ["copy"]
 
 
 def test_200_damaged_videos_and_lines_have_a_reason_each(tmp_path, capsys):
@@ -413,10 +413,10 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     (made.folder / "cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
     made.truth.strange = 100
 
-    def argv(out, *more):
+    def argv(out):
         return ["--cases", str(made.folder / "cases.jsonl"), "--ckpt", str(ROOT / "assets/toy"), "--faces",
                 str(made.folder / "faces"), "--out", str(made.folder / out), "--steps", "1", "--precision",
-                "fp32", *more]
+                "fp32"]
     evaluation.main(argv("alone"), made.truth)
     results = results_of(made.folder / "alone")
     assert [len(results[f"case-{k}"]["people"]) for k in range(3)] == [1] * 3
@@ -426,7 +426,9 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
     evaluation.main(argv("alone"), made.truth)
     assert before == {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
-    evaluation.main(argv("alone", "--guide-refs", "1"), made.truth)
+    again = argv("alone")
+    again[again.index("--steps") + 1] = "2"
+    evaluation.main(again, made.truth)
     assert all(path.stat().st_mtime_ns > before[path] for path in before)
     spawned, port = [], free_port()
     for rank in range(2):
@@ -547,7 +549,7 @@ def test_people_whom_training_names_are_refused_by_id_and_by_clip(tmp_path):
         make(data, tmp_path / "more.jsonl", "--training", training)
 
 
-@pytest.mark.parametrize("n, people", [(1, 1), (2, 1), (3, 2), (10, 5), (50, 26), (100, 52)])
+@pytest.mark.parametrize("n, people", [(1, 1), (2, 2), (3, 2), (10, 5), (50, 26), (100, 52)])
 def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
     lines = make(curated(tmp_path / "data", 52, 1), tmp_path / "cases.jsonl", "--n", n)
     assert [len(line["people"]) for line in lines].count(1) == round(0.6 * n)
@@ -636,5 +638,5 @@ def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_fac
         print(name, {metric: score(result, metric) for metric in METRICS})
     assert score(results["own"], "face_rate") > 0.9
     similarity = {name: score(result, "mvrc_seen") for name, result in results.items()}
-    assert similarity["own"] > 0.93 and similarity["own"] > max(
-        value for name, value in similarity.items() if name != "own") + 0.05
+    assert similarity["own"] > 0.97 and all(similarity[name] < 0.94 for name in strangers)
+    assert score(results["own"], "copied") < 0.1 and score(results["scikit-image"], "copied") == 0
