@@ -42,6 +42,7 @@ GAP = 0.5  # seconds that a face may be away within one track
 COPY_POSE = 8  # degrees of yaw and pitch together: nearer to a reference's pose, a face may be its copy
 COPY_PIXELS = 0.95  # and its aligned pixels have at least this correlation with the reference's
 PUBLIC_FRAMES, JUDGED_FRAMES, JUDGED, RATED_FRAMES, SHOWN_FRAMES = 32, 16, 3, 8, 8
+STYLE = " p { margin: 2px 0; max-width: 1000px } img { image-rendering: auto }"
 CODE = ("benchmark", "curate", "faces", "pictures")  # what a result depends on
 RUBRIC = ("These are {frames} frames of one generated video, in their order. How natural is it? 5: like a "
           "real recording, 4: small flaws on a second look, 3: visible flaws of bodies, faces or motion, "
@@ -158,7 +159,7 @@ def watch(path, detector, most, fps):
         for frame, picture in enumerate(read_frames(path, fps, SHORT_SIDE)):
             if frame >= LONGEST * fps:
                 raise UserError(f"longer than {LONGEST} seconds")
-            small.append(np.asarray(ImageOps.contain(Image.fromarray(picture), (512, 512))))
+            small.append(np.array(ImageOps.contain(Image.fromarray(picture), (512, 512))))
             faces = find_shown(picture, frame, detector, most)
             if not faces and most == 1 and (found := find_with_border(picture, detector)):
                 bordered[frame] = found
@@ -413,15 +414,15 @@ def run_cases(cases, folder, args, world, detector=None):
     args.out/cases_measured.jsonl as it is there, and those of an earlier call are kept where nothing that
     they depend on has changed. Several ranks share the cases, and the file."""
     path, tasks = args.out / "cases_measured.jsonl", tasks_of(cases, folder, args)
-    known, aesthetic = read_known(path), None
+    known, networks = read_known(path), None
     judge = args.judge_url and Judge(args.judge_url, args.judge_model)
     for task in tqdm(tasks[world.rank::world.size], "measuring", unit=" videos", disable=None):
         result = known.get(task.key)
-        if result is None and task.video and detector is None:
-            detector = BenchmarkFaces(args.faces, world.device)
-            aesthetic = Aesthetic.load(args.faces, world.device)
+        if result is None and task.video and not networks:
+            networks = (detector or BenchmarkFaces(args.faces, world.device),
+                        Aesthetic.load(args.faces, world.device))
         if result is None:
-            found = (measure_case(task.case, task.video, detector, aesthetic, args.fps) if task.video
+            found = (measure_case(task.case, task.video, *networks, args.fps) if task.video
                      else {"reason": task.reason})
             result = dict(zip(("case", "rule", "video"), task.key)) | found
             append(path, result)
@@ -441,12 +442,13 @@ def ask_judge(judge, result, video, args):
 
 # ----------------------------------------------------------------------------------------------------- report
 def groups_of(results):
-    """{"1 person": the results that could be measured, ...}"""
+    """{"1 person, 60 cases": the results that could be measured, ...}"""
     groups = {}
     for result in results:
         if n := len(result.get("people", ())):
             groups.setdefault(n, []).append(result)
-    return {"1 person" if n == 1 else f"{n} people": groups[n] for n in sorted(groups)}
+    return {f"{n} {'person' if n == 1 else 'people'}, {len(group)} cases": group
+            for n, group in sorted(groups.items())}
 
 
 def chosen(names):
@@ -467,15 +469,16 @@ def case_html(case, result):
     head = f"<h3>{escape(case.id)}: {escape(case.prompt)}</h3><div>"
     if "reason" in result:
         return f"{head}<p>not measured: {escape(result['reason'])}</p></div>"
-    parts = [head]
-    for k, (strip, person, views) in enumerate(zip(result["refs"], result["people"], case.refs), 1):
+    parts = [figure(strip, f"references of person {k}: {', '.join(views)}", "jpeg")
+             for k, (strip, views) in enumerate(zip(result["refs"], case.refs), 1)]
+    parts.append(figure(result["strip"], "its video", "jpeg"))
+    for k, person in enumerate(result["people"], 1):
         values = {name: mean(metric.values(person)) for name, metric in METRICS.items()}
         words = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if value is not None)
         if person["without_face"]:
             words += f"; {person['without_face']} evaluation references show no face"
-        parts.append(figure(strip, f"person {k}: {', '.join(views)}", "jpeg"))
-        parts.append(f"<p>{escape(words)}</p>")
-    return "".join(parts) + figure(result["strip"], "video", "jpeg") + "</div>"
+        parts.append(f"<p>person {k}: {escape(words)}</p>")
+    return head + "".join(parts) + "</div>"
 
 
 def write_report(path, heading, cases, results):
@@ -488,7 +491,7 @@ def write_report(path, heading, cases, results):
     groups = groups_of(results)
     ordered = sorted(zip(cases, results), key=quality)
     write_page(path, "real benchmark", heading, table("", groups, METRICS), METRICS, identity_plots(groups),
-               [case_html(*pair) for pair in ordered])
+               [case_html(*pair) for pair in ordered], STYLE)
 
 
 def summary(results):

@@ -412,9 +412,9 @@ def plan_of(args):
 def run_toy(args, world):
     start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
     path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
+    world.barrier()  # rank 0 holds the folder
     check_outputs([page], [])
     plan = plan_of(args)
-    world.barrier()  # rank 0 holds the folder
     evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
     if first := find_checkpoint(Path(ckpt) / "stage1"):
         settings = [s for s in plan.settings if s == "none"]
@@ -492,11 +492,11 @@ def is_made(path, note):
 def run_real(args, world, detector=None):
     start, args.out = time.perf_counter(), Path(args.out)
     page = args.out / "report.html"
+    world.barrier()  # rank 0 holds the folder
     check_outputs([page, args.out / "cases_measured.jsonl"], [args.cases])
     cases, folder = real_cases.read_cases(args.cases), args.videos
     if not folder:
         folder, cases = sample_cases(cases, args, world)
-    world.barrier()  # rank 0 holds the folder
     results = benchmark.run_cases(cases, folder, args, world, detector)
     print(benchmark.summary(results))
     if world.rank == 0:

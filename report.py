@@ -232,16 +232,16 @@ def legend_html(metrics):
                    for name, m in metrics.items())
 
 
-def write_page(path, name, heading, lines, metrics, plots, cases):
+def write_page(path, name, heading, lines, metrics, plots, cases, style=""):
     """report.html: the table `lines` turned by a quarter, what its metrics mean, plots, and the cases, which
-    are HTML already, as plots are."""
+    are HTML already, as plots are. style: more CSS"""
     page = f"""<!doctype html><meta charset="utf-8"><title>HarmoView: {name}</title><style>
 body {{ font: 14px sans-serif; margin: 2em; max-width: 1320px }} svg {{ font: 11px sans-serif; margin: 6px }}
 table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 3px 9px; text-align: right }}
 tr:nth-child(even) {{ background: #f5f5f5 }} td:first-child {{ text-align: left }} li {{ margin: 2px }}
 img {{ height: 72px; image-rendering: pixelated; display: block }} h3 {{ margin: 22px 0 4px }}
 figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
-figcaption {{ font-size: 11px; color: #555 }}</style>
+figcaption {{ font-size: 11px; color: #555 }}{style}</style>
 <h1>HarmoView on the {name}</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap
 intervals.</p>
 {table_html(lines)}<ul>{legend_html(metrics)}</ul>

