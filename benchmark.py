@@ -357,7 +357,7 @@ def measure_case(case, path, detector, aesthetic, fps):
         score = mean([aesthetic(from_bytes(torch.from_numpy(p)).permute(2, 0, 1)) for p in rated])
         refs = [[to_bytes(read_picture(file, (72, 72))).permute(1, 2, 0).numpy() for file in views.values()]
                 for views in case.refs]
-    except UserError as error:
+    except (UserError, OSError) as error:
         return {"reason": str(error)}
     for person in people:  # of the whole video, so the same for each
         person["aesthetic"] = number(score)
@@ -380,11 +380,10 @@ def find_video(case, folder):
 
 
 class Task(NamedTuple):
-    """A case, its video or the reason why it has none, and what its result depends on."""
+    """A case, its video if it has one, and what its result depends on."""
     case: Case
     video: Path | None
-    reason: str | None
-    key: tuple  # the case's id, a hash of all but the video, a hash of the video
+    key: tuple  # the case's id, a hash of all but the video, a hash of the video or why there is none
 
 
 def tasks_of(cases, folder, args):
@@ -392,15 +391,18 @@ def tasks_of(cases, folder, args):
     networks = sorted((path.name, path.stat().st_size) for path in args.faces.rglob("*") if path.is_file())
     tasks = []
     for case in cases:
+        files = []
         try:
-            video, reason = find_video(case, folder), None
-        except UserError as error:
-            video, reason = None, str(error)
+            video = find_video(case, folder)
+            content = sha256_of(video)[:12]
+            files = list(map(sha256_of, files_of(case)))
+        except (UserError, OSError) as error:
+            video, content = None, str(error)
         counts = [sorted(views) for views in case.refs], list(map(len, case.eval_refs))
-        parts = [case.prompt, case.seed, case.asked_yaw, case.places, counts,
-                 list(map(sha256_of, files_of(case))), networks, args.fps, source_hash(*CODE)]
+        parts = [case.prompt, case.seed, case.asked_yaw, case.places, counts, files, networks, args.fps,
+                 source_hash(*CODE)]
         rule = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-        tasks.append(Task(case, video, reason, (case.id, rule, sha256_of(video)[:12] if video else reason)))
+        tasks.append(Task(case, video, (case.id, rule, content)))
     return tasks
 
 
@@ -423,7 +425,7 @@ def run_cases(cases, folder, args, world, detector=None):
                         Aesthetic.load(args.faces, world.device))
         if result is None:
             found = (measure_case(task.case, task.video, *networks, args.fps) if task.video
-                     else {"reason": task.reason})
+                     else {"reason": task.key[-1]})
             result = dict(zip(("case", "rule", "video"), task.key)) | found
             append(path, result)
         if judge and "people" in result and result.get("judge") != args.judge_model:
@@ -506,8 +508,9 @@ def summary(results):
     lines.append(f"{measured} of {len(results)} videos measured; the others count in no mean")
     lines += [f"  {reason}" for reason in reasons[:10]]
     people = [person for group in groups.values() for result in group for person in result["people"]]
-    if people and not any(person["alike"] for person in people):
-        lines.append("no identity was measured: without ArcFace, or with references that show no face")
+    if unknown := sum(not person["alike"] for person in people):
+        lines.append(f"no identity was measured of {unknown} of {len(people)} people: no ArcFace, or "
+                     "evaluation references that show no face")
     return "\n".join(lines)
 
 

@@ -446,6 +446,7 @@ def sample_cases(cases, args, world):
                         "train.py made")
     probe_writable(folder)
     weights = [read_meta(network)["sha256"] for network in found.networks]
+    bf16 = uses_bf16(world.device, args.precision)
     model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, precision=args.precision,
                               need_vit=found.config.vit_dim > 0)
 
@@ -458,7 +459,7 @@ def sample_cases(cases, args, world):
         references = [{view: read_picture(file, found.size) for view, file in views.items()}
                       for views in case.refs]
         files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
-        note = json.dumps([case.prompt, case.seed, files, found.frames, found.size, recipe, weights])
+        note = json.dumps([case.prompt, case.seed, files, found.frames, found.size, recipe, weights, bf16])
         size = toy.frame_size(found.size[0], len(case.refs)) if found.kind == "toy" else found.size
         return Job(case.prompt, references, case.seed, size, note=hashlib.sha256(note.encode()).hexdigest())
     checked, todo = [], []

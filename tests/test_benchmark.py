@@ -36,8 +36,8 @@ VIEW_YAWS = {"front": 4.0, "left": -62.0, "right": 62.0, "back": 175.0}
 
 
 class Known(Truth):
-    """The toy's detector: an embedding is the identity and nothing else, and a picture that is unlike all that
-    was rendered shows nobody."""
+    """The toy's detector: an embedding is the identity and nothing else, and a picture that is unlike all
+    that was rendered shows nobody."""
 
     strange = 3.0  # distance of thumbnails
 
@@ -260,7 +260,7 @@ def test_without_arcface_nothing_that_needs_identity_is_measured(world, tmp_path
     shutil.copytree(world[0].folder, made.folder, dirs_exist_ok=True)
     made.lines = [line for line in world[0].lines if line["id"] in ("truth", "swapped")]
     results = made.run("blind")
-    assert "no identity was measured" in capsys.readouterr().out
+    assert "no identity was measured of 3 of 3 people" in capsys.readouterr().out
     need_identity = (
         "mvrc",
         "mvrc_seen",
@@ -336,7 +336,7 @@ def test_coverage():
     assert benchmark.coverage([None], True, 90) is None  # seen, but no yaw could be read
 
 
-# -------------------------------------------------------------------------------------- restarts, damage, text
+# ------------------------------------------------------------------------------------ restarts, damage, text
 def table_of(out):
     page = (out / "report.html").read_text()
     return page[page.index("<table>") : page.index("<div>")]
@@ -785,7 +785,7 @@ def test_help_says_what_every_column_means(capsys):
 
 # ----------------------------------------------------------------------------------------------- a real clip
 def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_factory):
-    """176 x 144 pixels and 120 frames; MTCNN, and dlib's identity network, whose strangers have high cosines."""
+    """176 x 144 pixels and 120 frames; MTCNN, and dlib's identity network, whose strangers are alike."""
     from identity import fetch_identity
     from mtcnn import fetch
     from PIL import Image
