@@ -40,8 +40,8 @@ REFERENCE_SIDE = 512  # of the white square that a reference is fitted into
 BORDER = 0.25  # of grey around a picture in which no face was found, in its sides: the public rule's retry
 GAP = 0.5  # seconds that a face may be away within one track
 COPY_POSE = 8  # degrees of yaw and pitch together: nearer to a reference's pose, a face may be its copy
-# and its aligned pixels have at least this correlation with the reference's: a photograph coded, scaled or lit
-# anew had 0.90 to 0.996 in 13 of 15 tries, a talking man at most 0.84 with himself a quarter of a second before
+# and its aligned pixels have at least this correlation with the reference's: a picture that was coded, scaled,
+# lit or turned had 0.90 to 0.996 in 13 of 15 tries, a talking man with himself a second before at most 0.77
 COPY_PIXELS = 0.9
 PUBLIC_FRAMES, JUDGED_FRAMES, JUDGED, RATED_FRAMES, SHOWN_FRAMES = 32, 16, 3, 8, 8
 STYLE = " p { margin: 2px 0; max-width: 1000px } img { image-rendering: auto }"
