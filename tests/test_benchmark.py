@@ -25,11 +25,13 @@ import benchmark
 import cases as real_cases
 import curate
 import eval as evaluation
+import toy
 from benchmark import METRICS
 from checkpoint import UserError, read_lines
 from faces import Aesthetic
 from pictures import from_bytes, read_frames, to_image, write_video
 from report import by_case, mean, read_results
+from rope import VIEWS
 
 FRAMES = 17
 VIEW_YAWS = {"front": 4.0, "left": -62.0, "right": 62.0, "back": 175.0}
@@ -226,6 +228,42 @@ def test_the_aesthetic_score_is_there_with_its_weights(tmp_path, capsys):
     for picture in read_frames(made.folder / "videos/case.mp4", 16):
         frames.append(rate(from_bytes(torch.from_numpy(picture)).permute(2, 0, 1)))
     assert found == pytest.approx(mean(frames), abs=1e-4) and found != 0
+
+
+@pytest.mark.skipif("BENCHMARK_FULL" not in os.environ, reason="minutes; BENCHMARK_FULL=1 runs it")
+@pytest.mark.parametrize("shift, chance", [(0, 1), (1, 0)])
+def test_all_100_cases_of_the_toy_benchmark(tmp_path, shift, chance):
+    """Their ground truth as videos, against everybody's own references, and against the next person's."""
+    made, size, frames = World(tmp_path / "set"), 64, 6
+    everybody, pictures = toy.benchmark_people(), toy.benchmark_references(size)
+    yaws = toy.reference_pose(toy.BENCHMARK_IDENTITIES, toy.BENCHMARK_SEED)["yaw"].view(-1, 4).tolist()
+    for i, views in enumerate(pictures):
+        for v, view in enumerate(VIEWS):
+            box = torch.tensor([14.0, 6.0, 50.0, 54.0])
+            made.truth.add(views[v][:, None], [[(box, yaws[i][v], 0.0, i, 100 + i)]])
+            to_image(views[v], 256).save(made.folder / f"refs/{i}_{view}.png")
+    for n, (clip, cast) in enumerate(toy.benchmark_cases()):
+        video, masks = toy.render_clips([clip], [toy.pick(everybody, i) for i in cast], frames, size)
+        poses = [toy.clip_pose([clip], k, frames) for k in range(len(cast))]
+        heads = [[] for _ in range(frames)]
+        for f, k in itertools.product(range(frames), range(len(cast))):
+            y, x = (masks[0, k, f] > 0.5).nonzero().T
+            box = torch.stack((x.min(), y.min(), x.max() + 1, y.max() + 1)).float()
+            yaw, pitch = (poses[k][name][0, f].item() for name in ("yaw", "pitch"))
+            heads[f].append((box, (yaw + 180) % 360 - 180, pitch, cast[k], 200 + n))
+        made.truth.add(video[0], heads)
+        write_video(made.folder / f"videos/{n}.mp4", video[0])
+        who = [(i + shift) % len(everybody) for i in cast]
+        refs = [{view: f"refs/{i}_{view}.png" for view in VIEWS} for i in who]
+        asked = [max(abs(found[k][1]) for found in heads) for k in range(len(cast))]
+        made.lines.append({"id": str(n), "prompt": toy.caption(clip), "refs": refs, "asked_yaw": asked})
+    results = list(made.run().values())
+    found = {name: mean([score(result, name) for result in results]) for name in METRICS}
+    print(found)
+    assert found["mvrc"] == pytest.approx(chance, abs=0.02) and found["face_rate"] == 1
+    assert found["coverage"] == pytest.approx(1, abs=0.01)
+    if not shift:
+        assert found["swaps"] < 0.02 and found["copied"] < 0.1
 
 
 class Fading(Known):
