@@ -201,30 +201,37 @@ def similarity(face, targets):
     return mean([float(face.embedding @ target) for target in targets])
 
 
+def share_faces(watched, targets, people):
+    """{picture: face} of each person. targets: embeddings of everybody's evaluation references; without them,
+    people are told apart by place."""
+    alike = []
+    for track in watched.tracks:
+        if targets:
+            alike.append([mean([similarity(face, own) for face in track.faces]) for own in targets])
+        else:
+            place = mean([float(face.box[0] + face.box[2]) / 2 / watched.width for face in track.faces])
+            alike.append([-abs(place - (k + 0.5) / people) for k in range(people)])
+    faces = [{} for _ in range(people)]
+    for track, owner in zip(watched.tracks, assign(watched.tracks, alike)):
+        if owner is not None:
+            faces[owner] |= {face.frame: face for face in track.faces}
+    return faces
+
+
 def measure(case, path, detector, fps):
     """A case's video -> its pictures and a dict per person, which METRICS reads."""
-    watched = watch(path, detector, len(case.refs), fps)
+    n, watched = len(case.refs), watch(path, detector, len(case.refs), fps)
     refs = [{view: look_up(file, detector) for view, file in views.items()} for views in case.refs]
     shown = [[look_up(file, detector) for file in files] for files in case.eval_refs]
     targets = [[face.embedding for face in faces if face and face.embedding is not None] for faces in shown]
-    with_identity = all(targets)  # everybody has a reference, or nobody's video face could be compared fairly
-    alike = []
-    for track in watched.tracks:
-        if with_identity:
-            alike.append([mean([similarity(face, target) for face in track.faces]) for target in targets])
-        else:
-            place = mean([float(face.box[0] + face.box[2]) / 2 / watched.width for face in track.faces])
-            alike.append([-abs(place - (k + 0.5) / len(refs)) for k in range(len(refs))])
-    owners = assign(watched.tracks, alike)
-    faces = [{face.frame: face for track, owner in zip(watched.tracks, owners) if owner == k
-              for face in track.faces} for k in range(len(refs))]
-    people = [measure_person(k, case, refs[k], with_identity and targets, faces[k], len(watched.small))
-              for k in range(len(refs))]
+    targets = targets if all(targets) else None  # people without references could not be told from others
+    faces = share_faces(watched, targets, n)
+    people = [measure_person(k, case, refs[k], targets, faces[k], len(watched.small)) for k in range(n)]
     for person, found in zip(people, shown):
         person["without_face"] = sum(face is None for face in found)
-    if with_identity and len(refs) == 1:
+    if targets and n == 1:
         people[0]["public"] = public_rule(watched, refs[0], len(watched.small))
-    if with_identity and len(refs) > 1 and case.places and all(faces):
+    if targets and n > 1 and case.places and all(faces):
         places = [mean([float(face.box[0] + face.box[2]) for face in own.values()]) for own in faces]
         for k, person in enumerate(people):
             person["swapped"] = sorted(places).index(places[k]) != k
@@ -232,7 +239,7 @@ def measure(case, path, detector, fps):
 
 
 def measure_person(k, case, refs, targets, faces, length):
-    """refs: {view: Shown or None}; targets: embeddings of everybody's evaluation references, False where no
+    """refs: {view: Shown or None}; targets: embeddings of everybody's evaluation references, None where no
     identity is measured; faces: {picture: Shown} of this person; length: pictures of the video."""
     def by_picture(value):
         return [value(faces[f]) if f in faces else None for f in range(length)]

@@ -253,7 +253,7 @@ def test_all_100_cases_of_the_toy_benchmark(tmp_path, shift, chance):
             heads[f].append((box, (yaw + 180) % 360 - 180, pitch, cast[k], 200 + n))
         made.truth.add(video[0], heads)
         write_video(made.folder / f"videos/{n}.mp4", video[0])
-        who = [(i + shift) % len(everybody) for i in cast]
+        who = [(i + shift) % toy.BENCHMARK_IDENTITIES for i in cast]
         refs = [{view: f"refs/{i}_{view}.png" for view in VIEWS} for i in who]
         asked = [max(abs(found[k][1]) for found in heads) for k in range(len(cast))]
         made.lines.append({"id": str(n), "prompt": toy.caption(clip), "refs": refs, "asked_yaw": asked})
@@ -422,6 +422,12 @@ def test_a_restart_measures_only_what_changed(world, monkeypatch):
     made.run("again")
     os.replace(videos / "kept", videos / "copy.mp4")
     assert measured[2:] == ["copy"]
+    picture = made.folder / made.lines[0]["eval_refs"][0][1]
+    before = picture.read_bytes()
+    picture.write_bytes((made.folder / made.lines[2]["eval_refs"][0][1]).read_bytes())
+    made.run("again")
+    picture.write_bytes(before)
+    assert measured[3:] == ["truth", "still-head"]  # those whose evaluation reference it is
 
 
 def test_200_damaged_videos_and_lines_have_a_reason_each(tmp_path, capsys):
