@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ import eval as evaluation
 import toy
 from benchmark import METRICS
 from checkpoint import UserError, read_lines
-from faces import Aesthetic
+from faces import ALIGNED, Aesthetic, Detection
 from pictures import from_bytes, read_frames, to_image, write_video
 from report import by_case, mean, read_results
 from rope import VIEWS
@@ -343,6 +344,36 @@ def test_tracks_are_assigned_as_by_trying_all():
         best = max(worth(owners) for owners in itertools.product((None, *range(people)), repeat=5))
         assert worth(benchmark.assign(tracks, alike)) == pytest.approx(best)
     assert benchmark.assign([], []) == []
+
+
+def test_the_nearest_view_decides_what_was_given(world):
+    (person,) = world[1]["truth"]["people"]  # front and left were given; left is at -62, right at 62 degrees
+    assert person["seen"] == [yaw < 31 for yaw in person["yaw"]] and len(set(person["seen"])) == 2
+
+
+class Crowd:
+    """A detector that sees three faces, the smallest first, and knows nobody."""
+
+    def detect(self, images):
+        boxes = torch.tensor([[0.0, 0, 20, 20], [30, 0, 70, 40], [80, 0, 110, 30]])
+        points = [box[:2] + torch.tensor(ALIGNED) / 112 * (box[2:] - box[:2]) for box in boxes]
+        return [[Detection(box, 0.9, five) for box, five in zip(boxes, points)]]
+
+    def embed(self, crops):
+        return None
+
+    def pose(self, crops, landmarks=None):
+        return torch.zeros(len(crops), 3)
+
+
+def test_the_largest_faces_count():
+    picture = np.random.default_rng(0).integers(0, 255, (120, 120, 3), dtype=np.uint8)
+    for most, expected in ((1, [30]), (2, [30, 80]), (4, [30, 80, 0])):
+        found = benchmark.find_shown(picture, 7, Crowd(), most)
+        assert [face.box[0].item() for face in found] == expected
+        assert all(face.frame == 7 for face in found)
+    assert found[0].pixels.norm() == pytest.approx(1, abs=1e-4)
+    assert abs(found[0].pixels.mean()) < 1e-4
 
 
 def test_amplitude_and_roughness_are_as_said():
