@@ -37,12 +37,12 @@ from checkpoint import (Parser, UserError, check_outputs, count, find_checkpoint
                         nonempty, probe_writable, read_meta, run_script, sha256_of, source_hash, uses_bf16)
 from curate import check_url
 from parallel import World
-from pictures import Job, from_bytes, open_video, read_picture, to_bytes, write_video
+from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, write_video
 from report import (BIN_NAMES, Metric, align, append, by_yaw, column, estimate, figure, interval, mean, one,
                     per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
-from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, find, generate, load, make_round,
-                    override, recipe_flags)
+from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, find, frames_and_size, generate,
+                    load, make_round, override, recipe_flags)
 
 CASES = 100
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
@@ -441,6 +441,7 @@ def sample_cases(cases, args, world):
     kept."""
     found = find(args.ckpt)
     recipe, folder = override(SAMPLE_RECIPES[found.kind], args), args.out / "videos"
+    frames, size = frames_and_size(args, found)
     if not found.meta:
         raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
                         "train.py made")
@@ -456,12 +457,12 @@ def sample_cases(cases, args, world):
             raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
                             f"{found.config.max_identities}")
         check_prompt(encoders, found, case.prompt)
-        references = [{view: read_picture(file, found.size) for view, file in views.items()}
+        references = [{view: read_picture(file, size) for view, file in views.items()}
                       for views in case.refs]
         files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
-        note = json.dumps([case.prompt, case.seed, files, found.frames, found.size, recipe, weights, bf16])
-        size = toy.frame_size(found.size[0], len(case.refs)) if found.kind == "toy" else found.size
-        return Job(case.prompt, references, case.seed, size, note=hashlib.sha256(note.encode()).hexdigest())
+        note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16])
+        shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
+        return Job(case.prompt, references, case.seed, shape, note=hashlib.sha256(note.encode()).hexdigest())
     checked, todo = [], []
     for case in cases:
         try:
@@ -474,7 +475,7 @@ def sample_cases(cases, args, world):
     mine = todo[world.rank::world.size]
     for start in range(0, len(mine), ROUND):
         jobs = [job_of(case) for case in mine[start:start + ROUND]]
-        make_round(model, encoders, jobs, recipe, found.frames)
+        make_round(model, encoders, jobs, recipe, frames)
         for case, job in zip(mine[start:], jobs):
             write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
     world.barrier()
@@ -510,10 +511,9 @@ def run_real(args, world, detector=None):
 
 # -------------------------------------------------------------------------------------------------------- CLI
 OF_THE_TOY = {"--limit", "--settings", "--batch"}
-OF_REAL_VIDEOS = {"--videos", "--faces", "--fps", "--judge-url", "--judge-model", "--wan", "--offload",
-                  "--tile"}
-OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", "--wan", "--offload",
-               "--tile"}
+OF_REAL_SAMPLING = {"--wan", "--frames", "--size", "--offload", "--tile"}
+OF_REAL_VIDEOS = {"--videos", "--faces", "--fps", "--judge-url", "--judge-model", *OF_REAL_SAMPLING}
+OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", *OF_REAL_SAMPLING}
 
 
 def arguments(argv):
@@ -535,6 +535,8 @@ def arguments(argv):
     add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
     add("--compare", nargs="+", type=Path, metavar="DIR", help="--out folders of earlier calls, side by side")
     add("--wan", type=nonempty, help="for --ckpt: folder of umT5, VAE and ViT, as in sample.py")
+    add("--frames", type=count, help="for --ckpt: as in sample.py")
+    add("--size", type=picture_size, help="for --ckpt: as in sample.py")
     add("--offload", action="store_true", help="for --ckpt: as in sample.py")
     add("--tile", type=count, help="for --ckpt: as in sample.py")
     args = p.parse_args(argv)

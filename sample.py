@@ -474,6 +474,17 @@ def check_wan_size(frames, size):
                         "are multiples of 16 (480x832)")
 
 
+def frames_and_size(args, found):
+    """What --frames and --size ask of a checkpoint, or its own; UserError where it cannot make that."""
+    frames, size = args.frames or found.frames, args.size or found.size
+    if found.kind != "toy":
+        check_wan_size(frames, size)
+    elif (frames, size) != (found.frames, found.size):
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
+                        f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
+    return frames, size
+
+
 def check_prompt(encoders, found, text):
     """UserError where a prompt is too long for a checkpoint."""
     length = encoders.tokenizer([text])[0].shape[1]
@@ -532,12 +543,7 @@ def main(argv=None):
         print("kernels:", use_fused(False if args.no_fused else None))
         found = find(args.ckpt)
         recipe = override(SAMPLE_RECIPES[found.kind], args)
-        frames, size = args.frames or found.frames, args.size or found.size
-        if found.kind != "toy":
-            check_wan_size(frames, size)
-        elif (frames, size) != (found.frames, found.size):
-            raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
-                            f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
+        frames, size = frames_and_size(args, found)
         ulysses = Ulysses(world, found.config.num_heads) if args.ulysses else None
         jobs = make_jobs(args, found, frames, size)
         ranks = 1 if ulysses else world.size  # those that share the prompts

@@ -12,13 +12,14 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import ROOT, WAN_SMALL, run
 from test_curate import Truth
 from test_faces import save_aesthetic
 
@@ -28,8 +29,9 @@ import curate
 import eval as evaluation
 import toy
 from benchmark import METRICS
-from checkpoint import UserError, read_lines
+from checkpoint import UserError, read_lines, save_checkpoint
 from faces import ALIGNED, Aesthetic, Detection
+from model import DiTConfig, HarmoView
 from pictures import from_bytes, read_frames, to_image, write_video
 from report import by_case, mean, read_results
 from rope import VIEWS
@@ -657,6 +659,28 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
         assert process.exitcode == 0
     assert {path.name: path.read_bytes() for path in (made.folder / "ranks/videos").iterdir()} == videos
     assert results_of(made.folder / "ranks") == results
+
+
+def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):
+    """A small random network with references, as train.py leaves it beside its Wan folder."""
+    made = World(tmp_path / "set")
+    made.case("one", made.truth.shoot([0], ["nods"], 2), [0])
+    made.case("two", made.truth.shoot([1, 2], ["nods", "nods"], 2), [1, 2])
+    made.case("three", made.truth.shoot([1, 2, 3], ["nods"] * 3, 2), [1, 2, 3])
+    (made.folder / "cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
+    made.truth.strange = 1000
+    config = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **WAN_SMALL)
+    meta = {"config": asdict(config), "wan": str(wan / "2.1")}
+    save_checkpoint(tmp_path / "ckpt", {"ema": HarmoView(config).state_dict()}, meta)
+    argv = ["--cases", made.folder / "cases.jsonl", "--faces", made.folder / "faces"]
+    argv += ["--out", tmp_path / "out", "--steps", "1", "--frames", "5", "--size", "32x48", "--precision", "fp32", "--fps", "16"]
+    evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], made.truth)
+    results = results_of(tmp_path / "out")
+    assert [len(results[name]["people"]) for name in ("one", "two")] == [1, 2]
+    assert len(results["one"]["people"][0]["face"]) == 5
+    assert results["three"]["reason"].startswith("3 people: this checkpoint holds at most 2")
+    with pytest.raises(UserError, match="plain Wan, which has never seen references"):
+        evaluation.main([*map(str, argv), "--ckpt", str(wan / "2.1")], made.truth)
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
