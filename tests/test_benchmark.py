@@ -673,7 +673,8 @@ def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):
     meta = {"config": asdict(config), "wan": str(wan / "2.1")}
     save_checkpoint(tmp_path / "ckpt", {"ema": HarmoView(config).state_dict()}, meta)
     argv = ["--cases", made.folder / "cases.jsonl", "--faces", made.folder / "faces"]
-    argv += ["--out", tmp_path / "out", "--steps", "1", "--frames", "5", "--size", "32x48", "--precision", "fp32", "--fps", "16"]
+    argv += ["--out", tmp_path / "out"]
+    argv += ["--steps", "1", "--frames", "5", "--size", "32x48", "--precision", "fp32", "--fps", "16"]
     evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], made.truth)
     results = results_of(tmp_path / "out")
     assert [len(results[name]["people"]) for name in ("one", "two")] == [1, 2]
