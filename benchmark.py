@@ -408,7 +408,7 @@ def tasks_of(cases, folder, args):
         except (UserError, OSError) as error:
             video, content = None, str(error)
         counts = [sorted(views) for views in case.refs], list(map(len, case.eval_refs))
-        parts = [case.prompt, case.seed, case.asked_yaw, case.places, counts, files, networks, args.fps,
+        parts = [case.prompt, case.seed, case.asked_yaw, case.places, counts, files, networks, args.rate,
                  source_hash(*CODE)]
         rule = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
         tasks.append(Task(case, video, (case.id, rule, content)))
@@ -433,7 +433,7 @@ def run_cases(cases, folder, args, world, detector=None):
             networks = (detector or BenchmarkFaces(args.faces, world.device),
                         Aesthetic.load(args.faces, world.device))
         if result is None:
-            found = (measure_case(task.case, task.video, *networks, args.fps) if task.video
+            found = (measure_case(task.case, task.video, *networks, args.rate) if task.video
                      else {"reason": task.key[-1]})
             result = dict(zip(("case", "rule", "video"), task.key)) | found
             append(path, result)
@@ -446,7 +446,7 @@ def run_cases(cases, folder, args, world, detector=None):
 
 def ask_judge(judge, result, video, args):
     """A result with its natural score. One that failed has no judge, so that a restart asks again."""
-    score, reason = judge(list(read_frames(video, args.fps, 512)), result["case"])
+    score, reason = judge(list(read_frames(video, args.rate, 512)), result["case"])
     people = [person | {"natural": score} for person in result["people"]]
     return result | {"people": people, "judge": None if reason else args.judge_model, "judge_failed": reason}
 

@@ -530,7 +530,7 @@ def arguments(argv):
     add("--cases", type=Path, help="file of cases; see cases.py and make-cases")
     add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
     add("--faces", type=Path, help="folder with the weights that faces.py names")
-    add("--fps", type=frame_rate, default=8, help="pictures a second that are looked at (8)")
+    add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at (8)")
     add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model, for `natural`")
     add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
     add("--compare", nargs="+", type=Path, metavar="DIR", help="--out folders of earlier calls, side by side")

@@ -32,9 +32,10 @@ from benchmark import METRICS
 from checkpoint import UserError, read_lines, save_checkpoint
 from faces import ALIGNED, Aesthetic, Detection
 from model import DiTConfig, HarmoView
-from pictures import from_bytes, read_frames, to_image, write_video
+from pictures import from_bytes, open_video, read_frames, to_image, write_video
 from report import by_case, mean, read_results
 from rope import VIEWS
+from sample import SAMPLE_RECIPES
 
 FRAMES = 17
 VIEW_YAWS = {"front": 4.0, "left": -62.0, "right": 62.0, "back": 175.0}
@@ -640,6 +641,8 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     assert "tokens or more" in results["long"]["reason"]
     videos = {path.name: path.read_bytes() for path in (made.folder / "alone/videos").iterdir()}
     assert sorted(videos) == ["case-0.mp4", "case-1.mp4", "case-2.mp4"]
+    with open_video(made.folder / "alone/videos/case-0.mp4") as (_, stream):
+        assert stream.average_rate == SAMPLE_RECIPES["toy"]["fps"]  # whatever --fps it is looked at with
     before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
     evaluation.main(argv("alone"), made.truth)
     assert before == {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
