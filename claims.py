@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # eval comes first: it says how torch's threads wait, before torch starts them
-from eval import (METRICS, Estimate, Metric, benchmark_flags, by_case, estimate, evaluate, interval, mean,
-                  plan_of, select, show)
+from eval import METRICS, benchmark_flags, evaluate, plan_of, select
 from checkpoint import Parser, UserError, find_checkpoint, in_range, lock, nonempty, run_script
+from report import Estimate, Metric, by_case, estimate, interval, mean, show
 import torch
 
 ABLATIONS = {  # row: flags of train.py

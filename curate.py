@@ -90,6 +90,7 @@ class Face(NamedTuple):
     side: float  # pixels at 480p
     sharpness: float
     embedding: torch.Tensor | None
+    landmarks: torch.Tensor  # [5, 2]
 
 
 @dataclass(eq=False)
@@ -199,9 +200,9 @@ def find_faces(detector, picture, number, args):
     grey = F.interpolate(squares, (112, 112), mode="area").mean(1, keepdim=True) * 127.5
     laplacian = torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
     sharpness = F.conv2d(grey, laplacian).flatten(1).var(1)
-    return [Face(number, box, yaw, pitch, side, sharp, embedding)
-            for box, (yaw, pitch, _), side, sharp, embedding
-            in zip(boxes, angles, sides.tolist(), sharpness.tolist(), embeddings)]
+    return [Face(number, box, yaw, pitch, side, sharp, embedding, points)
+            for box, (yaw, pitch, _), side, sharp, embedding, points
+            in zip(boxes, angles, sides.tolist(), sharpness.tolist(), embeddings, landmarks)]
 
 
 def follow(live, faces):
@@ -563,26 +564,36 @@ def ask_captions(entries, args):
     return failed
 
 
-def ask_caption(path, people, args, frames=4, tries=3):
+def ask_caption(path, people, args, frames=4):
     """A caption of a clip from an OpenAI-compatible endpoint that sees `frames` of its frames."""
     pictures = list(read_frames(path, args.fps, args.short_side))
-    content = [{"type": "text", "text": PROMPT.format(people=people)}]
-    for k in np.linspace(0, len(pictures) - 1, frames).round().astype(int):
-        image, file = ImageOps.contain(Image.fromarray(pictures[k]), (512, 512)), io.BytesIO()
+    seen = [pictures[k] for k in np.linspace(0, len(pictures) - 1, frames).round().astype(int)]
+
+    def read(words):
+        if not words.split():
+            raise ValueError("an empty answer")
+        return " ".join(words.split())
+    return ask(args.caption_url, args.caption_model, PROMPT.format(people=people), seen, read)
+
+
+def ask(url, model, words, pictures, read, tries=3):
+    """What an OpenAI-compatible endpoint answers to words and pictures [H, W, 3], at most 512 pixels a side.
+    read: the answer's text -> what it says. Where it raises, as where the network fails, the question is put
+    again; after the last of `tries` the exception comes through."""
+    content = [{"type": "text", "text": words}]
+    for picture in pictures:
+        image, file = ImageOps.contain(Image.fromarray(picture), (512, 512)), io.BytesIO()
         image.save(file, "JPEG")
-        url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-        content.append({"type": "image_url", "image_url": {"url": url}})
-    body = {"model": args.caption_model, "messages": [{"role": "user", "content": content}]}
+        data = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        content.append({"type": "image_url", "image_url": {"url": data}})
+    body = {"model": model, "messages": [{"role": "user", "content": content}]}
     request = urllib.request.Request(
-        f"{args.caption_url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
+        f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
         {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"})
     for attempt in range(tries):
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
-                words = json.load(answer)["choices"][0]["message"]["content"].split()
-            if not words:
-                raise ValueError("an empty answer")
-            return " ".join(words)
+                return read(json.load(answer)["choices"][0]["message"]["content"])
         except Exception:
             if attempt == tries - 1:
                 raise
@@ -660,8 +671,7 @@ def read_arguments(argv):
     if not part or int(part[1]) >= int(part[2]):
         raise UserError(f"--shard {args.shard[:40]}: expected one of 0/n to n-1/n")
     args.shard = int(part[1]), int(part[2])
-    if args.caption_url and not re.match(r"https?://[^/\s]", args.caption_url):
-        raise UserError(f"--caption-url {args.caption_url}: expected http://... or https://...")
+    check_url("--caption-url", args.caption_url)
     for flag, folder in (("videos", args.videos), ("faces", args.faces)):
         if not folder.is_dir():
             raise UserError(f"--{flag} {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
@@ -687,6 +697,11 @@ def check_folders(videos, out):
     if foreign and not (out / "rows").is_dir():
         raise UserError(f"--out {out} holds {foreign[0]} but no rows/, so it is not of curate.py and would "
                         "be replaced: choose another --out")
+
+
+def check_url(flag, url):
+    if url and not re.match(r"https?://[^/\s]", url):
+        raise UserError(f"{flag} {url}: expected http://... or https://...")
 
 
 def find_videos(folder):

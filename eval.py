@@ -1,23 +1,25 @@
-"""The toy benchmark: 100 fixed cases over 52 people that training never saw, with exact ground truth.
+"""Two benchmarks with one report: the toy's, with exact ground truth, and the real one, with face networks.
 
-  python eval.py --ckpt out/toy      prints tables; writes OUT/cases.jsonl, a line per result, and report.html
+  python eval.py --ckpt out/toy                                        the toy: tables, OUT/report.html
+  python eval.py make-cases --data DATA --out cases.jsonl              cases for real videos; see cases.py
+  python eval.py --cases cases.jsonl --videos DIR --faces FACES        measure any system's videos
+  python eval.py --cases cases.jsonl --ckpt out/1.3b --faces FACES     sample them first; torchrun spreads it
+  python eval.py --compare out/ours out/theirs                         systems side by side, paired by case
 
-A case is a clip of one or two people whose motion sweeps the yaw. The clip is sampled from its caption and
-references. What it then shows is read by rendering: the same clip with one thing changed (another person,
-yaw, motion, mouth, wall, or a reference's pose) is rendered from known parameters, and the nearest rendering
-wins. No face network is needed. Intervals are 95 %, by bootstrap over cases. A restart skips finished cases.
+The toy benchmark has 100 fixed cases over 52 people that training never saw. A case is a clip of one or two
+people whose motion sweeps the yaw. The clip is sampled from its caption and references. What it then shows is
+read by rendering: the same clip with one thing changed (another person, yaw, motion, mouth, wall, or a
+reference's pose) is rendered from known parameters, and the nearest rendering wins. benchmark.py measures
+real videos. Every result is a line of JSON in OUT, appended as it is there. A restart skips finished cases.
 """
-import base64
 import contextlib
 import functools
 import hashlib
 import html
-import io
 import json
-import math
 import os
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,17 +27,22 @@ from typing import NamedTuple
 # before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+import benchmark
+import cases as real_cases
 import data
 import toy
-from checkpoint import (Parser, UserError, atomic_file, check_outputs, find_checkpoint, in_range, lock,
-                        nonempty, read_lines, run_script, source_hash, uses_bf16)
+from checkpoint import (Parser, UserError, check_outputs, count, find_checkpoint, frame_rate, in_range, lock,
+                        nonempty, probe_writable, read_meta, run_script, sha256_of, source_hash, uses_bf16)
+from curate import check_url
 from parallel import World
-from pictures import Job, from_bytes, to_bytes
+from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, write_video
+from report import (BIN_NAMES, Metric, align, append, by_yaw, column, estimate, figure, interval, mean, one,
+                    per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
-from sample import SAMPLE_RECIPES, default_checkpoint, generate, load, override, recipe_flags
+from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, find, frames_and_size, generate,
+                    load, make_round, override, recipe_flags)
 
 CASES = 100
 SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
@@ -44,9 +51,8 @@ ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
 YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested yaw; the nearest one wins
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
-YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 # what the numbers depend on
-CODE = ("data", "encode", "encoders", "eval", "kernels", "model", "rope", "sample", "toy")
+CODE = ("data", "encode", "encoders", "eval", "kernels", "model", "report", "rope", "sample", "toy")
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -186,22 +192,6 @@ def jitter(person):
     return [max(0.0, bend - requested) for bend, requested in zip(actual, bends(person["yaw"]))]
 
 
-def one(key):
-    return lambda p: [p.get(key)]
-
-
-def per_frame(key, low=0, high=181, seen=(True, False)):
-    """A per-frame value where the head is turned by low to high degrees; seen: was the nearest view given"""
-    return lambda p: [value for value, yaw, given in zip(p[key], p["yaw"], p["seen"])
-                      if low <= abs(yaw) < high and given in seen]
-
-
-class Metric(NamedTuple):
-    words: str
-    values: Callable  # one person's result -> its values; None where the clip does not show it
-    percent: bool = False  # a rate, shown in per cent
-
-
 METRICS = {
     "psnr": Metric("PSNR on the head against the truth, dB", one("psnr")),
     "side": Metric("PSNR of frames that face 45 degrees or more away, dB", per_frame("frame_psnr", 45)),
@@ -233,90 +223,20 @@ DETAILS = ("seen", "unseen", "top-1 seen", "top-1 unseen", "margin", "copied", "
 
 
 # ------------------------------------------------------------------------------------------------- statistics
-class Estimate(NamedTuple):
-    """A mean and its 95 % interval."""
-    mean: float
-    low: float
-    high: float
-
-
-def mean(values):
-    """Of those that are not None; None of none."""
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
-
-
 def select(results, n_people=(1, 2), settings=SETTINGS):
     return [r for r in results if len(r["people"]) in n_people and r["setting"] in settings]
 
 
-def by_case(results, metric):
-    """{case: a Metric's mean over its results, people and frames}, without cases that do not show it."""
-    values = {}
-    for result in results:
-        for person in result["people"]:
-            values.setdefault(result["case"], []).extend(metric.values(person))
-    means = {case: mean(values[case]) for case in sorted(values)}  # any order of results, one interval
-    return {case: value for case, value in means.items() if value is not None}
+def title(name):
+    return column(name, METRICS[name])
 
 
-def interval(values, bounds=None, draws=2000):
-    """The Estimate of a list's mean, by bootstrap; None for an empty list. For rates, and differences of
-    rates, bounds are the least and the most: where all n are alike, they get 3/n (the rule of three)."""
-    if not values:
-        return None
-    if bounds and len(set(values)) == 1:
-        value, spread = values[0], 3 / len(values)
-        return Estimate(value, max(bounds[0], value - spread), min(bounds[1], value + spread))
-    values = torch.tensor(values, dtype=torch.float64)
-    g = torch.Generator().manual_seed(0)
-    means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975]).double()).tolist()
-    return Estimate(float(values.mean()), low, high)
-
-
-def estimate(results, metric):
-    """The Estimate of a Metric over the cases of these results."""
-    return interval(list(by_case(results, metric).values()), (0, 1) if metric.percent else None)
-
-
-def show(found, percent=False, signed=False, with_interval=True):
-    """An Estimate as text, "20.31 [19.86, 20.72]", with the digits that its interval deserves."""
-    if found is None:
-        return "-"
-    digits = 2
-    if percent:
-        found, digits = Estimate(*(100 * v for v in found)), 0
-    elif 0 < max(-found.low, found.high) < 0.05:
-        digits = 4
-    average, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in found)  # + 0.0: no -0
-    if signed and not average.startswith("-"):
-        average = "+" + average
-    return f"{average} [{low}, {high}]" if with_interval else average
-
-
-def title(metric):
-    return metric + " %" if METRICS[metric].percent else metric
-
-
-def table(results, metrics, with_interval=True):
+def table_of(results, names, with_interval=True):
     """A header, and a line of cells for each number of people and setting."""
-    lines = [["people, views given", *map(title, metrics)]]
-    for n_people in (1, 2):
-        for setting in SETTINGS:
-            group = select(results, (n_people,), [setting])
-            if group:
-                cells = [show(estimate(group, METRICS[name]), METRICS[name].percent, False, with_interval)
-                         for name in metrics]
-                lines.append([f"{n_people}, {setting}", *cells])
-    return lines
-
-
-def align(lines):
-    """Lines of cells as text in columns."""
-    first, *others = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines]
-    return "\n".join(text)
+    groups = {f"{n_people}, {setting}": select(results, (n_people,), [setting])
+              for n_people in (1, 2) for setting in SETTINGS}
+    metrics = {name: METRICS[name] for name in names}
+    return table("people, views given", groups, metrics, with_interval)
 
 
 def loss_estimates(losses):
@@ -345,37 +265,6 @@ class Evaluation(NamedTuple):
     losses: dict  # case -> the prior's loss at each of SIGMAS
     frames: int
     size: int  # pixels a side
-
-
-def checksum(line):
-    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:12]
-
-
-def read_results(path, run):
-    """The lines of cases.jsonl that an earlier call wrote for the same run. A line that was cut off or
-    changed since does not fit its checksum and is measured again."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file: choose another --out")
-    lines = [line for line in read_lines(path) if line.get("run") == run]
-    return [line for line in lines if line.pop("checksum", None) == checksum(line)]
-
-
-def append(path, line):
-    """Add a line to cases.jsonl, below whatever is there."""
-    text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
-    with open(path, "ab+", buffering=0) as file:  # in one write, as other processes append too
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        if file.read() not in (b"", b"\n"):  # a line that a kill cut off
-            text = "\n" + text
-        file.write(text.encode())
-
-
-def strip(video):
-    """[3, F, S, S] as one PNG, frame beside frame, in base64."""
-    pixels = to_bytes(video).permute(2, 1, 3, 0).flatten(1, 2).numpy()
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, "png")
-    return base64.b64encode(png.getvalue()).decode()
 
 
 @torch.no_grad()
@@ -438,7 +327,8 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
     frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
     run = run_key(model, found, plan)
-    results = {(line["case"], line.get("setting")): line for line in read_results(path, run)}
+    lines = [line for line in read_results(path) if line.get("run") == run]
+    results = {(line["case"], line.get("setting")): line for line in lines}
     batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
     for numbers in tqdm(batches, "evaluating", unit=" batches", disable=None):
         for setting in (*plan.settings, None):
@@ -458,62 +348,6 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
 
 
 # ----------------------------------------------------------------------------------------------------- report
-COLOURS = {"none": "#999999", "front": "#d95f02", "front+left": "#7570b3", "all": "#1b9e77",
-           "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
-
-
-def tick_values(low, high):
-    """Round numbers from at most `low` to at least `high`, 1, 2 or 5 of a power of ten apart."""
-    span = high - low or 1
-    step = 10 ** math.floor(math.log10(span / 2))
-    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 5)
-    first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
-
-
-def plot(heading, labels, series, percent=False):
-    """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}."""
-    series = {name: estimates for name, estimates in series.items() if any(estimates)}
-    ends = [end for estimates in series.values() for e in estimates if e for end in e]
-    if not ends:
-        return ""
-    ticks, factor = tick_values(min(ends), max(ends)), 100 if percent else 1
-    W, H, left, top, bottom = 430, 250, 46, 26, 40
-
-    def y(v):
-        return top + (ticks[-1] - v) / (ticks[-1] - ticks[0]) * (H - top - bottom)
-
-    def x(i, shift=0.0):
-        return left + (i + 0.5 + shift) * (W - left - 10) / len(labels)
-    parts = [f'<text x="{left}" y="14" font-weight="bold">{html.escape(heading)}</text>']
-    for v in ticks:
-        parts.append(f'<line x1="{left}" x2="{W - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#eee"/>'
-                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{factor * v:.3g}</text>')
-    parts += [f'<text x="{x(i):.1f}" y="{H - bottom + 16}" text-anchor="middle">{html.escape(label)}</text>'
-              for i, label in enumerate(labels)]
-    for s, (name, estimates) in enumerate(series.items()):
-        shift, colour, points = (s - (len(series) - 1) / 2) * 0.09, COLOURS.get(name, "#444"), []
-        for i, e in enumerate(estimates):
-            if e:
-                at = f"{x(i, shift):.1f}"
-                points.append(f"{at},{y(e.mean):.1f}")
-                parts.append(f'<line x1="{at}" x2="{at}" y1="{y(e.low):.1f}" y2="{y(e.high):.1f}" stroke='
-                             f'"{colour}"/><circle cx="{at}" cy="{y(e.mean):.1f}" r="3.5" fill="{colour}"/>')
-        parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
-                     f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; {name}</text>')
-    return f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}">{"".join(parts)}</svg>'
-
-
-def by_yaw(results, key, percent=False):
-    """A per-frame value of one setting's results in each of YAW_BINS: Estimates over cases."""
-    return [estimate(results, Metric("", per_frame(key, low, high), percent)) for low, high in YAW_BINS]
-
-
-def figure(png, caption):
-    return (f'<figure><img src="data:image/png;base64,{html.escape(png)}">'
-            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
-
-
 def case_html(number, results, frames, size):
     """One case: its references, the truth, and the video under each setting."""
     clip, cast = toy.benchmark_cases()[number]
@@ -533,13 +367,12 @@ def report(path, heading, evaluations):
     """Write report.html: the table, plots, every case with the worst first. evaluations: {"this checkpoint":
     its Evaluation, "its stage 1": that of the run's first stage, where there is one}"""
     results, _, frames, size = evaluations["this checkpoint"]
-    bins = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
     settings, plots = [s for s in SETTINGS if select(results, settings=[s])], []
     for n_people, words in ((1, "one person"), (2, "two people")):
         groups = {s: select(results, (n_people,), [s]) for s in settings}
-        plots += [plot(f"PSNR by yaw, {words}, dB", bins,
+        plots += [plot(f"PSNR by yaw, {words}, dB", BIN_NAMES,
                        {s: by_yaw(group, "frame_psnr") for s, group in groups.items()}),
-                  plot(f"right person nearest by yaw, {words}, % of frames", bins,
+                  plot(f"right person nearest by yaw, {words}, % of frames", BIN_NAMES,
                        {s: by_yaw(group, "frame_right", True) for s, group in groups.items()}, True)]
     swaps = [estimate(group, METRICS["swaps"]) for group in groups.values()]
     losses = {name: loss_estimates(e.losses) for name, e in evaluations.items()}
@@ -547,32 +380,16 @@ def report(path, heading, evaluations):
     plots += [plot("swaps by views given, two people, %", settings, {"this checkpoint": swaps}, True),
               plot("loss by noise level, no references", [str(s) for s in SIGMAS], losses),
               plot("caption followed, no references, %", CAPTION_FIELDS, captions, True)]
-    header, *columns = zip(*table(results, METRICS))
-    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in columns]
-    legend = "".join(f"<li><b>{name}</b>: {html.escape(m.words)}</li>" for name, m in METRICS.items())
     cases, quality = {}, {}
     for result in results:
         cases.setdefault(result["case"], []).append(result)
         if result["setting"] == settings[-1]:  # most views
             quality[result["case"]] = mean([person["psnr"] for person in result["people"]])
     galleries = [case_html(n, cases[n], frames, size) for n in sorted(cases, key=quality.get)]
-    page = f"""<!doctype html><meta charset="utf-8"><title>HarmoView: toy benchmark</title><style>
-body {{ font: 14px sans-serif; margin: 2em; max-width: 1320px }} svg {{ font: 11px sans-serif; margin: 6px }}
-table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 3px 9px; text-align: right }}
-tr:nth-child(even) {{ background: #f5f5f5 }} td:first-child {{ text-align: left }} li {{ margin: 2px }}
-img {{ height: 72px; image-rendering: pixelated; display: block }} h3 {{ margin: 22px 0 4px }}
-figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
-figcaption {{ font-size: 11px; color: #555 }}</style>
-<h1>HarmoView on the toy benchmark</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap
-intervals.</p>
-<table><tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>{''.join(lines)}</table><ul>{legend}</ul>
-<div>{''.join(plots)}</div><h2>All cases, the worst first</h2>
-{''.join(galleries)}"""
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page(path, "toy benchmark", heading, table_of(results, METRICS), METRICS, plots, galleries)
 
 
-# -------------------------------------------------------------------------------------------------------- CLI
+# ----------------------------------------------------------------------------------------------- the toy, run
 def benchmark_flags(add):
     """Flags that say what is measured; claims.py has them too."""
     case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
@@ -592,38 +409,171 @@ def plan_of(args):
     return plan
 
 
-def main(argv=None):
+def run_toy(args, world):
+    start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
+    path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
+    world.barrier()  # rank 0 holds the folder
+    check_outputs([page], [])
+    plan = plan_of(args)
+    evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
+    if first := find_checkpoint(Path(ckpt) / "stage1"):
+        settings = [s for s in plan.settings if s == "none"]
+        evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path, world)
+    results = evaluations["this checkpoint"].results
+    print(align(table_of(results, HEADLINE)))
+    for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
+        print(align(table_of(results, metrics, with_interval=False)))
+    lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
+    for name, evaluation in evaluations.items():
+        rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
+        lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
+    print(align(lines))
+    if world.rank == 0:
+        how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
+        report(page, f"{ckpt}: {how}", evaluations)
+        print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------------ real videos
+def sample_cases(cases, args, world):
+    """Make the cases' videos with --ckpt in OUT/videos, over all ranks -> that folder, and the cases, those
+    that the checkpoint cannot make with a fault. A video whose comment says that it was made of the same is
+    kept."""
+    found = find(args.ckpt)
+    recipe, folder = override(SAMPLE_RECIPES[found.kind], args), args.out / "videos"
+    frames, size = frames_and_size(args, found)
+    if not found.meta:
+        raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
+                        "train.py made")
+    probe_writable(folder)
+    weights = [read_meta(network)["sha256"] for network in found.networks]
+    bf16 = uses_bf16(world.device, args.precision)
+    model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, precision=args.precision,
+                              need_vit=found.config.vit_dim > 0)
+
+    def job_of(case):
+        """A case as a Job with its pictures, which says in its note what the video is made of."""
+        if len(case.refs) > found.config.max_identities:
+            raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
+                            f"{found.config.max_identities}")
+        check_prompt(encoders, found, case.prompt)
+        references = [{view: read_picture(file, size) for view, file in views.items()}
+                      for views in case.refs]
+        files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
+        note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16])
+        shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
+        return Job(case.prompt, references, case.seed, shape, note=hashlib.sha256(note.encode()).hexdigest())
+    checked, todo = [], []
+    for case in cases:
+        try:
+            if not case.fault and not is_made(folder / f"{case.id}.mp4", job_of(case).note):
+                todo.append(case)
+        except UserError as error:
+            case = case._replace(fault=str(error))
+        checked.append(case)
+    world.barrier()  # all have looked before anybody writes
+    mine = todo[world.rank::world.size]
+    for start in range(0, len(mine), ROUND):
+        jobs = [job_of(case) for case in mine[start:start + ROUND]]
+        make_round(model, encoders, jobs, recipe, frames)
+        for case, job in zip(mine[start:], jobs):
+            write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
+    world.barrier()
+    return folder, checked
+
+
+def is_made(path, note):
+    """Is there a whole video with this comment."""
+    try:
+        with open_video(path) as (container, _):
+            return container.metadata.get("comment") == note
+    except UserError:
+        return False
+
+
+def run_real(args, world, detector=None):
+    start, args.out = time.perf_counter(), Path(args.out)
+    page = args.out / "report.html"
+    world.barrier()  # rank 0 holds the folder
+    check_outputs([page, args.out / "cases_measured.jsonl"], [args.cases])
+    cases, folder = real_cases.read_cases(args.cases), args.videos
+    if not folder:
+        folder, cases = sample_cases(cases, args, world)
+    results = benchmark.run_cases(cases, folder, args, world, detector)
+    print(benchmark.summary(results))
+    if world.rank == 0:
+        heading = f"{args.cases.name}, videos of {args.ckpt or args.videos}"
+        benchmark.write_report(page, heading, cases, results)
+        print(f"{page} in {time.perf_counter() - start:.0f} s")
+    if all("reason" in result for result in results):
+        raise UserError(f"none of {len(results)} videos could be measured; the first: {results[0]['reason']}")
+
+
+# -------------------------------------------------------------------------------------------------------- CLI
+OF_THE_TOY = {"--limit", "--settings", "--batch"}
+OF_REAL_SAMPLING = {"--wan", "--frames", "--size", "--offload", "--tile"}
+OF_REAL_VIDEOS = {"--videos", "--faces", "--fps", "--judge-url", "--judge-model", *OF_REAL_SAMPLING}
+OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", *OF_REAL_SAMPLING}
+
+
+def arguments(argv):
+    """-> args; UserError where flags of one half are given to the other."""
     meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
-    p = Parser(description=__doc__, epilog=f"what the columns mean:\n{meanings}")
+    real = "\n".join(f"  {name:15}{metric.words}" for name, metric in benchmark.METRICS.items())
+    p = Parser(description=__doc__, epilog=f"what the toy's columns mean:\n{meanings}\n\n"
+               f"what the real benchmark's columns mean:\n{real}")
     p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
-    p.add_argument("--out", type=nonempty, default="out/eval", help="folder for cases.jsonl and report.html")
-    benchmark_flags(p.add_argument)
+    p.add_argument("--out", type=nonempty, default="out/eval", help="folder for results and report.html")
+    toys = p.add_argument_group("the toy benchmark, and how to sample")
+    benchmark_flags(toys.add_argument)
+    add = p.add_argument_group("real videos").add_argument
+    add("--cases", type=Path, help="file of cases; see cases.py and make-cases")
+    add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
+    add("--faces", type=Path, help="folder with the weights that faces.py names")
+    add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at (8)")
+    add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model, for `natural`")
+    add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
+    add("--compare", nargs="+", type=Path, metavar="DIR", help="--out folders of earlier calls, side by side")
+    add("--wan", type=nonempty, help="for --ckpt: folder of umT5, VAE and ViT, as in sample.py")
+    add("--frames", type=count, help="for --ckpt: as in sample.py")
+    add("--size", type=picture_size, help="for --ckpt: as in sample.py")
+    add("--offload", action="store_true", help="for --ckpt: as in sample.py")
+    add("--tile", type=count, help="for --ckpt: as in sample.py")
+    args = p.parse_args(argv)
+    given = {word.split("=")[0] for word in argv}
+    if args.compare and {word for word in given if word.startswith("--")} - {"--compare", "--out"}:
+        raise UserError("--compare takes folders of earlier calls, and --out only")
+    if args.cases and bool(args.videos) == bool(args.ckpt):
+        raise UserError("--cases needs one of --videos DIR, a system's videos, and --ckpt to make them")
+    for flags, wrong, reason in (
+            (OF_THE_TOY, args.cases, "belongs to the toy benchmark: leave it out with --cases"),
+            (OF_REAL_VIDEOS, not args.cases, "belongs to real videos: it needs --cases"),
+            (OF_SAMPLING, args.videos, "is for sampling: leave it out with --videos")):
+        if wrong and (named := sorted(given & flags)):
+            raise UserError(f"{named[0]} {reason}")
+    if args.cases and not (args.faces and args.faces.is_dir()):
+        raise UserError(f"--faces {args.faces or ''}: expected a folder of face networks; see README.md")
+    if args.videos and not args.videos.is_dir():
+        raise UserError(f"--videos {args.videos}: no such folder")
+    check_url("--judge-url", args.judge_url)
+    return args
+
+
+def main(argv=None, detector=None):
+    """detector: an object with the methods of faces.Faces, instead of the networks in --faces."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["make-cases"]:
+        return real_cases.make_cases(argv[1:])
     world = World.join()
     with world.one_voice():
-        args = p.parse_args(argv)
-        start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
+        args = arguments(argv)
         with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
-            path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
-            check_outputs([page], [])
-            plan = plan_of(args)
-            world.barrier()  # rank 0 holds the folder
-            evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
-            if first := find_checkpoint(Path(ckpt) / "stage1"):
-                settings = [s for s in plan.settings if s == "none"]
-                evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path, world)
-            results = evaluations["this checkpoint"].results
-            print(align(table(results, HEADLINE)))
-            for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
-                print(align(table(results, metrics, with_interval=False)))
-            lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
-            for name, evaluation in evaluations.items():
-                rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
-                lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
-            print(align(lines))
-            if world.rank == 0:
-                how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
-                report(page, f"{ckpt}: {how}", evaluations)
-                print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
+            if args.compare:
+                benchmark.compare(args.compare, Path(args.out))
+            elif args.cases:
+                run_real(args, world, detector)
+            else:
+                run_toy(args, world)
     world.leave()
 
 

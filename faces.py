@@ -4,8 +4,10 @@ Module trees carry the key names of the released files; depths and widths are re
   RetinaFace   boxes and five landmarks; mobilenet0.25 or ResNet-50
   ArcFace      a face as a unit vector; IResNet-50 or -100
   SixDRepNet   the head's rotation; RepVGG-B1g2 as deployed
+  CLIP         a picture as a vector: the image tower of CLIP, for Aesthetic
   Faces        all three from one folder: detect, embed and pose are all that curation and metrics see, so
                another detector is another object with these three
+  Aesthetic    how well a picture looks, by people's votes; of no face at all
 
 Pictures are RGB in -1..1, [B, 3, H, W]. Boxes and landmarks are in pixels, x to the right and y down.
 Angles are in degrees: yaw > 0 looks to the picture's right edge, pitch > 0 looks up, roll > 0 tilts the head
@@ -30,16 +32,20 @@ ALIGNED = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493,
 # On a mean face, x right, y up, z to the viewer, in eye distances; published noses stand out by 0.43 to 0.6.
 MEAN_FACE = ((-0.5, 0.0, 0.0), (0.5, 0.0, 0.0), (0.0, -0.56, 0.5), (-0.42, -1.08, 0.03), (0.42, -1.08, 0.03))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in 0..1
+CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # the same of CLIP
 resize = functools.partial(F.interpolate, mode="bilinear", antialias=True)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
 def load_released(kind, path, device):
-    """A frozen RetinaFace, ArcFace or SixDRepNet as wide and deep as the file holds it, in float32. Ignores
-    DataParallel's `module.` before names and batch norms' counters. UserError where anything does not fit."""
+    """A frozen network as wide and deep as the file holds it, in float32. Ignores DataParallel's `module.`
+    before names, batch norms' counters and what its kind calls `unused`. UserError where anything does not
+    fit."""
     file, counter = read_weights(path), "num_batches_tracked"
     prefix = "module." if all(name.startswith("module.") for name in file.shapes) else ""
     shapes = {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if counter not in name}
+    unused = getattr(kind, "unused", ())
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(unused)}
     try:
         with torch.device("meta"):
             network = kind.from_shapes(shapes)
@@ -308,6 +314,115 @@ def rotation_of(landmarks):
     U, _, V = torch.linalg.svd(camera, full_matrices=False)
     x, y = (U @ V).unbind(1)
     return torch.stack((x, y, torch.linalg.cross(x, y)), dim=1)
+
+
+# ----------------------------------------------------------------------------------------- aesthetic quality
+class CLIPBlock(nn.Module):
+    def __init__(self, dim, ffn_dim):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(dim, dim) for name in projections})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, ffn_dim), "fc2": nn.Linear(ffn_dim, dim)})
+
+    def forward(self, x):
+        y, attention = self.layer_norm1(x), self.self_attn
+        q, k, v = (attention[name](y).unflatten(2, (-1, 64)).transpose(1, 2)  # heads are 64 wide in all sizes
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + attention["out_proj"](y)
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](y * (1.702 * y).sigmoid())  # QuickGELU
+
+
+class CLIP(nn.Module):
+    """The image tower of CLIP (Radford et al. 2021), key names of Hugging Face's model.safetensors, of which
+    the text tower is not read."""
+    unused = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")
+
+    def __init__(self, dim=1024, ffn_dim=4096, num_layers=24, patch=14, patches=256, features=768):
+        super().__init__()
+        self.patch, self.side = patch, patch * math.isqrt(patches)
+        embeddings, tower = nn.Module(), nn.Module()
+        embeddings.class_embedding = nn.Parameter(torch.zeros(dim))
+        embeddings.patch_embedding = nn.Conv2d(3, dim, patch, patch, bias=False)
+        embeddings.position_embedding = nn.Embedding(1 + patches, dim)
+        tower.embeddings = embeddings
+        tower.pre_layrnorm, tower.post_layernorm = nn.LayerNorm(dim), nn.LayerNorm(dim)  # spelt as released
+        tower.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPBlock(dim, ffn_dim)
+                                                               for _ in range(num_layers))})
+        self.vision_model, self.visual_projection = tower, nn.Linear(dim, features, bias=False)
+
+    @classmethod
+    def from_shapes(cls, shapes):
+        tower = "vision_model."
+        dim, _, _, patch = shapes[f"{tower}embeddings.patch_embedding.weight"]
+        ffn_dim, _ = shapes[f"{tower}encoder.layers.0.mlp.fc1.weight"]
+        num_layers = sum(name.endswith("mlp.fc1.weight") for name in shapes)
+        patches = shapes[f"{tower}embeddings.position_embedding.weight"][0] - 1
+        return cls(dim, ffn_dim, num_layers, patch, patches, shapes["visual_projection.weight"][0])
+
+    def forward(self, crop):
+        """Pictures [N, 3, side, side] in -1..1 -> [N, features], not normalised."""
+        mean, std = torch.tensor(CLIP_RGB).to(crop)[..., None, None]
+        tower = self.vision_model
+        x = tower.embeddings.patch_embedding(((crop + 1) / 2 - mean) / std).flatten(2).transpose(1, 2)
+        first = tower.embeddings.class_embedding.expand(len(x), 1, -1)
+        x = tower.pre_layrnorm(torch.cat((first, x), dim=1) + tower.embeddings.position_embedding.weight)
+        for block in tower.encoder["layers"]:
+            x = block(x)
+        return self.visual_projection(tower.post_layernorm(x[:, 0]))
+
+
+class AestheticHead(nn.Module):
+    """LAION's sac+logos+ava1-l14-linearMSE.pth: five linear layers without anything between them."""
+
+    def __init__(self, dims=(768, 1024, 128, 64, 16, 1)):
+        super().__init__()
+        places = ("0", "2", "4", "6", "7")  # dropouts stood between
+        self.layers = nn.ModuleDict(dict(zip(places, map(nn.Linear, dims, dims[1:]))))
+
+    @classmethod
+    def from_shapes(cls, shapes):
+        first, dims = shapes["layers.0.weight"][1], (shapes[f"layers.{n}.weight"][0] for n in (0, 2, 4, 6, 7))
+        return cls([first, *dims])
+
+    def forward(self, features):
+        for layer in self.layers.values():
+            features = layer(features)
+        return features[:, 0]
+
+
+class Aesthetic:
+    """LAION's aesthetic score, about 1 to 10, of CLIP's features as unit vectors."""
+    FILES = {CLIP: ("clip*/model.safetensors", "clip*.safetensors"), AestheticHead: ("*linearMSE.*",)}
+
+    def __init__(self, clip, head):
+        self.clip, self.head = clip, head
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """Both networks in `folder`, or None, which is said, where one is missing."""
+        networks = []
+        for kind, patterns in cls.FILES.items():
+            found = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+            if not found:
+                print(f"{folder} holds no {kind.__name__} ({' or '.join(patterns)}): no aesthetic score",
+                      file=sys.stderr, flush=True)
+                return None
+            networks.append(load_released(kind, found[0], device))
+        return cls(*networks)
+
+    @torch.no_grad()
+    def __call__(self, image):
+        """A picture [3, H, W] in -1..1 -> its score. The middle square counts, as in CLIP."""
+        _, height, width = image.shape
+        scale, side = self.clip.side / min(height, width), self.clip.side
+        size = [max(side, round(n * scale)) for n in (height, width)]
+        image = resize(image[None], size, mode="bicubic").clamp(-1, 1)
+        top, left = ((n - side) // 2 for n in size)
+        crop = image[:, :, top:top + side, left:left + side].to(self.clip.visual_projection.weight.device)
+        return float(self.head(F.normalize(self.clip(crop), dim=1)))
 
 
 # ------------------------------------------------------------------------------------------------------ crops

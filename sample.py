@@ -474,6 +474,25 @@ def check_wan_size(frames, size):
                         "are multiples of 16 (480x832)")
 
 
+def frames_and_size(args, found):
+    """What --frames and --size ask of a checkpoint, or its own; UserError where it cannot make that."""
+    frames, size = args.frames or found.frames, args.size or found.size
+    if found.kind != "toy":
+        check_wan_size(frames, size)
+    elif (frames, size) != (found.frames, found.size):
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
+                        f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
+    return frames, size
+
+
+def check_prompt(encoders, found, text):
+    """UserError where a prompt is too long for a checkpoint."""
+    length = encoders.tokenizer([text])[0].shape[1]
+    if length > found.config.text_len:
+        raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
+                        f"this checkpoint reads at most {found.config.text_len}")
+
+
 def output_files(args, jobs, per_round=ROUND):
     """Names of the MP4s, one a job, and of the sheets, one a round. UserError for one that may not be."""
     out = args.out.removesuffix(".mp4").removesuffix(".png")
@@ -524,12 +543,7 @@ def main(argv=None):
         print("kernels:", use_fused(False if args.no_fused else None))
         found = find(args.ckpt)
         recipe = override(SAMPLE_RECIPES[found.kind], args)
-        frames, size = args.frames or found.frames, args.size or found.size
-        if found.kind != "toy":
-            check_wan_size(frames, size)
-        elif (frames, size) != (found.frames, found.size):
-            raise UserError(f"{frames} frames of {size[0]}x{size[1]}: this checkpoint makes "
-                            f"{found.frames} frames of {found.size[0]}x{found.size[1]}")
+        frames, size = frames_and_size(args, found)
         ulysses = Ulysses(world, found.config.num_heads) if args.ulysses else None
         jobs = make_jobs(args, found, frames, size)
         ranks = 1 if ulysses else world.size  # those that share the prompts
@@ -543,10 +557,7 @@ def main(argv=None):
         model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
                                   need_vit, args.lora, ulysses)
         for text in [*(job.prompt for job in jobs), recipe["negative"]]:
-            length = encoders.tokenizer([text])[0].shape[1]
-            if length > found.config.text_len:
-                raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
-                                f"this checkpoint reads at most {found.config.text_len}")
+            check_prompt(encoders, found, text)
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
     writes = world.rank == 0 or not ulysses

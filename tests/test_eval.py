@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, call, run
 
 import eval as evaluation
+import report
 import toy
 from checkpoint import UserError, lock
 from eval import METRICS
@@ -30,7 +31,7 @@ def render(number, who=None, poses=None, **changes):
 def score(metric, videos, views=VIEWS):
     """Mean of a metric over {case: video}."""
     results = [{"case": n, "people": evaluation.measure(video, n, views)} for n, video in videos.items()]
-    return evaluation.mean(evaluation.by_case(results, METRICS[metric]).values())
+    return evaluation.mean(report.by_case(results, METRICS[metric]).values())
 
 
 def test_the_truth_itself_scores_full_marks():
@@ -139,7 +140,7 @@ def test_noise_in_the_side_frames_alone_lowers_side_and_leaves_the_front():
     g = torch.Generator().manual_seed(0)
     video[:, 2:] = torch.rand(video[:, 2:].shape, generator=g) * 2 - 1
     (found,) = evaluation.measure(video, 0, ("front",))
-    by_case = {name: evaluation.by_case([{"case": 0, "people": [found]}], METRICS[name]) for name in METRICS}
+    by_case = {name: report.by_case([{"case": 0, "people": [found]}], METRICS[name]) for name in METRICS}
     values = {name: evaluation.mean(of_case.values()) for name, of_case in by_case.items()}
     assert values["side"] < 12 and values["seen"] > 35 and values["unseen"] < 12
     assert found["frame_right"][:2] == [True, True] and values["top-1 seen"] > values["top-1 unseen"]
@@ -364,7 +365,7 @@ def test_help_says_what_every_column_means(capsys):
 
 @pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (0.5, 0.0, 1.0), (15.0, 14.0, 22.0), (0.0, 0.0, 0.0)])
 def test_a_plot_holds_its_values_between_its_ticks(values):
-    drawn = evaluation.plot("t", ["a"], {"all": [evaluation.Estimate(*values)]})
+    drawn = evaluation.plot("t", ["a"], {"all": [report.Estimate(*values)]})
     ticks = [float(v) for v in re.findall(r'end">(.*?)<', drawn)]
     assert 2 <= len(ticks) <= 7 and ticks[0] <= values[1] and ticks[-1] >= values[2]
     assert evaluation.plot("t", ["a"], {"all": [None]}) == ""

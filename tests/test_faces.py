@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mtcnn import fetch, fetch_mtcnn
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import faces
 import toy
@@ -676,3 +677,84 @@ def test_mtcnn_is_a_second_backend_on_real_faces(tmp_path_factory):
         assert abs(yaw[0]) < 30 and yaw[1] == pytest.approx(-yaw[0], abs=6)
         face = align(image[0], points[:1])
         torch.testing.assert_close(net.detect(face)[0][0].landmarks, torch.tensor(ALIGNED), rtol=0, atol=8)
+
+
+# ------------------------------------------------------------------------------------------ aesthetic quality
+def small_clip(**sizes):
+    """A random CLIP of transformers, both towers."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = dict(hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=tower, vision_config=tower | dict(image_size=56, patch_size=14),
+                                 projection_dim=24))
+    for parameter in model.parameters():  # as released ones, nowhere zero or one
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def save_aesthetic(folder):
+    """Files of a small random CLIP and head as users have them -> the model of transformers, the head."""
+    model = small_clip()
+    (folder / "clip-vit-large-patch14").mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "clip-vit-large-patch14" / "model.safetensors")
+    dims = (24, 20, 16, 12, 8, 1)
+    layers = [torch.nn.Linear(a, b) for a, b in zip(dims, dims[1:])]
+    head = torch.nn.Sequential(*itertools.chain(*((layer, torch.nn.Dropout()) for layer in layers[:3])),
+                               *layers[3:]).eval()
+    state = {f"layers.{name}": tensor for name, tensor in head.state_dict().items()}
+    torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    return model, head
+
+
+def test_clip_is_transformers_clip(tmp_path):
+    model, _ = save_aesthetic(tmp_path)
+    file = tmp_path / "clip-vit-large-patch14" / "model.safetensors"
+    ours = faces.load_released(faces.CLIP, file, "cpu")
+    crop = torch.rand(3, 3, 56, 56) * 2 - 1
+    mean, std = torch.tensor(faces.CLIP_RGB)[..., None, None]
+    with torch.no_grad():
+        vision = model.vision_model(((crop + 1) / 2 - mean) / std)
+        expected = model.visual_projection(vision.pooler_output)
+        torch.testing.assert_close(ours(crop), expected, rtol=1e-4, atol=1e-4)
+    assert ours(crop).std() > 0.1
+
+
+def test_the_aesthetic_score_is_clips_unit_vector_through_five_layers(tmp_path):
+    model, head = save_aesthetic(tmp_path)
+    image = torch.rand(3, 60, 100) * 2 - 1
+    small = np.asarray(Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).resize(
+        (93, 56), Image.Resampling.BICUBIC))[:, 18:74]
+    crop = torch.from_numpy(small / 127.5 - 1).float().permute(2, 0, 1)[None]
+    mean, std = torch.tensor(faces.CLIP_RGB)[..., None, None]
+    with torch.no_grad():
+        vision = model.vision_model(((crop + 1) / 2 - mean) / std)
+        expected = head(F.normalize(model.visual_projection(vision.pooler_output), dim=1))
+    found = faces.Aesthetic.load(tmp_path)(image)
+    assert found == pytest.approx(expected.item(), abs=2e-3) and found != 0
+
+
+def test_without_either_file_there_is_no_aesthetic_score(tmp_path, capsys):
+    save_aesthetic(tmp_path)
+    (tmp_path / "sac+logos+ava1-l14-linearMSE.pth").rename(tmp_path / "kept")
+    assert faces.Aesthetic.load(tmp_path) is None
+    assert "holds no AestheticHead (*linearMSE.*): no aesthetic score" in capsys.readouterr().err
+    (tmp_path / "kept").rename(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    file = tmp_path / "clip-vit-large-patch14" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["vision_model.extra"] = torch.zeros(1)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="1 unknown .*extra"):
+        faces.Aesthetic.load(tmp_path)
+    del tensors["vision_model.extra"], tensors["vision_model.post_layernorm.bias"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="1 missing .*post_layernorm"):
+        faces.Aesthetic.load(tmp_path)
+
+
+def test_the_released_sizes_of_clip_and_its_head():
+    with torch.device("meta"):
+        network, head = faces.CLIP(), faces.AestheticHead()
+    assert sum(p.numel() for p in network.parameters()) == 303_966_208  # ViT-L/14 and its projection
+    assert network.side == 224 and head.layers["0"].weight.shape == (1024, 768)

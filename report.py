@@ -1,0 +1,251 @@
+"""What both benchmarks share: metrics of results, means with intervals, tables, and report.html.
+
+A result is a dict with a "case" and "people", one dict per person; a Metric reads its values out of such a
+dict. Values of one case are averaged first, then cases: intervals are 95 %, by bootstrap over cases. Results
+are kept as lines of JSON, each appended as soon as it is there. No text of a result becomes markup.
+"""
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from checkpoint import UserError, atomic_file, read_lines
+from pictures import to_bytes
+
+YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
+BIN_NAMES = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
+COLOURS = {"none": "#999999", "front": "#d95f02", "front+left": "#7570b3", "all": "#1b9e77",
+           "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
+OTHER_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+class Metric(NamedTuple):
+    words: str
+    values: Callable  # one person's result -> its values; None where the clip does not show it
+    percent: bool = False  # a rate, shown in per cent
+
+
+def one(key):
+    return lambda p: [p.get(key)]
+
+
+def per_frame(key, low=0, high=181, seen=(True, False)):
+    """A per-frame value where the head is turned by low to high degrees; seen: was the nearest view given"""
+    return lambda p: [value for value, yaw, given in zip(p[key] or (), p["yaw"], p["seen"])
+                      if yaw is not None and low <= abs(yaw) < high and given in seen]
+
+
+def column(name, metric):
+    return name + " %" if metric.percent else name
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+    mean: float
+    low: float
+    high: float
+
+
+def mean(values):
+    """Of those that are not None; None of none."""
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def by_case(results, metric):
+    """{case: a Metric's mean over its results, people and frames}, without cases that do not show it."""
+    values = {}
+    for result in results:
+        for person in result["people"]:
+            values.setdefault(result["case"], []).extend(metric.values(person))
+    means = {case: mean(values[case]) for case in sorted(values)}  # any order of results, one interval
+    return {case: value for case, value in means.items() if value is not None}
+
+
+def interval(values, bounds=None, draws=2000):
+    """The Estimate of a list's mean, by bootstrap; None for an empty list. For rates, and differences of
+    rates, bounds are the least and the most: where all n are alike, they get 3/n (the rule of three)."""
+    if not values:
+        return None
+    if bounds and len(set(values)) == 1:
+        value, spread = values[0], 3 / len(values)
+        return Estimate(value, max(bounds[0], value - spread), min(bounds[1], value + spread))
+    values = torch.tensor(values, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975]).double()).tolist()
+    return Estimate(float(values.mean()), low, high)
+
+
+def estimate(results, metric):
+    """The Estimate of a Metric over the cases of these results."""
+    return interval(list(by_case(results, metric).values()), (0, 1) if metric.percent else None)
+
+
+def by_yaw(results, key, percent=False):
+    """A per-frame value of these results in each of YAW_BINS: Estimates over cases."""
+    return [estimate(results, Metric("", per_frame(key, low, high), percent)) for low, high in YAW_BINS]
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+def show(found, percent=False, signed=False, with_interval=True):
+    """An Estimate as text, "20.31 [19.86, 20.72]", with the digits that its interval deserves."""
+    if found is None:
+        return "-"
+    digits = 2
+    if percent:
+        found, digits = Estimate(*(100 * v for v in found)), 0
+    elif 0 < max(-found.low, found.high) < 0.05:
+        digits = 4
+    average, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in found)  # + 0.0: no -0
+    if signed and not average.startswith("-"):
+        average = "+" + average
+    return f"{average} [{low}, {high}]" if with_interval else average
+
+
+def table(corner, groups, metrics, with_interval=True):
+    """A header, and a line of cells for each group that is not empty. groups: {label: results}; metrics:
+    {name: Metric}"""
+    lines = [[corner, *(column(name, metric) for name, metric in metrics.items())]]
+    for label, group in groups.items():
+        if group:
+            cells = [show(estimate(group, metric), metric.percent, False, with_interval)
+                     for metric in metrics.values()]
+            lines.append([label, *cells])
+    return lines
+
+
+def align(lines):
+    """Lines of cells as text in columns."""
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines]
+    return "\n".join(text)
+
+
+# ---------------------------------------------------------------------------------------------------- results
+def checksum(line):
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:12]
+
+
+def read_results(path):
+    """The lines that earlier calls wrote. A line that was cut off or changed since does not fit its checksum
+    and is left out: it is measured again."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: choose another --out")
+    return [line for line in read_lines(path) if line.pop("checksum", None) == checksum(line)]
+
+
+def append(path, line):
+    """Add a line to the results, below whatever is there."""
+    text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
+    with open(path, "ab+", buffering=0) as file:  # in one write, as other processes append too
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):  # a line that a kill cut off
+            text = "\n" + text
+        file.write(text.encode())
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+def tick_values(low, high):
+    """Round numbers from at most `low` to at least `high`, 1, 2 or 5 of a power of ten apart."""
+    span = high - low or 1
+    step = 10 ** math.floor(math.log10(span / 2))
+    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def plot(heading, labels, series, percent=False):
+    """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}."""
+    series = {name: estimates for name, estimates in series.items() if any(estimates)}
+    ends = [end for estimates in series.values() for e in estimates if e for end in e]
+    if not ends:
+        return ""
+    ticks, factor = tick_values(min(ends), max(ends)), 100 if percent else 1
+    W, H, left, top, bottom = 430, 250, 46, 26, 40
+
+    def y(v):
+        return top + (ticks[-1] - v) / (ticks[-1] - ticks[0]) * (H - top - bottom)
+
+    def x(i, shift=0.0):
+        return left + (i + 0.5 + shift) * (W - left - 10) / len(labels)
+    parts = [f'<text x="{left}" y="14" font-weight="bold">{html.escape(heading)}</text>']
+    for v in ticks:
+        parts.append(f'<line x1="{left}" x2="{W - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#eee"/>'
+                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{factor * v:.3g}</text>')
+    parts += [f'<text x="{x(i):.1f}" y="{H - bottom + 16}" text-anchor="middle">{html.escape(label)}</text>'
+              for i, label in enumerate(labels)]
+    for s, (name, estimates) in enumerate(series.items()):
+        shift, points = (s - (len(series) - 1) / 2) * 0.09, []
+        colour = COLOURS.get(name, OTHER_COLOURS[s % len(OTHER_COLOURS)])
+        for i, e in enumerate(estimates):
+            if e:
+                at = f"{x(i, shift):.1f}"
+                points.append(f"{at},{y(e.mean):.1f}")
+                parts.append(f'<line x1="{at}" x2="{at}" y1="{y(e.low):.1f}" y2="{y(e.high):.1f}" stroke='
+                             f'"{colour}"/><circle cx="{at}" cy="{y(e.mean):.1f}" r="3.5" fill="{colour}"/>')
+        parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
+                     f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; '
+                     f'{html.escape(name[:15])}</text>')
+    return f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}">{"".join(parts)}</svg>'
+
+
+def base64_of(image, kind="png"):
+    """A PIL image as a file of that kind, in base64."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def strip(video):
+    """[3, F, S, S] as one PNG, frame beside frame, in base64."""
+    pixels = to_bytes(video).permute(2, 1, 3, 0).flatten(1, 2).numpy()
+    return base64_of(Image.fromarray(pixels))
+
+
+def figure(picture, caption, kind="png"):
+    """picture: a file of that kind in base64."""
+    return (f'<figure><img src="data:image/{kind};base64,{html.escape(picture)}">'
+            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
+
+
+# ------------------------------------------------------------------------------------------------------- page
+def table_html(lines):
+    header, *columns = zip(*lines)
+    rows = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in columns]
+    return (f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in header)}</tr>"
+            f"{''.join(rows)}</table>")
+
+
+def legend_html(metrics):
+    return "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(m.words)}</li>"
+                   for name, m in metrics.items())
+
+
+def write_page(path, name, heading, lines, metrics, plots, cases, style=""):
+    """report.html: the table `lines` turned by a quarter, what its metrics mean, plots, and the cases, which
+    are HTML already, as plots are. style: more CSS"""
+    page = f"""<!doctype html><meta charset="utf-8"><title>HarmoView: {name}</title><style>
+body {{ font: 14px sans-serif; margin: 2em; max-width: 1320px }} svg {{ font: 11px sans-serif; margin: 6px }}
+table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 3px 9px; text-align: right }}
+tr:nth-child(even) {{ background: #f5f5f5 }} td:first-child {{ text-align: left }} li {{ margin: 2px }}
+img {{ height: 72px; image-rendering: pixelated; display: block }} h3 {{ margin: 22px 0 4px }}
+figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
+figcaption {{ font-size: 11px; color: #555 }}{style}</style>
+<h1>HarmoView on the {name}</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap
+intervals.</p>
+{table_html(lines)}<ul>{legend_html(metrics)}</ul>
+<div>{''.join(plots)}</div>{"<h2>All cases, the worst first</h2>" if cases else ""}
+{''.join(cases)}"""
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")

