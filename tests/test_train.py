@@ -933,7 +933,7 @@ def test_sharded_replicated_and_alone_are_one_training(fresh):
     flipped[-1] ^= 1
     (newest / "__1_0.distcp").write_bytes(flipped)
     well, said = torchrun(3, *common, "--shard", "--out", "two", "--resume", cwd=fresh)  # from step 2, of two
-    assert well and "__1_0.distcp is missing or damaged" in said
+    assert well and "__1_0.distcp is missing or damaged" in said, said
     assert distance(found["alone"], weights(fresh / "two")["ema.safetensors"]) < 1e-6
     well, said = torchrun(2, *common, "--out", "two", "--resume", cwd=fresh)
     assert not well and "trained otherwise (shard True there, False here" in said
