@@ -40,7 +40,7 @@ FILES = {
 OVER = {
     "model": (520, "configs, files and inputs are checked before a network is built; frozen bases"),
     "sample": (590, "what can be known of a job is refused before its first step; experts, rounds by rank"),
-    "checkpoint": (605, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (610, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (240, "dry runs of sampling and of training"),
     "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows"),
