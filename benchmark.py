@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cases import Case
 from checkpoint import UserError, sha256_of, source_hash
-from curate import EXTRACT, MIDDLE, Track, ask, find_faces, follow
+from curate import EXTRACT, MIDDLE, ask, find_faces, follow
 from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align
 from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder
 from report import align as in_columns
@@ -166,12 +166,7 @@ def watch(path, detector, most, fps):
             if not faces and most == 1 and (found := find_with_border(picture, detector)):
                 bordered[frame] = found
             live = [track for track in live if track.faces[-1].frame >= frame - 1 - GAP * fps]
-            for face, track in zip(faces, follow(live, faces)):
-                if track is None:
-                    track = Track()
-                    tracks.append(track)
-                    live.append(track)
-                track.faces.append(face)
+            follow(tracks, live, faces)
     return Watched(tracks, small, bordered, picture.shape[1])
 
 

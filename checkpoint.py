@@ -389,14 +389,16 @@ def original_name(name):
     return name
 
 
+# folders of Wan2.2's two experts, the one for high noise first: Wan's own names, and diffusers'
+EXPERTS = ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")
+
+
 def expert_folders(path):
-    """The two folders of a Wan2.2 checkpoint's experts, the one for high noise first, as Wan or as diffusers
-    name them; None where there is no pair."""
-    for pair, marks in ((("high_noise_model", "low_noise_model"),) * 2,
-                        (("transformer", "transformer_2"), ("transformer_2",))):
-        if any((Path(path) / name).is_dir() for name in marks):
-            return [Path(path) / name for name in pair]
-    return None
+    """Those two folders of a Wan2.2 checkpoint; None where there is no pair (`transformer` alone is none)."""
+    own, diffusers = ([Path(path) / name for name in pair] for pair in EXPERTS)
+    if own[0].is_dir() or own[1].is_dir():
+        return own
+    return diffusers if diffusers[1].is_dir() else None
 
 
 def wan_files(path):

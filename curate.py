@@ -155,12 +155,7 @@ def find_tracks(path, detector, args):
             shots, live = shots + 1, []
         live = [track for track in live if track.faces[-1].frame >= number - STEP * (GAP + 1)]
         faces = find_faces(detector, picture, number, args)
-        for face, track in zip(faces, follow(live, faces)):
-            if track is None:
-                track = Track()
-                tracks.append(track)
-                live.append(track)
-            track.faces.append(face)
+        for face, track in zip(faces, follow(tracks, live, faces)):
             if not math.isnan(face.yaw):
                 yaws[int((face.yaw + 180) % 360 // 10)] += 1
             keep_best(track, face, [other for other in faces if other is not face], picture, mask, args)
@@ -205,9 +200,9 @@ def find_faces(detector, picture, number, args):
             in zip(boxes, angles, sides.tolist(), sharpness.tolist(), embeddings, landmarks)]
 
 
-def follow(live, faces):
-    """For each face of a frame the live track that goes on with it, or None. Best pairs first, by overlap
-    plus cosine."""
+def follow(tracks, live, faces):
+    """Add the faces of a frame to the live tracks that go on with them, best pairs first by overlap plus
+    cosine, or to new ones, which join both lists; returns each face's track."""
     pairs, owners = [], [None] * len(faces)
     for track, (f, face) in itertools.product(live, enumerate(faces)):
         last = track.faces[-1]
@@ -219,6 +214,12 @@ def follow(live, faces):
     for _, track, f in sorted(pairs, key=lambda pair: -pair[0]):
         if owners[f] is None and track not in owners:
             owners[f] = track
+    for f, face in enumerate(faces):
+        if owners[f] is None:
+            owners[f] = Track()
+            tracks.append(owners[f])
+            live.append(owners[f])
+        owners[f].faces.append(face)
     return owners
 
 

@@ -126,6 +126,7 @@ class Dataset:
         self.views = [v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
         with as_user_error(sample_path(self.folder, "empty")):
             self.empty = self.load("empty", ["text"])["text"]
+        # samples drawn of each group of members, whatever the views: those that all have share one order
         self.taken, self.checked, self.broken = collections.Counter(), set(), set()
 
     def draw(self, stage, progress, rng, available, batch, seed):
@@ -145,7 +146,7 @@ class Dataset:
             by_shape = self.having(views, False)
         shape = rng.choices(list(by_shape), [len(members) for members in by_shape.values()])[0]
         members = by_shape[shape]
-        start = self.taken[members]  # not of the views: where all samples have all, one order serves them all
+        start = self.taken[members]
         self.taken[members] += batch
         return views, [shuffled(members, seed, n // len(members))[n % len(members)]
                        for n in range(start, start + batch)]

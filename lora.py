@@ -67,7 +67,7 @@ def add_lora(model, rank):
 
 @torch.no_grad()
 def init_lora(model):
-    """Also for a model that was on the meta device when it got its adapters."""
+    """Adapters that change nothing yet: A random, B zero. A model from the meta device needs it once more."""
     for linear in model.modules():
         if isinstance(linear, LoraLinear):
             linear.lora_A.normal_(std=linear.in_features**-0.5)

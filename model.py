@@ -475,7 +475,7 @@ def load_base(model, base, dtype=None):
     {"train", "rank", "path", "sha256"}, path a Wan checkpoint or a folder of train.py."""
     path = Path(base["path"])
     if not base["sha256"]:
-        return load_wan(model, path) if dtype is None else fill(model, read_wan(path), dtype)
+        return fill(model, read_wan(path), dtype)
     if not path.is_dir() or read_meta(path)["sha256"].get("ema.safetensors") != base["sha256"]:
         raise UserError(f"{path}, which was trained further, is not there any more or was trained again")
     check_files(path, "ema.safetensors")

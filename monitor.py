@@ -151,10 +151,10 @@ class Validation:
 
 
 @contextlib.contextmanager
-def exchanged(model, weights, averages):
+def averaged(model, weights, averages):
     """Meanwhile the network has its averaged weights. Both are {name: tensor}."""
     @torch.no_grad()
-    def exchange():
+    def swap():
         for name, p in weights.items():
             kept = p.detach().clone()
             p.copy_(averages[name])
@@ -162,9 +162,9 @@ def exchanged(model, weights, averages):
         for module in model.modules():  # what was gathered for a forward is of before
             if isinstance(module, FSDPModule):
                 module.reshard()
-    exchange()
+    swap()
     yield
-    exchange()
+    swap()
 
 
 # --------------------------------------------------------------------------------------------------- loss.png

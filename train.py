@@ -37,15 +37,15 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, as_user_error, autocast, check_replaceable, compare, count,
-                        delete_checkpoint, expert_folders, find_checkpoint, find_valid, fraction, in_range,
-                        load_tensors, lock, nonempty, not_negative, pack_optimizers, parent_of, positive,
-                        probe_writable, read_meta, run_script, save_checkpoint, seed_number, sha256_of,
-                        steps_in, temporary_name, unpack_optimizers, uses_bf16)
+from checkpoint import (EXPERTS, Parser, UserError, as_user_error, autocast, check_replaceable, compare,
+                        count, delete_checkpoint, expert_folders, find_checkpoint, find_valid, fraction,
+                        in_range, load_tensors, lock, nonempty, not_negative, pack_optimizers, parent_of,
+                        positive, probe_writable, read_meta, run_script, save_checkpoint, seed_number,
+                        sha256_of, steps_in, temporary_name, unpack_optimizers, uses_bf16)
 from kernels import use_fused
 from lora import TRAINS, set_trained
 from model import CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
-from monitor import CASES, Metrics, Validation, draw_losses, exchanged
+from monitor import CASES, Metrics, Validation, averaged, draw_losses
 from muon import make_optimizers
 from parallel import (CORES, TORCHRUN, World, gathered, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
@@ -314,7 +314,7 @@ def prepare(number, args, config, world):
     if args.shard:
         shard(model, world, args.precision == "bf16")
     ema = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    if own and not args.shard:
+    if own and not args.shard:  # until here it had the averaged weights, as a stage starts from those
         load_trained(model, own, "model")
     optimizers = make_optimizers(model, args)
     if own and args.shard:
@@ -379,7 +379,7 @@ def draw_noise(x0, generators, levels):
 
 
 def micro_batches(stage, number, first_step, args, dataset, available, world):
-    """For each step from first_step on, the names of all its samples, and the batches of this rank's
+    """For each step from first_step on, the sources of all its samples, and the batches of this rank's
     micro-steps, each with its samples' generators. The first steps are drawn too, since the order of the
     samples goes on from them."""
     share, steps = args.batch // world.size, args.steps[number - 1]  # samples per rank and step
@@ -446,7 +446,7 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
     skipped, began = 0, time.perf_counter()
     batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, available, world))
     for step in bar:
-        names, micro_steps = metrics.next(batches)
+        sources, micro_steps = metrics.next(batches)
         # learning rate
         progress = step / steps
         factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
@@ -478,7 +478,7 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
                            "step skipped, no weight changed")
             if skipped == min(10, steps):
                 raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
-                                f"last one {step} with {', '.join(sorted(set(names))[:20])}; try smaller "
+                                f"last one {step} with {', '.join(sorted(set(sources))[:20])}; try smaller "
                                 "learning rates, or leave out what is wrong")
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -494,7 +494,7 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
                           **metrics.speed())
         stopping = stop()
         if valid and ((step + 1) % args.valid_every == 0 or last):
-            with exchanged(model, trained, ema):
+            with averaged(model, trained, ema):
                 losses = valid.losses(loss_of, model, args.levels, args.precision)
             metrics.write(stage=number, step=step + 1, valid=losses)
         if (step + 1) % args.save_every == 0 or last or stopping:
@@ -551,8 +551,8 @@ def choose_expert(wan, expert):
     folders = expert_folders(wan)
     if folders:
         return folders[0 if expert == "high" else 1]
-    other = ("low_noise_model", "transformer_2") if expert == "high" else ("high_noise_model",)
-    if Path(wan).name in other:
+    (own_high, own_low), (_, diffusers_low) = EXPERTS  # any single network of diffusers is a `transformer`
+    if Path(wan).name in ((own_low, diffusers_low) if expert == "high" else (own_high,)):
         raise UserError(f"--expert {expert} with --wan {wan}: that is the other expert")
     return wan
 
@@ -571,10 +571,10 @@ def load_data(args, config, world):
         if args.mv2id and dataset.settings["mask"] != 0.6:
             raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, --mv2id needs 0.6")
     else:
-        world_of, threads = toy.WORLDS[args.config], torch.get_num_threads()
+        size, frames = (toy.WORLDS[args.config][name] for name in ("size", "frames"))
+        threads = torch.get_num_threads()
         if world.size > 1 and world.device.type == "cpu":
             torch.set_num_threads(CORES)
-        size, frames = world_of["size"], world_of["frames"]
         folder = toy.render_cache(args.data, size, frames, args.clips, args.pairs)
         try:
             encoders = toy.ToyEncoders(folder, size)
@@ -612,13 +612,13 @@ def main(argv=None):
                       f"{'from' if args.expert == 'high' else 'below'} t = {1000 * args.boundary:g}")
             if world.size == 1 and world.device.type == "cpu" and CORES > 1 and args.batch % 2 == 0:
                 print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
-            load_data(args, config, world)  # what it renders and encodes, it leaves for the other ranks
+            loaded = load_data(args, config, world)  # it renders and encodes first, for the other ranks too
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
                 for number in reversed(stages):
                     for step in reversed(steps_in(args.out / f"stage{number}")):
                         delete_checkpoint(step)  # and nothing else, which may be the user's
         world.barrier()
-        dataset, valid, files = load_data(args, config, world)
+        dataset, valid, files = loaded if world.rank == 0 else load_data(args, config, world)
         available = ("front",) if args.front_only else dataset.views
         stop = stop_on_signal(world)
         for number in stages:

@@ -549,6 +549,11 @@ def test_no_text_becomes_markup(tmp_path):
         assert "http" not in page
 
 
+def compare(made, *systems):
+    folders = [str(made.folder / name) for name in systems]
+    evaluation.main(["--compare", *folders, "--out", str(made.folder / "both")])
+
+
 # ------------------------------------------------------------------------------------------- several systems
 def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
     made, shoot = World(tmp_path / "set"), None
@@ -563,15 +568,7 @@ def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
     os.remove(made.folder / "videos/case-3.mp4")
     made.run("theirs")
     capsys.readouterr()
-    evaluation.main(
-        [
-            "--compare",
-            str(made.folder / "ours"),
-            str(made.folder / "theirs"),
-            "--out",
-            str(made.folder / "both"),
-        ]
-    )
+    compare(made, "ours", "theirs")
     printed = capsys.readouterr().out
     assert "3 cases that all systems measured" in printed and "results: ours 4, theirs 3" in printed
     (mvrc,) = (line for line in printed.splitlines() if line.startswith("1 person, 3 cases: mvrc "))
@@ -581,15 +578,7 @@ def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
     made.run("ours", "--fps", "8", lines=made.lines[:1])
     made.run("blurry", "--fps", "4", lines=made.lines[:1])
     with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
-        evaluation.main(
-            [
-                "--compare",
-                str(made.folder / "ours"),
-                str(made.folder / "blurry"),
-                "--out",
-                str(made.folder / "both"),
-            ]
-        )
+        compare(made, "ours", "blurry")
 
 
 def free_port():

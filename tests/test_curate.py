@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 import tracemalloc
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from mtcnn import fetch, fetch_mtcnn
 from PIL import Image
+from test_pictures import encode, gradient
 
 import curate
 import toy
@@ -414,26 +414,6 @@ def test_torchrun_spreads_the_videos(world, tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------- videos of all kinds
-def encode(path, pictures, codec="libx264", pix_fmt="yuv420p", times=None, rate=16, options=None):
-    """uint8 pictures [H, W, 3 or 4] -> a video; times in seconds for a variable rate."""
-    with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], pix_fmt
-        for k, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgba" if picture.shape[2] == 4 else "rgb24")
-            if times:
-                frame.pts, frame.time_base = round(times[k] * 1000), Fraction(1, 1000)
-            container.mux(stream.encode(frame.reformat(format=pix_fmt)))
-        container.mux(stream.encode())
-
-
-def gradient(n, height, width):
-    """n pictures, red to the right and green downwards, that get brighter."""
-    x, y = np.linspace(0, 200, width), np.linspace(0, 200, height)
-    return [np.stack((*np.meshgrid(x, y), np.full((height, width), 8 * k)), 2).astype(np.uint8)
-            for k in range(n)]
-
-
 def frames_of(path, *flags):
     args = curate.read_arguments(["--videos", str(path.parent), "--out", "/tmp", "--faces", ".", *flags])
     return list(read_frames(path, args.fps, args.short_side))
