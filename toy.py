@@ -5,6 +5,7 @@ Another identity in the same call shows somebody else; so eval.py measures ident
 
   python toy.py --out DIR     writes sample clips (MP4), references (PNG) and captions to look at
 """
+import colorsys
 import functools
 import json
 import math
@@ -64,6 +65,9 @@ BACKGROUNDS = {  # colour at the bottom and at the top
 }
 VIEW_YAW = {"front": 0.0, "left": -85.0, "right": 85.0, "back": 180.0}
 PATCHES = ("left", "right", "back")  # each seen in the view of that name and never from the front
+# words for looks: the colour wheel in equal parts from red on, and skins from dark to light
+HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
+SKINS = ("ebony", "brown", "tan", "fair", "pale")
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,35 @@ def draw_clips(n, n_people, seed, motions=tuple(MOTIONS)):
     return [draw_clip(rng, n_people, motions) for _ in range(n)]
 
 
-def caption(clip):
-    """The clip in words; nothing that the renderer shows is left out but who the people are."""
+def caption(clip, looks=None):
+    """The clip in words; nothing that the renderer shows is left out but who the people are.
+    looks: words for each person's looks, as describe gives them, in a caption that tells these too."""
     def person(k):
-        return f"in a {clip.shirts[k]} shirt {clip.motions[k]} with {clip.mouths[k]}"
+        look = f"with {looks[k]} " if looks else ""
+        return f"{look}in a {clip.shirts[k]} shirt {clip.motions[k]} with {clip.mouths[k]}"
     people = f"one person {person(0)}"
     if len(clip.motions) == 2:
         people = f"two people, the first on the left {person(0)}, the second on the right {person(1)}"
     return f"{clip.zoom} of {people}, {clip.light}, {clip.background}"
+
+
+def colour_name(rgb):
+    """The nearest of HUES to a colour, three numbers in 0..1, with a word before it where it is dark."""
+    hue, _, value = colorsys.rgb_to_hsv(*rgb)
+    shade = "dark " if value < 0.4 else "dim " if value < 0.7 else ""
+    return shade + HUES[round(len(HUES) * hue) % len(HUES)]
+
+
+def describe(identities, i):
+    """The looks of one of these identities in words: what ATTRIBUTES of eval.py measure, and the beard."""
+    def colour(name):
+        return colour_name(identities[name][i].tolist())
+    tone = (float(identities["skin"][i].mean()) - 0.24) / (0.83 - 0.24)
+    skin = SKINS[min(len(SKINS) - 1, max(0, int(len(SKINS) * tone)))]
+    words = f"{skin} skin, {colour('hair')} hair, {colour('eyes')} eyes"
+    if identities["beard"][i]:
+        words += ", a beard"
+    return words + "".join(f", a {colour(f'patch_{side}')} patch {side}" for side in PATCHES)
 
 
 def hsv(h, s, v):
@@ -359,7 +384,7 @@ def view_distance(yaw):
 WORLDS = {
     "tiny": dict(size=32, frames=3, clips=(12, 12)),
     "toy": dict(size=32, frames=6, clips=(1600, 1600)),
-    "toy64": dict(size=64, frames=13, clips=(4000, 4000)),
+    "toy64": dict(size=64, frames=8, clips=(2400, 2400)),
     "1.3b": dict(size=256, frames=17, clips=(0, 0)),  # bench.py's clips; these train on real ones
     "14b": dict(size=256, frames=17, clips=(0, 0)),
 }
@@ -374,20 +399,22 @@ def check_config(config):
 
 
 class ToyCodec:
-    """The toy's exactly invertible VAE: 4x4 pixels of a frame become one latent of 48 channels."""
-    stride = 4
+    """The toy's exactly invertible VAE: stride x stride pixels of a frame become one latent of 3 stride^2
+    channels. A head has 8 x 8 of them at any size in pixels."""
+
+    def __init__(self, size):
+        self.stride = max(4, size // 8)
 
     def encode(self, video):
-        """[B, 3, F, H, W] in -1..1 -> [B, 48, F, H/4, W/4]; H and W are multiples of 4."""
+        """[B, 3, F, H, W] in -1..1 -> [B, C, F, H/stride, W/stride]; H and W are multiples of the stride."""
         return F.pixel_unshuffle(video.transpose(1, 2), self.stride).transpose(1, 2)
 
     def decode(self, latent):
         return F.pixel_shuffle(latent.transpose(1, 2), self.stride).transpose(1, 2)
 
-    @classmethod
-    def latent_shape(cls, frames, size):
+    def latent_shape(self, frames, size):
         """(C, T, H, W) of the latents of a clip of size (H, W) in pixels."""
-        return 3 * cls.stride**2, frames, size[0] // cls.stride, size[1] // cls.stride
+        return 3 * self.stride**2, frames, size[0] // self.stride, size[1] // self.stride
 
 
 class ToyEncoders(ToyCodec):
@@ -396,10 +423,11 @@ class ToyEncoders(ToyCodec):
     TOKENIZER = "spiece.model"
     name = "toy"
     latent_dtype = torch.uint8  # in a cache: latents are pixels, so 8 bits hold them exactly
-    mask_block = 2 * ToyCodec.stride  # pixels of one token
     vit_shape = [len(VIT_LEVELS), VIT_DIM]
 
     def __init__(self, folder, size):
+        super().__init__(size)
+        self.mask_block = 2 * self.stride  # pixels of one token
         self.files = [Path(folder) / self.TOKENIZER]  # what a checkpoint has to hold with the network
         self.tokenizer = Tokenizer(self.files[0])
         with torch.random.fork_rng([]):
@@ -433,11 +461,17 @@ class ToyEncoders(ToyCodec):
 
 
 def train_tokenizer(path):
-    """A sentencepiece model of the toy's captions with umT5's special ids: pad 0, </s> 1, unknown 2."""
-    clips = draw_clips(2000, 1, "tokenizer") + draw_clips(2000, 2, "tokenizer")
+    """A sentencepiece model of the toy's captions with umT5's special ids: pad 0, </s> 1, unknown 2. Half of
+    them describe the people: all training sets share one tokenizer, and so one text encoder."""
+    captions = []
+    for n_people in (1, 2):
+        people, clips = draw_identities(2000, n_people), draw_clips(2000, n_people, "tokenizer")
+        for i, clip in enumerate(clips):
+            looks = [describe(people, i - k) for k in range(n_people)]
+            captions += [caption(clip), caption(clip, looks)]
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=map(caption, clips), model_writer=file, vocab_size=300, model_type="bpe",
+            sentence_iterator=iter(captions), model_writer=file, vocab_size=360, model_type="bpe",
             hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
 
 
@@ -446,18 +480,20 @@ IN_PAIR_MOTIONS = ("sweeps rightwards", "sweeps leftwards", "looks around")
 IN_PAIR_VIEWS = ("front", "left", "right")  # each of them shows these and no back
 
 
-def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED):
+def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED, described=0.0):
     """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
     It holds one.safetensors and two.safetensors (video uint8 [n, 3, F, H, W], refs uint8 [n, people, V, 3,
     size, size]), captions.txt, a line a clip, and spiece.model.
 
-    clips  how many with one person and with two
-    pairs  "cross": references with a light, shirt and pose of their own; "in": frames of the clip itself
-    seed   TRAIN_SEED, or VALID_SEED for people that training does not see
+    clips      how many with one person and with two
+    pairs      "cross": references with a light, shirt and pose of their own; "in": frames of the clip itself
+    seed       TRAIN_SEED, or VALID_SEED for people that training does not see
+    described  share of the captions that tell the people's looks too
     """
     code = source_hash("pictures", "toy")
     kind = "toy" if seed == TRAIN_SEED else f"toy{seed}"
-    folder = Path(root) / f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}-{code}"
+    words = f"-described{described:g}" if described else ""
+    folder = Path(root) / f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}{words}-{code}"
     # sweeps twice as often: they show the views that the references are for
     motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
     if folder.exists():
@@ -472,15 +508,27 @@ def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED):
                 part = draw_clips(n, n_people, seed, motions)
                 tensors = render_training(part, n_people, size, frames, pairs, seed)
                 save_tensors(build / f"{name}.safetensors", tensors)
-                captions += "".join(f"{caption(clip)}\n" for clip in part)
+                captions += "".join(f"{words}\n" for words in captions_of(part, n_people, seed, described))
             (build / "captions.txt").write_text(captions)
     return folder
+
+
+def training_identities(n, n_people, seed):
+    """Those of n training clips: person k of clip i is number i + k * n."""
+    return draw_identities(n * n_people, seed + n_people)
+
+
+def captions_of(clips, n_people, seed, described):
+    """The captions of training clips. A clip's own draw decides whether it tells the looks."""
+    n, people, rng = len(clips), training_identities(len(clips), n_people, seed), random.Random(seed + n_people)
+    return [caption(clip, [describe(people, i + k * n) for k in range(n_people)]
+                    if rng.random() < described else None) for i, clip in enumerate(clips)]
 
 
 def render_training(clips, n_people, size, frames, pairs, seed):
     """Clips that show identities of their own, and their references: {"video", "refs"} as in render_cache."""
     n = len(clips)
-    identities = draw_identities(n * n_people, seed + n_people)
+    identities = training_identities(n, n_people, seed)
     videos, pictures = [], []
     for i in tqdm(range(0, n, 64), desc=f"rendering clips of {n_people}", unit=" x 64", disable=None):
         chunk = clips[i:i + 64]

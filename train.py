@@ -75,7 +75,7 @@ TRAIN_RECIPES = {  # per config: steps of each stage, global batch, peak learnin
     # does not learn to read the caption (+1 dB)
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=100.0),
     "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
-    "toy64": dict(steps=(1000, 1500, 2500, 5000), batch=32, muon_lr=8e-3, adamw_lr=1e-3, shift=100.0),
+    "toy64": dict(steps=(30, 40, 900, 600), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
     # from --wan; what others use for Wan, not measured here. lora_lr is for --train new and lora
     "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
                  shift=5.0),
@@ -112,6 +112,8 @@ def arguments(argv=None):
     opt("--adamw-lr", type=positive, help="peak learning rate of AdamW")
     opt("--optimizer", choices=("muon", "adamw"),
         help="muon: on the blocks' matrices, AdamW on the rest (default; adamw for Wan's networks)")
+    opt("--lr-span", type=fraction, nargs=2, metavar=("START", "END"), help="times the peak learning rates, "
+        "at every stage's start and end (default: STAGES)")
     opt("--warmup", type=count, default=30, help="steps of linear warm-up per stage")
     opt("--weight-decay", type=not_negative, default=0.01)
     opt("--clip", type=positive, default=1.0, help="largest gradient norm")
@@ -133,6 +135,8 @@ def arguments(argv=None):
     method("--rope-jump", type=count, help="Jump-RoPE's gap between identities, in frames")
     method("--proxy-tokens", type=in_range(int, 0, 10**4, "0 to 10000"),
            help="learnable tokens for a missing view; 0 leaves it out")
+    method("--described", type=fraction, default=0.0,
+           help="share of the toy's captions that tell the people's looks too (for a base: 0.66)")
     method("--pairs", choices=("cross", "in"), default="cross",
            help="references from elsewhere or from the clip itself")
     method("--no-curriculum", action="store_true",
@@ -258,7 +262,7 @@ def step_flags(args, number):
     """The flags that decide what a step does; they must not change when a stage resumes."""
     names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
              "shift", "timesteps", "expert", "boundary", "train", "rank", "shard", "precision", "clips",
-             "pairs", "mask", "no_curriculum", "front_only")
+             "pairs", "described", "mask", "no_curriculum", "front_only", "lr_span")
     flags = {name: getattr(args, name) for name in names} | {"steps": args.steps[number - 1]}
     if folder := encoded_data(args):
         flags["data"] = sha256_of(folder / "index.jsonl")[:16]
@@ -405,6 +409,8 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
     stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
     if args.no_curriculum:
         stage = replace(STAGES[len(STAGES)], lr=stage.lr)
+    if args.lr_span:
+        stage = replace(stage, lr=tuple(args.lr_span))
     if args.mv2id:
         stage = replace(stage, cross=0)
     model, ema, optimizers, first_step, parent, base = start
@@ -575,7 +581,7 @@ def load_data(args, config, world):
         threads = torch.get_num_threads()
         if world.size > 1 and world.device.type == "cpu":
             torch.set_num_threads(CORES)
-        folder = toy.render_cache(args.data, size, frames, args.clips, args.pairs)
+        folder = toy.render_cache(args.data, size, frames, args.clips, args.pairs, described=args.described)
         try:
             encoders = toy.ToyEncoders(folder, size)
         except UserError as error:
