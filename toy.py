@@ -123,7 +123,7 @@ def describe(identities, i):
     words = f"{skin} skin, {colour('hair')} hair, {colour('eyes')} eyes"
     if identities["beard"][i]:
         words += ", a beard"
-    return words + "".join(f", a {colour(f'patch_{side}')} patch {side}" for side in PATCHES)
+    return words + "".join(f", {side} patch {colour(f'patch_{side}')}" for side in PATCHES)
 
 
 def hsv(h, s, v):
