@@ -112,7 +112,7 @@ def arguments(argv=None):
     opt("--adamw-lr", type=positive, help="peak learning rate of AdamW")
     opt("--optimizer", choices=("muon", "adamw"),
         help="muon: on the blocks' matrices, AdamW on the rest (default; adamw for Wan's networks)")
-    opt("--lr-span", type=fraction, nargs=2, metavar=("START", "END"), help="times the peak learning rates, "
+    opt("--lr-span", type=not_negative, nargs=2, metavar=("START", "END"), help="times the peak learning rates, "
         "at every stage's start and end (default: STAGES)")
     opt("--warmup", type=count, default=30, help="steps of linear warm-up per stage")
     opt("--weight-decay", type=not_negative, default=0.01)
