@@ -35,6 +35,10 @@ GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts 
 SIGMA_MIN = 0.05  # an x0 prediction's velocity is divided by sigma, but by no less than this
 
 
+CHOICES = {"prediction": ("velocity", "x0"), "missing_views": ("proxies", "zeros"),
+           "reference_attention": ("joint", "one-way")}
+
+
 @dataclass
 class DiTConfig:
     dim: int
@@ -51,6 +55,8 @@ class DiTConfig:
     proxy_tokens: int = 16  # P: learnable tokens for a missing view; 0 leaves the view out
     rope_layout: str = "jump"  # a key of rope.LAYOUTS
     rope_jump: int = 16  # Jump-RoPE's gap between identities
+    missing_views: str = "proxies"  # or "zeros": zero latents fill the slot, as in DomainShuttle
+    reference_attention: str = "joint"  # or "one-way": references read references only, at t = 0
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
     max_identities: int = 2  # I: people that MFI can tell apart
@@ -66,8 +72,9 @@ class DiTConfig:
         if not self.num_heads or not self.dim or self.dim % (2 * self.num_heads):
             raise UserError(f"dim {self.dim} is not a multiple of 2 x {self.num_heads} heads: "
                             "rotary rotates pairs")
-        if self.prediction not in ("velocity", "x0"):
-            raise UserError(f"prediction {self.prediction!r}; expected velocity or x0")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"config {name} is {getattr(self, name)!r}; expected {' or '.join(choices)}")
         check_layout(self.rope_layout, self.rope_jump)
 
     @property
@@ -112,9 +119,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def attend(q, k, v):
-    """Softmax attention without a mask, q [B, N, L, K]. At toy lengths on a CPU plain matmuls are 2-3x
-    faster than SDPA."""
+def attend(q, k, v, more=None):
+    """Softmax attention without a mask, q [B, N, L, K]; more: further keys and values. At toy lengths on a
+    CPU plain matmuls are 2-3x faster than SDPA."""
+    if more is not None:
+        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), more))
     if q.device.type == "cpu" and k.shape[2] <= 1024:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -130,8 +139,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x, context, rope=None):
-        """x [B, L, D] attends to context [B, S, D] (itself in self-attention) -> [B, L, D]."""
+    def forward(self, x, context, rope=None, more=None):
+        """x [B, L, D] attends to context [B, S, D] (itself in self-attention), and to `more`, the keys and
+        values of tokens elsewhere, [B, N, M, K] each -> [B, L, D], and the context's own keys and values."""
         q, k = self.q(x), self.k(context)
         if rope is not None:
             q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rope, self.norm_q.eps)
@@ -140,8 +150,8 @@ class Attention(nn.Module):
             k = self.norm_k(k).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, K]
-        y = self.ulysses.attend(attend, q, k, v) if self.ulysses else attend(q, k, v)
-        return self.o(y.transpose(1, 2).flatten(2))
+        y = self.ulysses.attend(attend, q, k, v, more) if self.ulysses else attend(q, k, v, more)
+        return self.o(y.transpose(1, 2).flatten(2)), (k, v)
 
 
 def modulate(x, shift, scale, eps):
@@ -158,18 +168,20 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim))
 
-    def forward(self, x, time, context, rope):
-        """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D]."""
+    def forward(self, x, time, context, rope, more=None):
+        """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D], and the keys
+        and values of self-attention. more: those of references, where these do not read x themselves."""
         modulation = (self.modulation.float() + time).chunk(6, dim=1)  # [B, 1, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype, norm3 = context.dtype, self.norm3
         h = modulate(x, shift_sa, scale_sa, norm3.eps).to(dtype)
-        x = x + gate_sa * self.self_attn(h, h, rope)
+        y, keys_values = self.self_attn(h, h, rope, more)
+        x = x + gate_sa * y
         # before cross-attention: norm3 is affine, not modulated, and its residual has no gate
         h = F.layer_norm(x, x.shape[-1:], norm3.weight.float(), norm3.bias.float(), norm3.eps).to(dtype)
-        x = x + self.cross_attn(h, context)
+        x = x + self.cross_attn(h, context)[0]
         h = modulate(x, shift_ffn, scale_ffn, norm3.eps).to(dtype)
-        return x + gate_ffn * self.ffn(h)
+        return x + gate_ffn * self.ffn(h), keys_values
 
 
 # with --recompute, keep attention outputs: expensive to recompute, cheap to store
@@ -227,6 +239,7 @@ def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device)
     if present is not None:
         refs = reference_positions(layout, present, *grid, ref_hw, proxy_tokens, jump)
         positions = torch.cat((positions, refs))
+    positions -= positions.amin(dim=0).clamp(max=0)  # a layout may go below 0: only distances count
     positions = positions.to(device)
     return positions, rope_tables(positions, head_dim)
 
@@ -291,7 +304,7 @@ class HarmoView(nn.Module):
             self.mfi.init_weights()
         init_lora(self)
 
-    def forward(self, x, t, text, refs=None, vit=None):
+    def forward(self, x, t, text, refs=None, vit=None, cache=None):
         """Velocity (noise - x0) of the noisy video latents x, float32, same shape as x.
 
         x     [B, C, T, H, W], H and W even
@@ -301,6 +314,8 @@ class HarmoView(nn.Module):
               a missing view is its proxies
         vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the
               frontal reference, or None
+        cache a dict, empty at first, for calls that differ in x and t only: it keeps what one-way references
+              have computed
         Raises UserError where a shape, a view or the number of identities does not fit the config.
         """
         c = self.config
@@ -309,28 +324,31 @@ class HarmoView(nn.Module):
         tokens = self.embed(x)  # [B, D, T, H, W] in tokens
         grid = tokens.shape[2:]
         tokens = tokens.flatten(2).transpose(1, 2)  # [B, L, D]
-        video_len, ref_hw = tokens.shape[1], tuple(grid[1:])
+        video_len, ref_hw, ref_tokens = tokens.shape[1], tuple(grid[1:]), []
         present = None
         if refs is not None:
+            refs = self.fill_missing(refs, x)
             present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
             ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
-            tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
         positions, tables = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump,
                                     c.dim // c.num_heads, x.device)
+        time, time6 = self.embed_time(t)
+        memory = None  # of one-way references, a block's keys and values
+        if ref_tokens and c.reference_attention == "one-way":
+            cache = {} if cache is None else cache
+            if not cache:
+                rope = positions[video_len:], tables
+                cache["references"] = []
+                if self.ulysses:
+                    self.ulysses.lengths = None  # every rank computes all of them
+                self.run_blocks(torch.cat(ref_tokens, dim=1), self.embed_time(torch.zeros_like(t))[1],
+                                context, rope, kept=cache["references"])
+            memory, positions = cache["references"], positions[:video_len]
+        else:
+            tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
         if self.ulysses:
             tokens, positions = self.ulysses.split(tokens, positions)  # from here on L is this rank's
-        rope = positions, tables
-
-        with torch.autocast(x.device.type, enabled=False):  # time and modulation stay in float32
-            time = in_float32(self.time_embedding, sinusoid(t, c.freq_dim))  # [B, D]
-            time6 = in_float32(self.time_projection, time).unflatten(1, (6, -1))  # [B, 6, D]
-        tokens = tokens.float()
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, time6, context, rope, use_reentrant=False,
-                                    context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
-            else:
-                tokens = block(tokens, time6, context, rope)
+        tokens = self.run_blocks(tokens, time6, context, (positions, tables), memory)
         out = self.head(tokens if self.ulysses else tokens[:, :video_len], time).float()  # [B, L, 4C]
         if self.ulysses:
             out = self.ulysses.gather(out)[:, :video_len]
@@ -340,6 +358,28 @@ class HarmoView(nn.Module):
             out = (x.float() - out) / sigma
         return out
 
+    def embed_time(self, t):
+        """t [B] in 0..1000 -> [B, D] for the head and [B, 6, D] for the blocks, which stay in float32."""
+        with torch.autocast(t.device.type, enabled=False):
+            time = in_float32(self.time_embedding, sinusoid(t, self.config.freq_dim))
+            return time, in_float32(self.time_projection, time).unflatten(1, (6, -1))
+
+    def run_blocks(self, tokens, time6, context, rope, memory=None, kept=None):
+        """tokens [B, L, D] through all blocks. memory: of each block, further keys and values to read;
+        kept: a list that takes each block's own."""
+        tokens = tokens.float()
+        for i, block in enumerate(self.blocks):
+            inputs = tokens, time6, context, rope, memory[i] if memory else None
+            if self.recompute and torch.is_grad_enabled():
+                tokens, keys_values = checkpoint(
+                    block, *inputs, use_reentrant=False,
+                    context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
+            else:
+                tokens, keys_values = block(*inputs)
+            if kept is not None:
+                kept.append(keys_values)
+        return tokens
+
     def compile_blocks(self):
         """torch.compile every block, all with one compilation a layout. Parameters keep their names."""
         from torch._functorch import config
@@ -348,13 +388,16 @@ class HarmoView(nn.Module):
         for block in self.blocks:
             block.compile(fullgraph=True)
 
-    def flops(self, tokens):
-        """Of one forward of one sample with that many tokens, references included: two for every weight and
-        token, and 4 L S D an attention."""
+    def flops(self, video, references=0, cached=False):
+        """Of one forward of one sample with that many tokens: two for every weight and token, and 4 L S D an
+        attention. cached: one-way references were computed before."""
         c, S = self.config, self.config.text_len
+        tokens = video if cached else video + references
         linear = 6 * c.dim**2 + 2 * c.dim * c.ffn_dim  # q k v o, cross-attention's q and o, FFN
-        attention = 4 * tokens * (tokens + S) * c.dim
-        return c.num_layers * (2 * tokens * linear + 4 * S * c.dim**2 + attention)
+        pairs = tokens * (video + references + S)
+        if c.reference_attention == "one-way" and not cached:
+            pairs -= references * video
+        return c.num_layers * (2 * tokens * linear + 4 * S * c.dim**2 + 4 * pairs * c.dim)
 
     def embed(self, latent):
         """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""
@@ -374,6 +417,14 @@ class HarmoView(nn.Module):
         padding = self.config.text_len - text.shape[1] - sum(tokens.shape[1] for tokens in mfi)
         text = F.pad(text, (0, 0, 0, max(0, padding)))
         return torch.cat([text, *(tokens.to(text.dtype) for tokens in mfi)], dim=1)
+
+    def fill_missing(self, refs, x):
+        """refs, with zero latents for missing views where the config says so; of one shape with the others,
+        or the video's frames where there are none."""
+        if self.config.missing_views == "proxies":
+            return refs
+        shape = next((latent.shape for views in refs for latent in views.values()), x[:, :, 0].shape)
+        return [dict.fromkeys(VIEWS, x.new_zeros(shape)) | views for views in refs]
 
     def embed_references(self, refs, batch, ref_hw):
         """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions;

@@ -71,13 +71,13 @@ class Metrics:
     def count(self, x0, refs):
         """The work of a forward and backward: tokens, and FLOPs without recomputation."""
         B, _, T, H, W = x0.shape
-        tokens = T * (H // PATCH) * (W // PATCH)
+        video, references = T * (H // PATCH) * (W // PATCH), 0
         for views in refs:
             for latent in views.values():
-                tokens += (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
-            tokens += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
-        self.tokens += B * tokens
-        self.flops += self.passes * B * self.model.flops(tokens)
+                references += (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
+            references += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
+        self.tokens += B * (video + references)
+        self.flops += self.passes * B * self.model.flops(video, references)
 
     def speed(self):
         """What a step took since the last call."""

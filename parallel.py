@@ -215,7 +215,7 @@ class Ulysses:
             raise UserError(f"--ulysses: {num_heads} heads do not split over {world.size} processes: "
                             f"give torchrun --nproc-per-node one of {fits or 'none, leave --ulysses out'}")
         self.rank, self.ranks = world.rank, world.size
-        self.lengths = None  # each rank's number of tokens, set by every forward
+        self.lengths = None  # each rank's number of tokens; None: every rank holds all
 
     def spread(self, network):
         """Let a HarmoView share its tokens with those of the other ranks."""
@@ -236,13 +236,18 @@ class Ulysses:
         dist.all_to_all_single(out, x.contiguous(), received, sent)
         return out
 
-    def attend(self, attend, q, k, v):
-        """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks -> [B, N, l, K]."""
+    def attend(self, attend, q, k, v, more=None):
+        """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks, and to `more`, the keys and values
+        [B, N, M, K] of references that every rank holds -> [B, N, l, K]."""
+        if self.lengths is None:
+            return attend(q, k, v, more)
+        if more is not None:
+            more = [x.unflatten(1, (self.ranks, -1))[:, self.rank] for x in more]  # [B, n, M, K]
         mine = [q.shape[2]] * self.ranks
         qkv = torch.stack((q, k, v)).unflatten(2, (self.ranks, -1))  # [3, B, ranks, n, l, K]
         qkv = qkv.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # [ranks*l, 3, B, n, K]
         qkv = self.exchange(qkv, mine, self.lengths).permute(1, 2, 3, 0, 4)  # [3, B, n, L, K]
-        y = attend(*qkv).permute(2, 0, 1, 3)  # [L, B, n, K]
+        y = attend(*qkv, more).permute(2, 0, 1, 3)  # [L, B, n, K]
         y = self.exchange(y, self.lengths, mine).unflatten(0, (self.ranks, -1))  # [ranks, l, B, n, K]
         return y.permute(2, 0, 3, 1, 4).flatten(1, 2)  # [B, ranks*n, l, K]
 

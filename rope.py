@@ -35,7 +35,13 @@ def _append(k, v, r, T, H, W, jump):
     return T + r, 0, 0
 
 
-LAYOUTS = {"jump": _jump, "rd": _rd, "append": _append}
+def _before(k, v, r, T, H, W, jump):
+    """As in DomainShuttle: one shared time before the video, each reference one whole frame further down and
+    right."""
+    return -1, (r + 1) * H, (r + 1) * W
+
+
+LAYOUTS = {"jump": _jump, "rd": _rd, "append": _append, "before": _before}
 
 
 def video_positions(T, H, W):

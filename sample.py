@@ -10,6 +10,7 @@ name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the referen
 on the right.
 """
 import functools
+import itertools
 import json
 import math
 import os
@@ -130,20 +131,22 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
     """
     no_refs = None if refs is None else [{} for _ in refs]
     no_vit = None if vit is None else [None for _ in vit]
-    terms = (text, refs, vit), (text, no_refs, no_vit), (no_text, no_refs, no_vit)
+    # each with a cache of its own, since references read the caption too
+    terms = (text, refs, vit, {}), (text, no_refs, no_vit, {}), (no_text, no_refs, no_vit, {})
 
     def velocity(x, t):
         scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
         # without any reference the second term gets weight 0: that is Wan's guidance
         weights = guidance_weights(scale, guide_refs if any(refs or ()) else scale)
-        return sum(weight * model(x, t.expand(len(x)), tokens.expand(len(x), -1, -1), r, features)
-                   for weight, (tokens, r, features) in zip(weights, terms) if weight)
+        return sum(weight * model(x, t.expand(len(x)), tokens.expand(len(x), -1, -1), *others)
+                   for weight, (tokens, *others) in zip(weights, terms) if weight)
     return velocity
 
 
 class Experts:
     """One network, or Wan2.2's two: the first for t >= 1000 * boundary, the second below. Each is loaded when
-    it is first asked, and only one is in memory. Called like HarmoView.
+    it is first asked, and only one is in memory. Called like HarmoView; a cache holds what the network in
+    memory has computed.
     load: one function a network, () -> HarmoView on the device."""
 
     def __init__(self, load, config, device, boundary=0.0, precision="auto"):
@@ -151,12 +154,16 @@ class Experts:
         self.boundary, self.precision = boundary, precision
         self.current = self.network = None
 
-    def __call__(self, x, t, text, refs=None, vit=None):
+    def __call__(self, x, t, text, refs=None, vit=None, cache=None):
         needed = 0 if float(t[0]) >= 1000 * self.boundary else 1
         if needed != self.current:
             self.drop()
             self.network, self.current = self.load[needed](), needed
-        return self.network(x, t, text, refs, vit)
+        if cache is not None:
+            if needed not in cache:
+                cache.clear()
+            cache = cache.setdefault(needed, {})
+        return self.network(x, t, text, refs, vit, cache)
 
     def drop(self):
         self.current = self.network = None
@@ -191,24 +198,29 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     one network after the other is in memory. A video's noise depends on its own seed only.
     model is an Experts, recipe a row of SAMPLE_RECIPES. All jobs have one size, and every `batch` neighbours
     have the same views and share a forward."""
-    parts = [slice(i, i + batch) for i in range(0, len(jobs), batch)]
+    parts = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
     # on their own: padded to a longer neighbour's length, a short caption's last digits would differ
-    text = [encoders.text([job.prompt for job in jobs[part]]).to(model.device) for part in parts]
+    text = [encoders.text([job.prompt for job in part]).to(model.device) for part in parts]
     no_text = encoders.text([recipe["negative"]]).to(model.device)
-    encoded = encode_references(encoders, [jobs[part] for part in parts], model.config.vit_dim > 0,
-                                model.device)
-    velocities = [guided(model, tokens, no_text, refs, vit, recipe["guide_text"], recipe["guide_refs"],
-                         model.boundary) for tokens, (refs, vit) in zip(text, encoded)]
+    encoded = encode_references(encoders, parts, model.config.vit_dim > 0, model.device)
     shape = encoders.latent_shape(frames, jobs[0].size)
-    noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs])
+    noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs]).to(model.device)
+    # all parts step together, so that each expert loads once; but one by one where each has a large cache
+    together = len(jobs) if model.config.reference_attention == "joint" else batch
     total = len(jobs) * recipe["steps"]
     with tqdm(total=total, desc="sampling", unit=" steps", disable=None, leave=None) as bar:
-        def velocity(x, t):  # all jobs step together, so that each expert loads once
-            bar.update(len(jobs))
-            return torch.cat([one(x[part], t) for part, one in zip(parts, velocities)])
+        def denoise(x, inputs):
+            velocities = [guided(model, tokens, no_text, refs, vit, recipe["guide_text"],
+                                 recipe["guide_refs"], model.boundary) for tokens, (refs, vit) in inputs]
+
+            def velocity(x, t):
+                bar.update(len(x))
+                return torch.cat([one(part, t) for one, part in zip(velocities, x.split(batch))])
+            return solve(velocity, x, recipe["steps"], recipe["shift"], recipe["solver"])
+        inputs = iter(zip(text, encoded))
         with autocast(model.device, model.precision):
-            latents = solve(velocity, noise.to(model.device), recipe["steps"], recipe["shift"],
-                            recipe["solver"]).cpu()
+            latents = torch.cat([denoise(x, itertools.islice(inputs, math.ceil(len(x) / batch)))
+                                 for x in noise.split(together)]).cpu()
     if not isinstance(encoders, toy.ToyEncoders):
         model.drop()  # room for the VAE
     videos = [encoders.decode(latent[None])[0].cpu() for latent in latents]

@@ -44,7 +44,7 @@ from checkpoint import (EXPERTS, Parser, UserError, as_user_error, autocast, che
                         sha256_of, steps_in, temporary_name, unpack_optimizers, uses_bf16)
 from kernels import use_fused
 from lora import TRAINS, set_trained
-from model import CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
+from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
 from monitor import CASES, Metrics, Validation, averaged, draw_losses
 from muon import make_optimizers
 from parallel import (CORES, TORCHRUN, World, gathered, load_shards, local, replicate, save_shards, shard,
@@ -135,6 +135,9 @@ def arguments(argv=None):
     method("--rope-jump", type=count, help="Jump-RoPE's gap between identities, in frames")
     method("--proxy-tokens", type=in_range(int, 0, 10**4, "0 to 10000"),
            help="learnable tokens for a missing view; 0 leaves it out")
+    method("--missing-views", choices=CHOICES["missing_views"], help="what fills a missing view's slot")
+    method("--reference-attention", choices=CHOICES["reference_attention"],
+           help="joint: references read the video too; one-way: sampling computes them once")
     method("--described", type=fraction, default=0.0,
            help="share of the toy's captions that tell the people's looks too (for a base: 0.66)")
     method("--pairs", choices=("cross", "in"), default="cross",
@@ -224,7 +227,9 @@ def resolve(args, world):
         raise UserError(f"--data {args.data} is not encoded yet: `python data.py encode` does it")
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
-    for name in ("rope_layout", "rope_jump", "proxy_tokens"):
+    if args.missing_views == "zeros":
+        args.proxy_tokens = 0
+    for name in ("rope_layout", "rope_jump", "proxy_tokens", "missing_views", "reference_attention"):
         if getattr(args, name) is not None:
             config = replace(config, **{name: getattr(args, name)})
     if args.train == "new" and not config.proxy_tokens:

@@ -81,7 +81,7 @@ def wan(tmp_path_factory):
         (folder / "google/umt5-xxl").mkdir(parents=True)
         toy.train_tokenizer(folder / "google/umt5-xxl/spiece.model")
         networks = {
-            "models_t5_umt5-xxl-enc-bf16.pth": UMT5(vocab=300, dim=32, ffn_dim=48, num_heads=4, num_layers=2),
+            "models_t5_umt5-xxl-enc-bf16.pth": UMT5(vocab=360, dim=32, ffn_dim=48, num_heads=4, num_layers=2),
             "Wan2.1_VAE.pth": WanVAE(dim=8),
             "dinov2_vits14_pretrain.pth": DINOv2(dim=64, num_layers=2, num_heads=1, image_size=56),
         }

@@ -438,7 +438,7 @@ VIT = "dinov2_vits14_pretrain.safetensors"
 @pytest.fixture(scope="module")
 def wan_networks():
     return {
-        TEXT_ENCODER: randomise(UMT5(vocab=300, dim=32, ffn_dim=48, num_heads=4, num_layers=2)),
+        TEXT_ENCODER: randomise(UMT5(vocab=360, dim=32, ffn_dim=48, num_heads=4, num_layers=2)),
         VAE: randomise(WanVAE(dim=8)),
         VIT: randomise(DINOv2(64, 4, 1, image_size=56)),
     }
@@ -550,7 +550,7 @@ def test_a_bad_tile_is_refused_before_any_file_is_opened(tmp_path, tile):
 
 def test_a_damaged_tokenizer_and_one_of_another_text_encoder_are_refused(wan_folder, monkeypatch):
     save_file(UMT5(9, 32, 48, 4, 2).state_dict(), wan_folder / TEXT_ENCODER)
-    with pytest.raises(UserError, match="the tokenizer has 300 pieces, the UMT5 9"):
+    with pytest.raises(UserError, match="the tokenizer has 360 pieces, the UMT5 9"):
         WanEncoders(wan_folder, CPU)
     (wan_folder / "google/umt5-xxl/spiece.model").write_bytes(b"\0" * 99)
     with pytest.raises(UserError, match="spiece.model cannot be read"):

@@ -67,7 +67,7 @@ def test_euler_converges_at_first_order():
 
 
 def test_guidance_is_the_weighted_sum_of_three_predictions():
-    def model(x, t, text, refs, vit):
+    def model(x, t, text, refs, vit, cache):
         return text.mean() * (1 if refs == [{}] else 10) + (0 if vit == [None] else 100)
 
     x, text, no_text = torch.zeros(1), torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 3.0)
@@ -117,7 +117,7 @@ def test_wan22_switches_experts_where_its_authors_do():
         def __init__(self, name):
             self.name = name
 
-        def __call__(self, x, t, text, refs, vit):
+        def __call__(self, x, t, text, refs, vit, cache):
             called.append((self.name, float(t[0]), len(alive)))
             return 0 * x + text.mean()
 
