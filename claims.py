@@ -1,37 +1,46 @@
-"""Train rows of ABLATIONS, measure them on the toy benchmark, and judge the papers' CLAIMS by them.
+"""Train rows of ABLATIONS from the toy's base model, measure them, and judge the papers' CLAIMS by them.
 
   python claims.py full no-mfi     these rows (none named: all) and those of earlier calls, as in CLAIMS.md
+  python claims.py --seeds 0 --out assets/claims        only the tables, of the results that came with the code
 
-A claim is decided if two 95 % intervals of the difference of its rows exclude zero: over cases (bootstrap)
-and over seeds (Student's t). Two CPU cores train a row in two processes, equal to one up to rounding.
+A claim compares two rows that differ in one part, case by case, seed by seed: with one seed two rows see the
+same samples and noise in the same order. It is judged by two 95 % intervals of the difference: over cases
+(bootstrap) and over seeds (Student's t). It holds, or does not, if both lie on one side of zero, and has no
+effect if both lie within +-0.15 dB, or 3 points. The result of a row and seed is a file of OUT: a restart
+keeps it, and deleting it makes it anew. Two CPU cores train a row in two processes.
 """
 import contextlib
+import json
 import math
 import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 # eval comes first: it says how torch's threads wait, before torch starts them
-from eval import METRICS, benchmark_flags, evaluate, plan_of, select
-from checkpoint import Parser, UserError, find_checkpoint, in_range, lock, nonempty, run_script
-from report import Estimate, Metric, by_case, estimate, interval, mean, show
+from eval import METRICS, SETTINGS, benchmark_flags, cut_batches, evaluate, plan_of, select
+from checkpoint import Parser, UserError, atomic_file, in_range, lock, nonempty, probe_writable, run_script
+from report import Estimate, Metric, by_case, interval, mean, show
 import torch
 
+MV2ID = "--pairs in --proxy-tokens 0 --no-mfi"
 ABLATIONS = {  # row: flags of train.py
     "full": "", "no-mfi": "--no-mfi",
-    "no-proxies": "--proxy-tokens 0",
+    "no-proxies": "--proxy-tokens 0", "zeros": "--missing-views zeros",
     "append": "--rope-layout append", "append-no-proxies": "--rope-layout append --proxy-tokens 0",
+    "before": "--rope-layout before", "one-way": "--reference-attention one-way",
     "direct": "--no-curriculum", "front-only": "--front-only",
     "phantom": "--rope-layout append --proxy-tokens 0 --no-mfi",
-    "mv2id-base": "--pairs in --rope-layout append --proxy-tokens 0 --no-mfi",
-    "mv2id-rd": "--pairs in --rope-layout rd --proxy-tokens 0 --no-mfi",
-    "mv2id-mask": "--pairs in --rope-layout append --proxy-tokens 0 --no-mfi --mask 0.6",
-    "mv2id-both": "--pairs in --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6",
+    "mv2id-base": f"{MV2ID} --rope-layout append", "mv2id-rd": f"{MV2ID} --rope-layout rd",
+    "mv2id-mask": f"{MV2ID} --rope-layout append --mask 0.6",
+    "mv2id-both": f"{MV2ID} --rope-layout rd --mask 0.6",
 }
+BASE = "base"  # the row that is not trained: the base model itself, which was never shown a reference
 GIVEN, FEW = ("front", "front+left", "all"), ("front", "front+left")  # FEW: not every frame has a reference
+WORDS = ("none", "described")  # no references: what the base can do
 COLUMNS = ((1, "front"), (1, "all"), (2, "front"), (2, "all"))  # of the table: people, views given
 
 
@@ -42,53 +51,96 @@ class Claim(NamedTuple):
     other: str
     metric: str
     sign: int = 1  # -1: should have less
-    settings: tuple = GIVEN  # the loss has none
+    settings: tuple = GIVEN
     other_settings: tuple | None = None  # of the other row, where they differ
+    allowed: float = 0.0  # a claim that something is kept holds if less than this is lost
 
 
 CLAIM_METRICS = METRICS | {"loss": Metric("squared error of the velocity without references", None)}
 CLAIMS = [
     Claim("MFI raises identity", "full", "no-mfi", "psnr"),
+    Claim("MFI raises identity, the front alone given", "full", "no-mfi", "psnr", 1, ("front",)),
     Claim("MFI raises identity, append without proxies", "append-no-proxies", "phantom", "psnr"),
     Claim("proxies unify one to four views", "full", "no-proxies", "psnr"),
     Claim("proxies unify one to four views, append", "append", "append-no-proxies", "psnr"),
+    Claim("proxies are better than zeros", "full", "zeros", "psnr"),
     Claim("proxies help where the generated view has no reference", "full", "no-proxies", "unseen", 1, FEW),
     Claim("Jump-RoPE lowers crosstalk", "full", "append", "swaps", -1),
     Claim("Jump-RoPE lowers crosstalk", "full", "append", "margin"),  # swaps are rare
     Claim("Jump-RoPE lowers crosstalk, without proxies", "no-proxies", "append-no-proxies", "margin"),
+    Claim("Jump-RoPE is better than one time before the video", "full", "before", "psnr"),
     Claim("the curriculum beats direct training", "full", "direct", "psnr"),
-    Claim("the curriculum keeps the text-to-video prior", "full", "direct", "loss", -1, ()),
-    Claim("the curriculum keeps the text-to-video prior", "full", "direct", "caption", 1, ("none",)),
+    Claim("the curriculum keeps the prior better", "full", "direct", "loss", -1, ()),
+    Claim("the curriculum keeps the prior better", "full", "direct", "caption", 1, WORDS),
+    Claim("the curriculum keeps the prior better: looks in words", "full", "direct", "colour", -1, WORDS[1:]),
+    Claim("the base's prior is kept: captions", "full", BASE, "caption", 1, WORDS, None, 0.03),
+    Claim("the base's prior is kept: looks in words", "full", BASE, "colour", -1, WORDS[1:], None, 0.01),
     Claim("several views beat one at large yaw", "full", "front-only", "side", 1, ("all",), ("front",)),
+    Claim("one-way references cost nothing", "one-way", "full", "psnr", 1, GIVEN, None, 0.15),
     Claim("region masking lowers copy-paste", "mv2id-both", "mv2id-rd", "copied", -1, FEW),
     Claim("region masking costs a little similarity", "mv2id-rd", "mv2id-both", "psnr", 1, FEW),
     Claim("RD-RoPE makes motion more natural", "mv2id-rd", "mv2id-base", "jitter", -1, FEW),
 ]
+KEPT = ["psnr", "top-1", "swaps", "yaw", *{claim.metric: 0 for claim in CLAIMS if claim.metric != "loss"}]
+NO_EFFECT, NO_EFFECT_RATE = 0.15, 0.03  # dB, and of a rate: what is smaller does not matter
+DECIBELS = ("psnr", "side", "unseen", "margin")
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)  # of Student's t, by freedom
 
 
-def complete(by_seed, settings):
-    """A row's Evaluations, of those seeds that were measured at all these settings."""
-    return [e for e in by_seed.values() if set(settings) <= {result["setting"] for result in e.results}]
+# A result, of one row and seed: {metric: {setting: {case: value}}}; the loss has one setting, "".
+def result_of(evaluation):
+    """An Evaluation's means by case of the metrics that are judged or shown."""
+    kept = {name: {setting: by_case(select(evaluation.results, settings=[setting]), METRICS[name])
+                   for setting in SETTINGS} for name in KEPT}
+    return kept | {"loss": {"": {case: mean(losses) for case, losses in evaluation.losses.items()}}}
 
 
-def pool(evaluations, metric, settings):
-    """{case: the metric's mean over these Evaluations}"""
-    if metric == "loss":
-        return {case: mean(sum((e.losses[case] for e in evaluations), [])) for case in evaluations[0].losses}
-    return by_case(select(sum((e.results for e in evaluations), []), settings=settings), METRICS[metric])
+def pool(result, metric, settings):
+    """{case: the metric's mean over these settings}; None where one of them was not measured."""
+    by_setting = [result[metric].get(setting) for setting in settings or ("",)]
+    if not all(by_setting):
+        return None
+    values = {case: mean([part.get(case) for part in by_setting]) for case in set().union(*by_setting)}
+    return {case: values[case] for case in sorted(values)}
 
 
-def seed_variance(evaluations, metric, settings):
-    """Variance between seeds of a metric's mean over cases, pooled over all rows (0 where no row has two
-    seeds), and its degrees of freedom. evaluations: {row: {seed: Evaluation}}"""
-    squares = freedom = 0
-    for by_seed in evaluations.values():
-        means = [mean(pool([e], metric, settings).values()) for e in complete(by_seed, settings)]
-        means = [m for m in means if m is not None]
-        squares += sum((m - mean(means)) ** 2 for m in means)
-        freedom += max(0, len(means) - 1)
-    return squares / max(1, freedom), freedom
+def differences(results, claim):
+    """{seed: {case: difference in the claim's favour}} of the seeds that both rows have; those of the base
+    are one. results: {row: {seed: result}}"""
+    found, others = {}, results.get(claim.other, {})
+    for seed, result in results.get(claim.better, {}).items():
+        other = others.get(0 if claim.other == BASE else seed)
+        sides = [pool(result, claim.metric, claim.settings),
+                 other and pool(other, claim.metric, claim.other_settings or claim.settings)]
+        if all(sides):
+            better, other = sides
+            found[seed] = {case: claim.sign * (better[case] - other[case])
+                           for case in sorted(better.keys() & other.keys())}
+    return found
+
+
+def seed_interval(results, claim, by_seed):
+    """Estimate of a difference over seeds, None for one seed; by_seed: its mean of each. The variance is its
+    own, or, if that is larger, that of what is left of all rows when each row's and each seed's mean is taken
+    away: with few seeds the other rows add degrees of freedom."""
+    means, freedom = torch.tensor(list(by_seed.values()), dtype=torch.float64), len(by_seed) - 1
+    if not freedom:
+        return None
+    variance, rows = float(means.var()), []
+    for name in ABLATIONS:
+        settings = claim.other_settings or claim.settings if name == claim.other else claim.settings
+        row = [pool(results[name][seed], claim.metric, settings) if seed in results.get(name, {}) else None
+               for seed in by_seed]
+        if all(row) and name.startswith("mv2id") == claim.better.startswith("mv2id"):
+            rows.append([mean(by_case.values()) for by_case in row])
+    if len(rows) > 2 and claim.other != BASE:
+        left = torch.tensor(rows, dtype=torch.float64)
+        left = left - left.mean(1, keepdim=True) - left.mean(0) + left.mean()
+        pooled = 2 * float(left.square().sum()) / (freedom * (len(rows) - 1))
+        if pooled >= variance:
+            variance, freedom = pooled, freedom * (len(rows) - 1)
+    half = T975[min(freedom, len(T975)) - 1] * math.sqrt(variance / len(means))
+    return Estimate(float(means.mean()), float(means.mean()) - half, float(means.mean()) + half)
 
 
 class Verdict(NamedTuple):
@@ -97,50 +149,60 @@ class Verdict(NamedTuple):
     seeds: Estimate | None = None  # over seeds; None without a second seed
 
 
-def verdict(evaluations, claim):
-    """Does a claim hold? evaluations: {row: {seed: Evaluation}}"""
-    sides, variance_of_mean, freedom = [], 0.0, math.inf
-    for row, settings in ((claim.better, claim.settings),
-                          (claim.other, claim.other_settings or claim.settings)):
-        of_row = complete(evaluations.get(row, {}), settings)
-        if not of_row:
-            return Verdict("not run")
-        sides.append(pool(of_row, claim.metric, settings))
-        variance, degrees = seed_variance(evaluations, claim.metric, settings)
-        variance_of_mean, freedom = variance_of_mean + variance / len(of_row), min(freedom, degrees)
-    better, other = sides
-    differences = [claim.sign * (better[case] - other[case]) for case in sorted(better.keys() & other.keys())]
-    cases = interval(differences, (-1, 1) if CLAIM_METRICS[claim.metric].percent else None)
-    if cases is None or not freedom:
-        return Verdict("not decided", cases)
-    half = T975[min(freedom, len(T975)) - 1] * math.sqrt(variance_of_mean)
-    seeds = Estimate(cases.mean, cases.mean - half, cases.mean + half)
-    if any(found.low <= 0 <= found.high for found in (cases, seeds)):
-        return Verdict("not decided", cases, seeds)
-    return Verdict("holds" if cases.mean > 0 else "does not hold", cases, seeds)
+def verdict(results, claim):
+    """Does a claim hold? results: {row: {seed: result}}"""
+    by_seed = differences(results, claim)
+    if not by_seed:
+        return Verdict("not run")
+    values = list(by_seed.values())
+    cases = interval([mean([part.get(case) for part in values]) for case in values[0]],
+                     (-1, 1) if CLAIM_METRICS[claim.metric].percent else None)
+    seeds = seed_interval(results, claim, {seed: mean(part.values()) for seed, part in by_seed.items()})
+    return Verdict(judge(claim, cases, seeds), cases, seeds)
 
 
-def cell(results):
+def judge(claim, cases, seeds):
+    """The words of a verdict, from the two Estimates of a difference."""
+    if seeds is None:
+        return "not decided"
+    low, high = min(cases.low, seeds.low), max(cases.high, seeds.high)
+    zone = 0.0
+    if not claim.allowed:
+        zone = NO_EFFECT_RATE if CLAIM_METRICS[claim.metric].percent else NO_EFFECT * (claim.metric in DECIBELS)
+    if -zone < low and high < zone:
+        return "no effect"
+    if low > -claim.allowed:
+        return "holds"
+    return "does not hold" if high < -claim.allowed else "not decided"
+
+
+def cell(result, n_people, setting):
     """PSNR, top-1 and, with two people, swaps."""
-    psnr, *rates = [estimate(results, METRICS[name]) for name in ("psnr", "top-1", "swaps")]
-    rates = [show(rate, True, with_interval=False) + " %" for rate in rates if rate]
-    return ", ".join([show(psnr, with_interval=False), *rates])
+    numbers = {str(n) for n in cut_batches(range(100), 100)[n_people - 1]}
+    shown = []
+    for name in ("psnr", "top-1", "swaps"):
+        values = [value for case, value in result[name].get(setting, {}).items() if str(case) in numbers]
+        if values:
+            found = interval(values)
+            shown.append(show(found, METRICS[name].percent, with_interval=False)
+                         + " %" * METRICS[name].percent)
+    return ", ".join(shown) or "-"
 
 
-def tables(evaluations):
-    """Rows by seed, and verdicts, in Markdown. evaluations: {row: {seed: Evaluation}}"""
+def tables(results):
+    """Rows by seed, and verdicts, in Markdown. results: {row: {seed: result}}"""
     def line(*cells):
         return f"| {' | '.join(cells)} |\n"
     text = line("row", "flags of train.py", "seed", *(f"{n}, {setting}" for n, setting in COLUMNS))
     text += line(*["---"] * 7)
-    for name, by_seed in evaluations.items():
-        for seed, evaluation in sorted(by_seed.items()):
-            cells = [cell(select(evaluation.results, [n], [setting])) for n, setting in COLUMNS]
-            text += line(f"`{name}`", ABLATIONS[name], str(seed), *cells)
+    for name, by_seed in results.items():
+        for seed, result in sorted(by_seed.items()):
+            cells = [cell(result, n, setting) for n, setting in COLUMNS]
+            text += line(f"`{name}`", ABLATIONS.get(name, "not trained"), str(seed), *cells)
     text += "\n" + line("claim", "rows compared", "verdict", "metric", "in favour, over cases", "over seeds")
     text += line(*["---"] * 6)
     for claim in CLAIMS:
-        found, percent = verdict(evaluations, claim), CLAIM_METRICS[claim.metric].percent
+        found, percent = verdict(results, claim), CLAIM_METRICS[claim.metric].percent
         text += line(claim.words, f"`{claim.better}`, `{claim.other}`", found.words,
                      claim.metric + (" %" if percent else ""),
                      show(found.cases, percent, True), show(found.seeds, percent, True))
@@ -164,35 +226,55 @@ def train(name, seed, args, out):
         training.wait()
 
 
+def run_row(name, seed, args, plan, path):
+    """Train and measure a row, or measure the base, and write the result; its folder is beside that."""
+    out, began = path.with_suffix(""), time.perf_counter()
+    if name == BASE:
+        ckpt, plan = args.base, plan._replace(settings=[s for s in plan.settings if s in WORDS])
+        probe_writable(out)
+    else:
+        ckpt = out
+        train(name, seed, args, out)
+    result = result_of(evaluate(ckpt, plan, out / "cases.jsonl"))
+    rounded = {metric: {setting: {case: float(f"{value:.5g}") for case, value in values.items()}
+                        for setting, values in by_setting.items()} for metric, by_setting in result.items()}
+    probe_writable(path.parent)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"minutes": round((time.perf_counter() - began) / 60, 1), **rounded}))
+
+
 def main(argv=None):
     p = Parser(description=__doc__)
-    p.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ABLATIONS))
-    p.add_argument("--seeds", type=in_range(int, 1, 100, "1 to 100"), default=2, help="seeds of each row")
+    p.add_argument("rows", nargs="*", metavar="ROW", help=", ".join([*ABLATIONS, BASE]))
+    p.add_argument("--seeds", type=in_range(int, 0, 100, "0 to 100"), default=3, help="seeds of each row")
     p.add_argument("--config", default="toy", choices=("tiny", "toy", "toy64"), help="what to train")
     p.add_argument("--train", default=[], type=shlex.split, metavar="FLAGS", help="further flags of train.py")
-    p.add_argument("--out", type=nonempty, default="out/claims", help="folder of all trainings")
-    benchmark_flags(p.add_argument)
+    p.add_argument("--base", type=nonempty, default=str(Path(__file__).with_name("assets") / "base"),
+                   help="what the row `base` measures")
+    p.add_argument("--out", type=nonempty, default="out/claims", help="folder of all trainings and results")
+    benchmark_flags(p.add_argument, SETTINGS)
     args = p.parse_args(argv)
-    if not set(args.rows) <= set(ABLATIONS):
-        raise UserError(f"{' '.join(args.rows)}: expected rows of {', '.join(ABLATIONS)}")
+    rows = args.rows or [*ABLATIONS, BASE]
+    if not set(rows) <= {*ABLATIONS, BASE}:
+        raise UserError(f"{' '.join(rows)}: expected rows of {', '.join([*ABLATIONS, BASE])}")
     for name in [flag.split("=")[0] for flag in args.train]:
         if len(name) > 2 and any(own.startswith(name) for own in ("--seed", "--out", "--config", "--stage")):
             raise UserError(f"--train {name}: claims.py sets this itself; it has --seeds, --out and --config")
     # a folder for each way to train, or --resume would go on from another one's checkpoints
     root = Path(args.out, re.sub(r"[^\w.]+", "-", " ".join([args.config, *args.train])))
-    evaluations = {name: {} for name in ABLATIONS}
+    results = {name: {} for name in [*ABLATIONS, BASE]}
     with lock(args.out), contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
         plan = plan_of(args)
         for seed in range(args.seeds):
-            for name in args.rows or ABLATIONS:
-                out = root / f"{name}-{seed}"
-                train(name, seed, args, out)
-                evaluate(out, plan, out / "cases.jsonl")
-        for path in sorted(root.glob("*/cases.jsonl")):
-            name, _, seed = path.parent.name.rpartition("-")
-            if name in ABLATIONS and seed.isdecimal() and find_checkpoint(path.parent):
-                evaluations[name][int(seed)] = evaluate(path.parent, plan, path)
-    print(tables(evaluations))
+            for name in rows:
+                path = root / f"{name}-{seed}.json"
+                if not path.exists() and (name != BASE or seed == 0):
+                    run_row(name, seed, args, plan, path)
+        for path in sorted(root.glob("*.json")):
+            name, _, seed = path.stem.rpartition("-")
+            if name in results and seed.isdecimal():
+                results[name][int(seed)] = json.loads(path.read_text())
+    print(tables({name: by_seed for name, by_seed in results.items() if by_seed}))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, fin
                     load, make_round, override, recipe_flags)
 
 CASES = 100
-SETTINGS = {"none": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}  # views given
+# views given; in "described" none, but a caption that tells the people's looks
+SETTINGS = {"none": (), "described": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}
+USUAL = [setting for setting in SETTINGS if setting != "described"]
 CAPTION_FIELDS = ("motion", "mouth", "wall")  # what of the caption is checked
 ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
 YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested yaw; the nearest one wins
@@ -313,7 +315,8 @@ def sample_batch(model, encoders, numbers, setting, plan, frames, size):
     views, jobs = SETTINGS[setting], []
     for n, clip, cast in zip(numbers, clips, casts):
         references = toy.held_out_references(cast, views, size)
-        jobs.append(Job(toy.caption(clip), references, n, toy.frame_size(size, len(cast))))
+        looks = [toy.describe(toy.benchmark_people(), i) for i in cast] if setting == "described" else None
+        jobs.append(Job(toy.caption(clip, looks), references, n, toy.frame_size(size, len(cast))))
     for n, video in zip(numbers, generate(model, encoders, jobs, plan.recipe, frames, len(jobs))):
         yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip(video)}
 
@@ -390,11 +393,12 @@ def report(path, heading, evaluations):
 
 
 # ----------------------------------------------------------------------------------------------- the toy, run
-def benchmark_flags(add):
+def benchmark_flags(add, settings=USUAL):
     """Flags that say what is measured; claims.py has them too."""
     case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
     add("--limit", type=case_count, default=CASES, help="for a quick look: so many cases, spread over all")
-    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="views given")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(settings), help="views given; described: "
+        "none, but the caption tells the looks (for a base model)")
     add("--batch", type=case_count, default=20, help="cases sampled together, on one process of torchrun's")
     recipe_flags(add)
 

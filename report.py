@@ -22,7 +22,7 @@ from pictures import to_bytes
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 BIN_NAMES = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
-COLOURS = {"none": "#999999", "front": "#d95f02", "front+left": "#7570b3", "all": "#1b9e77",
+COLOURS = {"none": "#999999", "described": "#e7298a", "front": "#d95f02", "front+left": "#7570b3", "all": "#1b9e77",
            "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
 OTHER_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
 

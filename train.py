@@ -177,7 +177,7 @@ def resolve(args, world):
     if args.mv2id:
         args.rope_layout, args.proxy_tokens, args.no_mfi, args.pairs = "rd", 0, True, "in"
         args.mask = 0.0 if encoded_data(args) else 0.6
-    plain = args.wan or config.is_wan or args.shard or args.train != "all"  # Muon needs whole, large matrices
+    plain = config.is_wan or args.shard or args.train != "all"  # Muon needs whole, large matrices
     args.optimizer = args.optimizer or ("adamw" if plain else "muon")
     if args.shard and args.optimizer == "muon":
         raise UserError("--shard splits matrices, and Muon needs them whole: give --optimizer adamw")

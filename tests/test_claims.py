@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,84 +13,134 @@ from conftest import ROOT, call
 import claims
 import eval as evaluation
 from checkpoint import UserError, lock
-from claims import ABLATIONS, CLAIMS, Claim
-from eval import Evaluation, mean
+from claims import ABLATIONS, BASE, CLAIMS, Claim
+from report import mean
 from rope import LAYOUTS
 
 
-def evaluation_of(values, metric="psnr", settings=("all",)):
-    """One of cases that have these values of a metric; as the loss's if that is the metric."""
-    if metric == "loss":
-        return Evaluation([], {n: [value] * 5 for n, value in enumerate(values)}, 6, 32)
-    results = []
-    for setting in settings:
-        results += [{"case": n, "setting": setting, "people": [{metric: v}]} for n, v in enumerate(values)]
-    return Evaluation(results, {}, 6, 32)
+def result_of(values, metric="psnr", settings=("all",)):
+    """A result of cases that have these values of a metric."""
+    return {metric: {setting: {str(n): value for n, value in enumerate(values)} for setting in settings}}
 
 
-def row_of(value, seeds, spread, g, metric="psnr"):
-    """A row: for each seed 50 cases about `value`, moved by the seed."""
-    moved = value + spread * torch.randn(seeds, 1, generator=g) + 0.1 * torch.randn(seeds, 50, generator=g)
-    return {seed: evaluation_of(values, metric) for seed, values in enumerate(moved.tolist())}
+def rows_of(differences, seeds, spread, g, metric="psnr", settings=("all",), noise=0.1):
+    """A row for each difference from the value 18: seeds x 50 cases. A seed moves a row by `spread`."""
+    def row(difference):
+        moved = 18 + difference + spread * torch.randn(seeds, 1, generator=g)
+        values = moved + noise * torch.randn(seeds, 50, generator=g)
+        return {seed: result_of(by_case, metric, settings) for seed, by_case in enumerate(values.tolist())}
+    return {name: row(difference) for name, difference in differences.items()}
 
 
-def claim(metric="psnr", sign=1, settings=("all",)):
-    return Claim("MFI helps", "full", "no-mfi", metric, sign, settings)
+def claim(metric="psnr", sign=1, settings=("all",), **more):
+    return Claim("MFI helps", "full", "no-mfi", metric, sign, settings, **more)
 
 
-VERDICTS = [(2.0, 0.0, 1, "holds"), (0.0, 2.0, 1, "does not hold"), (0.0, 2.0, -1, "holds"),
-            (0.0, 0.0, 1, "not decided")]
+VERDICTS = [(2.0, 0.0, 1, "holds"), (0.0, 2.0, 1, "does not hold"), (0.0, 2.0, -1, "holds")]
 
 
-@pytest.mark.parametrize("metric, settings", [("psnr", ("all",)), ("loss", ())])
+@pytest.mark.parametrize("metric, settings", [("psnr", ("all",)), ("loss", ("",))])
 @pytest.mark.parametrize("better, other, sign, expected", VERDICTS)
 def test_a_claim_holds_where_both_intervals_exclude_zero(better, other, sign, expected, metric, settings):
     g = torch.Generator().manual_seed(1)
-    rows = {"full": row_of(18 + better, 2, 0.1, g, metric), "no-mfi": row_of(18 + other, 2, 0.1, g, metric)}
-    words, cases, seeds = claims.verdict(rows, claim(metric, sign, settings))
+    rows = rows_of({"full": better, "no-mfi": other}, 3, 0.1, g, metric, settings)
+    words, cases, seeds = claims.verdict(rows, claim(metric, sign, settings if metric == "psnr" else ()))
     assert words == expected and cases.mean == pytest.approx(sign * (better - other), abs=0.3)
-    # by hand: two rows of two seeds, so t has two degrees of freedom
-    variance = 0
-    for by_seed in rows.values():
-        a, b = (mean(claims.pool([e], metric, settings).values()) for e in by_seed.values())
-        variance += (a - b) ** 2 / 2 / 2
-    assert seeds.high - seeds.mean == pytest.approx(4.30 * variance**0.5, rel=1e-4)
+    # by hand: three paired differences, so t has two degrees of freedom
+    means = [[torch.tensor([*rows[name][seed][metric][settings[0]].values()]).mean() for seed in range(3)]
+             for name in ("full", "no-mfi")]
+    deviation = float((torch.stack(means[0]) - torch.stack(means[1])).std())
+    assert seeds.high - seeds.mean == pytest.approx(4.30 * deviation / 3**0.5, rel=1e-3)
+
+
+def test_what_a_seed_does_to_both_rows_alike_does_not_count():
+    g = torch.Generator().manual_seed(1)
+    rows = rows_of({"full": 0.5}, 3, 2.0, g)  # seeds lie 2 dB apart
+    rows["no-mfi"] = {seed: result_of([v - 0.5 + 0.01 * seed for v in result["psnr"]["all"].values()])
+                      for seed, result in rows["full"].items()}
+    words, _, seeds = claims.verdict(rows, claim())
+    assert words == "holds" and seeds.high - seeds.low < 0.1
+
+
+def test_other_rows_of_the_same_seeds_add_degrees_of_freedom():
+    g = torch.Generator().manual_seed(1)
+    names = ("full", "no-mfi", "no-proxies", "direct")
+    rows = rows_of(dict.fromkeys(names, 0.0), 3, 0.1, g)
+    alone = claims.verdict({name: rows[name] for name in names[:2]}, claim()).seeds
+    pooled = claims.verdict(rows, claim()).seeds
+    means = torch.tensor([[mean([*rows[name][seed]["psnr"]["all"].values()]) for seed in range(3)]
+                          for name in names], dtype=torch.float64)
+    own = (means[0] - means[1]).var()
+    # the variance of a difference is the mean over all pairs of rows
+    pairs = [(means[i] - means[j]).var() for i in range(4) for j in range(i)]
+    all_rows = sum(pairs) / len(pairs)
+    assert all_rows > own
+    assert pooled.high - pooled.mean == pytest.approx(2.45 * float(all_rows / 3) ** 0.5, rel=1e-6)  # six degrees
+    assert alone.high - alone.mean == pytest.approx(4.30 * float(own / 3) ** 0.5, rel=1e-6)
+
+
+def test_a_difference_too_small_to_matter_is_no_effect():
+    g = torch.Generator().manual_seed(2)
+    for metric, small, large in (("psnr", 0.05, 0.3), ("caption", 0.01, 0.2), ("jitter", None, 0.3)):
+        for difference in filter(None, (small, large)):
+            rows = rows_of({"full": difference, "no-mfi": 0.0}, 3, 0.001, g, metric, noise=0.01)
+            words = claims.verdict(rows, claim(metric)).words
+            assert words == ("no effect" if difference == small else "holds")
+
+
+def test_what_is_kept_may_lose_a_little():
+    g = torch.Generator().manual_seed(3)
+    for lost, expected in ((0.05, "holds"), (0.15, "not decided"), (0.5, "does not hold")):
+        rows = rows_of({"full": -lost, "no-mfi": 0.0}, 3, 0.01, g)
+        assert claims.verdict(rows, claim(allowed=0.15)).words == expected
+
+
+def test_the_base_is_compared_with_every_seed():
+    rows = {"full": {seed: result_of([0.8 + seed / 100] * 9, "caption", claims.WORDS) for seed in range(3)},
+            BASE: {0: result_of([0.8] * 9, "caption", claims.WORDS)}}
+    kept = next(c for c in CLAIMS if c.other == BASE and c.metric == "caption")
+    assert claims.verdict(rows, kept).cases.mean == pytest.approx(0.01)
 
 
 def test_without_a_second_seed_or_all_settings_nothing_is_decided():
     g = torch.Generator().manual_seed(1)
-    rows = {"full": row_of(20, 2, 0.1, g), "no-mfi": row_of(18, 2, 0.1, g)}
+    rows = rows_of({"full": 2, "no-mfi": 0}, 2, 0.1, g)
     assert claims.verdict(rows, claim(settings=("front", "all"))).words == "not run"  # at one of them only
     assert claims.verdict({}, claim()) == ("not run", None, None)
     alone = {name: {0: by_seed[0]} for name, by_seed in rows.items()}
     words, cases, seeds = claims.verdict(alone, claim())
     assert words == "not decided" and cases is not None and seeds is None
+    other_seeds = {"full": {0: rows["full"][0]}, "no-mfi": {1: rows["no-mfi"][1]}}
+    assert claims.verdict(other_seeds, claim()).words == "not run"  # nothing is paired
 
 
 def test_the_two_sides_of_a_claim_may_be_given_other_views():
-    rows = {"full": {seed: evaluation_of([3.0 + seed], settings=("all",)) for seed in range(2)},
-            "no-mfi": {seed: evaluation_of([1.0 + seed], settings=("front",)) for seed in range(2)}}
-    found = claims.verdict(rows, claim()._replace(other_settings=("front",)))
+    rows = {"full": {seed: result_of([3.0 + seed], settings=("all",)) for seed in range(2)},
+            "no-mfi": {seed: result_of([1.0 + seed], settings=("front",)) for seed in range(2)}}
+    found = claims.verdict(rows, claim(other_settings=("front",)))
     assert found.cases.mean == 2
 
 
 def test_a_rate_alike_in_all_cases_proves_little():
-    alike = dict.fromkeys(("full", "no-mfi"), dict.fromkeys(range(2), evaluation_of([True] * 50, "mouth")))
+    alike = dict.fromkeys(("full", "no-mfi"), dict.fromkeys(range(2), result_of([1.0] * 50, "mouth")))
     words, cases, _ = claims.verdict(alike, claim("mouth"))
     assert words == "not decided" and cases == (0, -0.06, 0.06)
 
 
-def test_where_seeds_alone_differ_a_verdict_is_rarely_wrong():
-    g, wrong = torch.Generator().manual_seed(0), 0
+@pytest.mark.parametrize("unlike", [0.5, 1, 2])
+def test_where_nothing_differs_a_verdict_is_rarely_wrong(unlike):
+    """400 trials of four rows that a seed moves by 0.2 dB (the last two by `unlike` times that)."""
+    g, wrong, differences = torch.Generator().manual_seed(0), 0, dict.fromkeys(("full", "no-mfi"), 0.0)
     for _ in range(400):
-        rows = {name: row_of(18, 2, 0.2, g) for name in ("full", "no-mfi", "append", "direct")}
-        wrong += claims.verdict(rows, claim()).words != "not decided"
-    assert 0.01 < wrong / 400 < 0.09  # 0.05 expected
+        rows = (rows_of(differences, 3, 0.2, g, settings=claims.GIVEN)
+                | rows_of(dict.fromkeys(("no-proxies", "direct"), 0.0), 3, 0.2 * unlike, g, settings=claims.GIVEN))
+        wrong += claims.verdict(rows, claim(settings=claims.GIVEN)).words in ("holds", "does not hold")
+    assert 0 < wrong <= 0.05 * 400
 
 
 def test_claims_name_rows_settings_and_metrics_that_exist():
     for each in CLAIMS:
-        assert {each.better, each.other} <= set(ABLATIONS) and each.sign in (1, -1)
+        assert {each.better, each.other} <= {*ABLATIONS, BASE} and each.sign in (1, -1)
         assert each.metric in claims.CLAIM_METRICS and (each.metric == "loss") == (each.settings == ())
         assert {*each.settings, *(each.other_settings or ())} <= set(evaluation.SETTINGS)
     for flags in ABLATIONS.values():
@@ -111,17 +162,17 @@ def tables_in(text):
 
 def test_the_page_has_the_tables_that_the_script_prints():
     page = tables_in((ROOT / "CLAIMS.md").read_text())
-    nothing = claims.tables({"full": {0: evaluation_of([], settings=())}})
+    nothing = claims.tables({"full": {0: {metric: {} for metric in [*claims.KEPT, "loss"]}}})
     for of_page, of_script in zip(page, tables_in(nothing), strict=True):
         assert of_page[:2] == of_script[:2]  # the columns
         assert all(len(cells) == len(of_page[0]) for cells in of_page)
     rows, judged = page
-    assert {cells[0].strip("`"): cells[1] for cells in rows[2:]} == ABLATIONS
+    assert {cells[0].strip("`"): cells[1] for cells in rows[2:]} == ABLATIONS | {BASE: "not trained"}
     assert len({tuple(cells[:3]) for cells in rows}) == len(rows)  # a row and seed once
     of_script = tables_in(nothing)[1]
     for cells, expected in zip(judged[2:], of_script[2:], strict=True):
         assert cells[:2] == expected[:2] and cells[3] == expected[3]  # the claim, its rows, its metric
-        assert cells[2] in ("holds", "does not hold", "not decided", "not run")
+        assert cells[2] in ("holds", "does not hold", "no effect", "not decided", "not run")
 
 
 def test_every_name_on_the_page_is_one_of_the_scripts():
@@ -153,14 +204,15 @@ def test_rows_are_trained_measured_and_judged_and_earlier_ones_kept(one_process,
     assert re.fullmatch(r"\d+\.\d\d, \d+ %, \d+ %", rows[2][5])
     assert [cells[2] for cells in judged].count("not run") >= 5
     assert (tmp_path / "cl" / "tiny-steps-1" / "append-0" / "stage4").exists()
-    lines = (tmp_path / "cl" / "tiny-steps-1" / "full-0" / "cases.jsonl").read_text()
-    (tmp_path / "cl" / "tiny-steps-1" / "notes-1").mkdir()  # somebody else's
-    (tmp_path / "cl" / "tiny-steps-1" / "notes-1" / "cases.jsonl").write_text("{}")
+    lines = (tmp_path / "cl" / "tiny-steps-1" / "full-0.json").read_text()
+    (tmp_path / "cl" / "tiny-steps-1" / "notes-1.json").write_text("{}")  # somebody else's
     second = call("claims.py", "full", *COMMAND, "--seeds", 2, cwd=tmp_path)  # the table keeps the other row
     rows_now, _ = tables_in(second)
     assert [cells[0] + cells[2] for cells in rows_now[2:]] == ["`full`0", "`full`1", "`append`0"]
     assert rows_now[2] == rows[2] and rows_now[4] == rows[3]
-    assert (tmp_path / "cl" / "tiny-steps-1" / "full-0" / "cases.jsonl").read_text() == lines
+    assert (tmp_path / "cl" / "tiny-steps-1" / "full-0.json").read_text() == lines
+    shutil.rmtree(tmp_path / "cl" / "tiny-steps-1" / "append-0")  # a result needs its training no more
+    assert call("claims.py", *COMMAND, "--seeds", 0, cwd=tmp_path) == second
 
 
 def test_on_a_cpu_a_row_trains_in_two_processes(monkeypatch, tmp_path):
@@ -222,7 +274,7 @@ OWN = ("--seed 1", "--seed=1", "--see 1", "--se=1", "--s 1", "--out x", "--out=x
        "--config tiny", "--conf=tiny", "--stage 1", "--sta 1", "--steps 1 --stage=1")
 WRONG = [([f"--train={own}"], "claims.py sets this itself") for own in OWN] + [
     (["full", "nonsense"], "nonsense: expected rows of full"), (["--train='"], "--train"),
-    (["--seeds", "0"], "--seeds"), (["--seeds", "1" + "0" * 20], "--seeds"), (["--seed=2"], "--seed"),
+    (["--seeds", "-1"], "--seeds"), (["--seeds", "1" + "0" * 20], "--seeds"), (["--seed=2"], "--seed"),
     (["--out", ""], "--out"), (["--limit", "0"], "--limit"), (["--batch", "1000000"], "--batch"),
     (["--settings", "back"], "--settings"), (["--config", "1.3b"], "--config")]
 
@@ -241,7 +293,7 @@ def test_flags_that_only_begin_alike_are_passed_on(monkeypatch, tmp_path):
     passed = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(claims, "train", lambda name, seed, args, out: passed.append(args.train))
-    monkeypatch.setattr(claims, "evaluate", lambda *_: None)
+    monkeypatch.setattr(claims, "evaluate", lambda *_: evaluation.Evaluation([], {}, 6, 32))
     claims.main(["full", "--seeds", "1", "--train=--steps 1 --clip 2 --clips 4 4"])
     assert passed == [["--steps", "1", "--clip", "2", "--clips", "4", "4"]]
 
