@@ -2,6 +2,7 @@
 
   python bench.py forward --config 1.3b       times a forward: seconds, tokens/s, model TFLOP/s, peak memory
   python bench.py train --config 1.3b --recompute --compile       the same of a training step
+  python bench.py references --config 1.3b    a forward with joint, one-way and kept references, side by side
   python bench.py dry-run --ckpt 1.3b         memory by phase and FLOPs of a video, from shapes only
   python bench.py plan --config 1.3b          what training needs, by what trains and how many cards: the same
 
@@ -12,6 +13,7 @@ On a new GPU run, in this order and each under ten minutes (LOG.md has what was 
   pytest && torchrun train.py --stage all && python eval.py
 """
 from argparse import Namespace
+from dataclasses import replace
 
 import torch
 from torch.utils.benchmark import Timer
@@ -23,7 +25,7 @@ from checkpoint import Parser, UserError, autocast, count, in_range, nonempty, r
 from encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
 from kernels import use_fused
 from lora import NEW_PREFIXES, TRAINS, set_trained
-from model import CONFIGS, PATCH, HarmoView
+from model import CHOICES, CONFIGS, PATCH, HarmoView
 from monitor import GIB, peak_memory
 from muon import make_optimizers
 from pictures import picture_size, view_of
@@ -34,12 +36,12 @@ PLANNED_TFLOPS = 400  # of training, our goal on an H200 (not measured)
 SHARDS = (2, 4, 8, 16, 32)  # cards
 
 
-def random_inputs(config, shape, batch, device):
-    """x, t, text, refs, vit for timing: one person with all views. shape (C, T, H, W): a video's latents."""
+def random_inputs(config, shape, batch, device, people=1):
+    """x, t, text, refs, vit for timing: people with all views. shape (C, T, H, W): a video's latents."""
     def normal(*sizes):
         return torch.randn(batch, *sizes, device=device)
-    refs = [{view: normal(shape[0], *shape[2:]) for view in VIEWS}]
-    vit = [normal(config.vit_levels, 17, config.vit_dim)] if config.vit_dim else None
+    refs = [{view: normal(shape[0], *shape[2:]) for view in VIEWS} for _ in range(people)]
+    vit = [normal(config.vit_levels, 17, config.vit_dim) for _ in refs] if config.vit_dim else None
     return normal(*shape), torch.full((batch,), 500.0, device=device), normal(64, config.text_dim), refs, vit
 
 
@@ -52,8 +54,6 @@ def report_speed(step, model, shape, batch, passes, device, dtype):
     """Time step() and print a table. passes: 1 for inference, 3 for training (backward costs two forwards);
     model TFLOP/s are passes times HarmoView.flops a second, recomputation is not counted."""
     gpu = device.type == "cuda"
-    for p in model.parameters():  # a GPU multiplies the zeros that a new model starts with faster
-        torch.nn.init.normal_(p.data, std=0.02)
     if gpu:
         torch.cuda.reset_peak_memory_stats()  # making the model in float32 does not count
     took, memory = seconds(step, 5), peak_memory()
@@ -69,25 +69,54 @@ def report_speed(step, model, shape, batch, passes, device, dtype):
     print(f"peak memory {memory:.1f} GiB")
 
 
-def time_network(args, training):
-    """Forwards, or whole training steps: forward, backward, clipping and optimizers."""
+def set_up(args):
+    """The network of --config with random weights, its device and dtype, and a clip's shape (C, T, H, W)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, world = CONFIGS[args.config], toy.WORLDS[args.config]
     frames, size = args.frames or world["frames"], args.size or (world["size"], world["size"])
-    encoders = WanEncoders if config.is_wan else toy.ToyEncoders
+    codec = WanEncoders if config.is_wan else toy.ToyCodec(world["size"])
     if config.is_wan:
         sample.check_wan_size(frames, size)
-    elif not all(side and side % encoders.mask_block == 0 for side in size):
-        raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {encoders.mask_block}")
-    shape = encoders.latent_shape(frames, size)
+    elif not all(side and side % (PATCH * codec.stride) == 0 for side in size):
+        raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {PATCH * codec.stride}")
     print("kernels:", use_fused(False if args.no_fused else None))
     with device:
         model = HarmoView(config)
+    for p in model.parameters():  # a GPU multiplies the zeros that a new model starts with faster
+        torch.nn.init.normal_(p.data, std=0.02)
     model.recompute = args.recompute
     if args.compile:
         model.compile_blocks()
-    x, t, text, refs, vit = random_inputs(config, shape, args.batch, device)
     dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
+    return model, device, dtype, codec.latent_shape(frames, size)
+
+
+@torch.no_grad()
+def time_references(args):
+    """A forward as sampling makes it, side by side: joint references, one-way ones, and one-way ones whose
+    keys and values were kept; with --people times four views."""
+    model, device, dtype, shape = set_up(args)
+    inputs, model = random_inputs(model.config, shape, args.batch, device, args.people), model.to(dtype)
+    frame = shape[2] // PATCH * (shape[3] // PATCH)
+    video, references = shape[1] * frame, args.people * len(VIEWS) * frame
+    print(f"{args.batch} x {video:,} tokens of video and {references:,} of references")
+    cache, rows = {}, []
+    for words, attention, kept in (("joint", "joint", None), ("one-way", "one-way", None),
+                                   ("one-way, kept", "one-way", cache)):
+        model.config = replace(model.config, reference_attention=attention)
+        with autocast(device, args.precision):
+            took = seconds(lambda: model(*inputs, kept), 5)
+        rows.append((words, took, model.flops(video, references, cached=kept is cache)))
+    for words, took, flops in rows:
+        print(f"{words:14}{took:9.3g} s, {rows[0][1] / took:5.2f} x joint; of FLOPs {rows[0][2] / flops:5.2f} x")
+    print(f"kept: {sum(x.numel() * x.element_size() for pair in cache['references'] for x in pair) / 1e9:.3g} GB")
+
+
+def time_network(args, training):
+    """Forwards, or whole training steps: forward, backward, clipping and optimizers."""
+    model, device, dtype, shape = set_up(args)
+    config = model.config
+    x, t, text, refs, vit = random_inputs(config, shape, args.batch, device)
     flags = dict(optimizer="adamw" if config.is_wan else "muon", weight_decay=0.01)
     optimizers = make_optimizers(model, Namespace(**flags | train.TRAIN_RECIPES[args.config]))
     noise = torch.randn_like(x)
@@ -120,6 +149,8 @@ def dry_run(args):
     if not config:
         found = sample.find(args.ckpt)
         config, experts, kind = found.config, len(found.networks), found.kind
+    if args.reference_attention:
+        config = replace(config, reference_attention=args.reference_attention)
     if not config.is_wan:
         raise UserError(f"--ckpt {args.ckpt}: the dry run is for Wan's sizes; the toy runs in seconds")
     recipe, frames, (H, W) = sample.SAMPLE_RECIPES[kind], args.frames or 81, args.size or (480, 832)
@@ -137,13 +168,18 @@ def dry_run(args):
         print(f"{name:12}{n:>16,} parameters{notes.get(name, '')}")
     per_frame = (H // 16) * (W // 16)  # tokens of one latent frame or reference
     video = (frames + 3) // 4 * per_frame
-    without = video + len(people) * len(VIEWS) * config.proxy_tokens  # with every slot as proxies
-    tokens = without + sum(map(len, people)) * (per_frame - config.proxy_tokens)
+    proxies = len(people) * len(VIEWS) * config.proxy_tokens  # where every slot is a proxy
+    references = proxies + sum(map(len, people)) * (per_frame - config.proxy_tokens)
+    tokens, one_way = video + references, config.reference_attention == "one-way"
     scale = recipe["guide_text"][0]
     weights = sample.guidance_weights(scale, recipe["guide_refs"] if people else scale)
-    tflop = [networks["transformer"].flops(n) / 1e12
-             for weight, n in zip(weights, (tokens, without, without)) if weight]
+    branches = [n for weight, n in zip(weights, (references, proxies, proxies)) if weight]
+    tflop = [networks["transformer"].flops(video, n, cached=one_way) / 1e12 for n in branches]
     print(f"{frames} frames of {H}x{W}: {video:,} tokens, with references {tokens:,}")
+    kept = [2 * 2 * config.num_layers * config.dim * n * one_way for n in branches]  # keys and values in bf16
+    if one_way:
+        print(f"one-way references: their keys and values are computed once and kept, {kept[0] / 1e9:.1f} GB"
+              f" for given views, {sum(kept[1:]) / 1e9:.1f} GB for the proxies of guidance")
 
     held = {name: 2 * n for name, n in parameters.items()}  # bytes on the GPU, in bf16
     if args.offload:
@@ -153,7 +189,7 @@ def dry_run(args):
     # four frames at the VAE's full width, of which it holds 10 and 12.5 (measured on a CPU)
     pixels = 4 * 4 * 96 * min(H, args.tile or H) * min(W, args.tile or W)
     phases = {"umT5, bf16": held["umT5"], "VAE encode, float32": 2 * held["VAE"] + 10 * pixels,
-              "ViT, bf16": held["ViT"], "denoising, bf16": held["transformer"] + hidden,
+              "ViT, bf16": held["ViT"], "denoising, bf16": held["transformer"] + hidden + sum(kept),
               "VAE decode, float32": 2 * held["VAE"] + 12.5 * pixels}
     print("expected memory, one phase after the other (weights exact, activations estimated):")
     for phase, size in phases.items():
@@ -199,8 +235,9 @@ def plan(args):
 
 def main(argv=None):
     p = Parser(description=__doc__)
-    what = p.add_subparsers(dest="what", required=True, metavar="train|forward|dry-run|plan")
-    for name, help in (("train", "time training steps"), ("forward", "time forwards")):
+    what = p.add_subparsers(dest="what", required=True, metavar="train|forward|references|dry-run|plan")
+    for name, help in (("train", "time training steps"), ("forward", "time forwards"),
+                       ("references", "time forwards with joint and one-way references")):
         speed = what.add_parser(name, help=help).add_argument
         speed("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS")
         speed("--frames", type=count, help="frames of a clip (default: as in training)")
@@ -209,6 +246,8 @@ def main(argv=None):
         for flag in ("--recompute", "--compile", "--no-fused"):
             speed(flag, action="store_true", help="as in train.py")
         speed("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as train.py's")
+        if name == "references":
+            speed("--people", type=in_range(int, 1, 2, "1 or 2"), default=1, help="with four views each")
     dry = what.add_parser("dry-run", help="memory and FLOPs of sample.py at Wan's sizes").add_argument
     dry("--ckpt", type=nonempty, default="1.3b", help="a preset of model.CONFIGS, or a folder of Wan's size")
     dry("--refs", nargs="+", action="append", help="one person's views, as a_front.png; not read")
@@ -216,6 +255,7 @@ def main(argv=None):
     dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")
     dry("--tile", type=count, help="as in sample.py")
+    dry("--reference-attention", choices=CHOICES["reference_attention"], help="as in train.py")
     how = what.add_parser("plan", help="memory and FLOPs of train.py at Wan's sizes").add_argument
     how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan])
     how("--frames", type=count, default=81, help="frames of a clip")
@@ -227,6 +267,8 @@ def main(argv=None):
         return dry_run(args)
     if args.what == "plan":
         return plan(args)
+    if args.what == "references":
+        return time_references(args)
     time_network(args, args.what == "train")
 
 

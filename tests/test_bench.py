@@ -5,6 +5,7 @@ from conftest import ROOT, call, run
 
 import bench
 from checkpoint import UserError
+from rope import VIEWS
 
 
 @pytest.mark.parametrize("what, flags", [("train", ["--recompute"]), ("forward", ["--no-fused"])])
@@ -28,6 +29,25 @@ def test_dry_run_needs_no_weights(wan, tmp_path):
     assert f"with references {32_760 + 3 * 1560 + 5 * 16:,}" in said and "2 forwards a step" in said
     said = call("bench.py", "dry-run", "--ckpt", wan / "2.2", "--size", "64x64", cwd=tmp_path)
     assert "x 2 expert(s)" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config, gigabytes", [("14b", 10.2), ("1.3b", 2.3)])
+def test_the_dry_run_counts_what_one_way_references_keep(config, gigabytes, tmp_path):
+    refs = [word for k in "ab" for word in ("--refs", *(f"{k}_{view}.png" for view in VIEWS))]
+    command = ["bench.py", "dry-run", "--ckpt", config, *refs]
+    joint, kept = (call(*command, *flags, cwd=tmp_path) for flags in ([], ["--reference-attention", "one-way"]))
+    assert f"kept, {gigabytes} GB for given views" in kept and "one-way" not in joint
+    memory, tflop = ([float(re.search(words, said)[1].replace(",", "")) for said in (joint, kept)]
+                     for words in (r"denoising, bf16 +([\d.]+) GiB", r"([\d,]+) TFLOP a forward"))
+    assert memory[1] - memory[0] == pytest.approx(gigabytes * 1e9 / 2**30, rel=0.03)
+    assert tflop[0] / tflop[1] == pytest.approx(1.38, abs=0.01)  # shared/PERF.md
+
+
+def test_references_are_timed_side_by_side(tmp_path):
+    said = call("bench.py", "references", "--config", "tiny", "--people", "2", cwd=tmp_path)
+    rows = re.findall(r"^(joint|one-way|one-way, kept) +\S+ s, +([\d.]+) x joint; of FLOPs +([\d.]+) x$", said, re.M)
+    assert [row[0] for row in rows] == ["joint", "one-way", "one-way, kept"]
+    assert 1 == float(rows[0][2]) < float(rows[1][2]) < float(rows[2][2])
 
 
 def test_offload_and_tiles_need_less(tmp_path):

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import sample
 import toy
 from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
-from encoders import NEGATIVE_PROMPT, WanEncoders
-from model import DiTConfig, HarmoView, load_wan, wan_config
+from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
+from model import CONFIGS, DiTConfig, HarmoView, load_wan, wan_config
 from pictures import Job, contact_sheet, to_image
 from rope import VIEWS
 from train import STAGES
@@ -137,6 +137,47 @@ def test_wan22_switches_experts_where_its_authors_do():
     assert [name for name, *_ in called] == 52 * ["high"] + 28 * ["low"]  # two forwards a step
     assert {held for *_, held in called} == {1}  # one expert in memory at a time
     assert [float(v) for v in said] == 26 * [4.0] + 14 * [3.0]  # each with its own guidance
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@torch.no_grad()
+def test_each_expert_keeps_what_its_one_way_references_computed(offload):
+    """Two people, dropped views, two guidance scales, two networks: as without a cache, and computed once."""
+    torch.manual_seed(0)
+    config = replace(CONFIGS["tiny"], reference_attention="one-way")
+    networks, computed = [HarmoView(config).requires_grad_(False) for _ in range(2)], []
+    for network in networks:
+        for p in network.parameters():
+            p.normal_(std=0.1)
+        run_blocks = network.run_blocks
+        network.run_blocks = lambda *a, run_blocks=run_blocks, kept=None, **k: (
+            computed.append(kept) if kept is not None else None, run_blocks(*a, kept=kept, **k))[1]
+        if offload:
+            stream_blocks(network, torch.device("cpu"))
+    C, E = config.in_dim, config.text_dim
+    refs = [{"front": torch.randn(1, C, 8, 8), "back": torch.randn(1, C, 8, 8)}, {"left": torch.randn(1, C, 8, 8)}]
+    vit = [torch.randn(1, config.vit_levels, 17, config.vit_dim), None]
+    text, no_text, noise = torch.randn(1, 9, E), torch.randn(1, 4, E), torch.randn(1, C, 3, 8, 16)
+    held = {}  # of each term of guidance, the networks whose keys and values are in memory
+
+    def make(wrap):
+        loads = [lambda network=network: network for network in networks]
+        experts = sample.Experts(loads, config, torch.device("cpu"), 0.875)
+        velocity = sample.guided(wrap(experts), text, no_text, refs, vit, (3.0,), 2.0)
+        return sample.solve(velocity, noise, 8, 5.0, "unipc")
+
+    def watched(experts):
+        def call(x, t, tokens, r, features, cache):
+            out = experts(x, t, tokens, r, features, cache)
+            held.setdefault(id(cache), []).append(sorted(cache))
+            return out
+        return call
+    kept = make(watched)
+    assert len(computed) == 2 * 3  # once for each network and term
+    assert len(held) == 3 and all(states[0] == [0] and states[-1] == [1] for states in held.values())
+    plain = make(lambda experts: lambda *inputs: experts(*inputs[:-1]))
+    assert len(computed) == 2 * 3 + 8 * 3
+    assert (kept - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
 def test_unknown_solver_and_no_steps():
