@@ -108,8 +108,10 @@ def time_references(args):
             took = seconds(lambda: model(*inputs, kept), 5)
         rows.append((words, took, model.flops(video, references, cached=kept is cache)))
     for words, took, flops in rows:
-        print(f"{words:14}{took:9.3g} s, {rows[0][1] / took:5.2f} x joint; of FLOPs {rows[0][2] / flops:5.2f} x")
-    print(f"kept: {sum(x.numel() * x.element_size() for pair in cache['references'] for x in pair) / 1e9:.3g} GB")
+        print(f"{words:14}{took:9.3g} s, {rows[0][1] / took:5.2f} x as fast as joint; "
+              f"by FLOPs {rows[0][2] / flops:5.2f} x")
+    size = sum(x.numel() * x.element_size() for pair in cache["references"] for x in pair)
+    print(f"kept: {size / 1e9:.3g} GB")
 
 
 def time_network(args, training):

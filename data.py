@@ -23,21 +23,8 @@ from tqdm import tqdm
 
 import importers
 import manifest
-from checkpoint import (
-    Parser,
-    UserError,
-    as_user_error,
-    count,
-    fraction,
-    frame_rate,
-    in_range,
-    nonempty,
-    probe_writable,
-    read_lines,
-    run_script,
-    sha256_of,
-    uses_bf16,
-)
+from checkpoint import (Parser, UserError, as_user_error, count, fraction, frame_rate, in_range, nonempty,
+                        probe_writable, read_lines, run_script, sha256_of, uses_bf16)
 from encode import encode, is_sound, read_settings, sample_path, unpack
 from encoders import WanEncoders
 from pictures import picture_size

@@ -33,8 +33,9 @@ import benchmark
 import cases as real_cases
 import data
 import toy
-from checkpoint import (Parser, UserError, check_outputs, count, find_checkpoint, frame_rate, in_range, lock,
-                        nonempty, probe_writable, read_meta, run_script, sha256_of, source_hash, uses_bf16)
+from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, find_checkpoint, frame_rate,
+                        in_range, lock, nonempty, probe_writable, read_meta, run_script, sha256_of,
+                        source_hash, uses_bf16)
 from curate import check_url
 from parallel import World
 from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, write_video
@@ -388,6 +389,8 @@ def report(path, heading, evaluations):
         cases.setdefault(result["case"], []).append(result)
         if result["setting"] == settings[-1]:  # most views
             quality[result["case"]] = mean([person["psnr"] for person in result["people"]])
+    with atomic_file(path.with_name("yaw.svg")) as temporary:  # on its own, for a README
+        temporary.write_text(plots[0], encoding="utf-8")
     galleries = [case_html(n, cases[n], frames, size) for n in sorted(cases, key=quality.get)]
     write_page(path, "toy benchmark", heading, table_of(results, METRICS), METRICS, plots, galleries)
 
@@ -417,7 +420,7 @@ def run_toy(args, world):
     start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
     path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
     world.barrier()  # rank 0 holds the folder
-    check_outputs([page], [])
+    check_outputs([page, page.with_name("yaw.svg")], [])
     plan = plan_of(args)
     evaluations = {"this checkpoint": evaluate(ckpt, plan, path, world)}
     if first := find_checkpoint(Path(ckpt) / "stage1"):

@@ -91,7 +91,8 @@ CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
     "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=4, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
     # 64x64 in as many tokens, 2 laptop cores, half an hour
-    "toy64": DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, **TOY | dict(in_dim=192, out_dim=192)),
+    "toy64": DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6,
+                       **TOY | dict(in_dim=192, out_dim=192)),
     # Wan2.1 T2V, and each expert of Wan2.2 T2V-A14B is a 14b
     "1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, **WAN),
     "14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, **WAN),

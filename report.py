@@ -22,8 +22,8 @@ from pictures import to_bytes
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 BIN_NAMES = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
-COLOURS = {"none": "#999999", "described": "#e7298a", "front": "#d95f02", "front+left": "#7570b3", "all": "#1b9e77",
-           "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
+COLOURS = {"none": "#999999", "described": "#e7298a", "front": "#d95f02", "front+left": "#7570b3",
+           "all": "#1b9e77", "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
 OTHER_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
 
 
@@ -199,7 +199,8 @@ def plot(heading, labels, series, percent=False):
         parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
                      f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; '
                      f'{html.escape(name[:15])}</text>')
-    return f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}">{"".join(parts)}</svg>'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{W}" height="{H}" viewBox="0 0 {W} {H}" '
+            f'font-family="sans-serif" font-size="11" style="background: white">{"".join(parts)}</svg>')
 
 
 def base64_of(image, kind="png"):

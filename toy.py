@@ -66,7 +66,8 @@ BACKGROUNDS = {  # colour at the bottom and at the top
 VIEW_YAW = {"front": 0.0, "left": -85.0, "right": 85.0, "back": 180.0}
 PATCHES = ("left", "right", "back")  # each seen in the view of that name and never from the front
 # words for looks: the colour wheel in equal parts from red on, and skins from dark to light
-HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
+HUES = ("red", "orange", "yellow", "lime", "green", "mint",
+        "cyan", "azure", "blue", "violet", "magenta", "rose")
 SKINS = ("ebony", "brown", "tan", "fair", "pale")
 
 
@@ -520,7 +521,8 @@ def training_identities(n, n_people, seed):
 
 def captions_of(clips, n_people, seed, described):
     """The captions of training clips. A clip's own draw decides whether it tells the looks."""
-    n, people, rng = len(clips), training_identities(len(clips), n_people, seed), random.Random(seed + n_people)
+    n, rng = len(clips), random.Random(seed + n_people)
+    people = training_identities(n, n_people, seed)
     return [caption(clip, [describe(people, i + k * n) for k in range(n_people)]
                     if rng.random() < described else None) for i, clip in enumerate(clips)]
 

@@ -97,7 +97,7 @@ def test_vit_gives_the_chosen_layers():
 
 
 def test_toy_codec_is_exactly_invertible():
-    codec, video = toy.ToyCodec(), torch.randn(2, 3, 5, 16, 24)
+    codec, video = toy.ToyCodec(32), torch.randn(2, 3, 5, 16, 24)
     latent = codec.encode(video)
     assert latent.shape == (2, 48, 5, 4, 6) and torch.equal(codec.decode(latent), video)
     assert torch.equal(codec.encode(video[:, :, 2:3])[:, :, 0], latent[:, :, 2])  # every frame is its own

@@ -462,7 +462,8 @@ def masked_forward(net, x, t, text, refs, vit):
     L, present = tokens.shape[1], tuple(tuple(v for v in VIEWS if v in views) for views in refs)
     slots, ref_hw = net.embed_references(refs, B, grid[1:])
     tokens = torch.cat((tokens, *slots), dim=1)
-    rope = rope_of(c.rope_layout, present, grid, ref_hw, c.proxy_tokens, c.rope_jump, c.dim // c.num_heads, x.device)
+    rope = rope_of(c.rope_layout, present, grid, ref_hw, c.proxy_tokens, c.rope_jump, c.dim // c.num_heads,
+                   x.device)
     reads = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool)
     reads[L:, :L] = False
     (time, video_time), (_, ref_time) = net.embed_time(t), net.embed_time(torch.zeros_like(t))
@@ -485,7 +486,8 @@ MIXED = [("front", "left", "back"), ("right",)]  # two people, dropped views
 
 
 @pytest.mark.parametrize("views", [[VIEWS], MIXED, [(), ()]])
-@pytest.mark.parametrize("changes", [{}, {"missing_views": "zeros", "proxy_tokens": 0}, {"rope_layout": "before"}])
+@pytest.mark.parametrize("changes", [{}, {"missing_views": "zeros", "proxy_tokens": 0},
+                                     {"rope_layout": "before"}])
 def test_one_way_is_joint_attention_with_a_mask(views, changes):
     net = network(reference_attention="one-way", **changes)
     x, t, text, refs, vit = inputs(views)

@@ -155,7 +155,7 @@ def test_each_expert_keeps_what_its_one_way_references_computed(offload):
         if offload:
             stream_blocks(network, torch.device("cpu"))
     C, E = config.in_dim, config.text_dim
-    refs = [{"front": torch.randn(1, C, 8, 8), "back": torch.randn(1, C, 8, 8)}, {"left": torch.randn(1, C, 8, 8)}]
+    refs = [{view: torch.randn(1, C, 8, 8) for view in views} for views in (("front", "back"), ("left",))]
     vit = [torch.randn(1, config.vit_levels, 17, config.vit_dim), None]
     text, no_text, noise = torch.randn(1, 9, E), torch.randn(1, 4, E), torch.randn(1, C, 3, 8, 16)
     held = {}  # of each term of guidance, the networks whose keys and values are in memory

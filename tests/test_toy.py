@@ -57,6 +57,39 @@ def test_a_patch_shows_in_its_own_view_only(patch):
     assert opposite is None or seen[opposite] == 0
 
 
+def test_colours_have_the_names_that_people_give_them():
+    named = {"red": (1, 0.1, 0), "dim red": (0.6, 0, 0.05), "dark blue": (0, 0, 0.3), "green": (0, 0.8, 0),
+             "yellow": (0.9, 0.9, 0.1), "cyan": (0.1, 0.9, 0.9), "magenta": (0.9, 0, 0.9), "rose": (1, 0, 0.5)}
+    assert {toy.colour_name(rgb): rgb for rgb in named.values()} == named
+
+
+def test_looks_in_words_tell_what_is_drawn():
+    """Two people with the same words differ less in colour than two with other words, part by part."""
+    people = toy.draw_identities(200, 4)
+    words = [toy.describe(people, i) for i in range(200)]
+    assert sum("a beard" in w for w in words) == int(people["beard"].sum())
+    for part, name in (("skin", "skin"), ("hair", "hair"), ("eyes", "eyes"), ("left patch", "patch_left")):
+        said = [re.search(rf"([\w ]+) {part}(?:,|$)|{part} ([\w ]+)", w) for w in words]
+        said = [found[1] or found[2] for found in said]
+        alike = torch.tensor([[a == b for b in said] for a in said])
+        apart = torch.cdist(people[name], people[name])
+        assert len(set(said)) >= 5 and apart[alike].mean() < 0.6 * apart[~alike].mean()
+
+
+def test_a_share_of_the_captions_describes_and_clips_stay_alike(tmp_path):
+    plain, described = (toy.render_cache(tmp_path, 32, 2, (6, 6), described=share) for share in (0.0, 0.5))
+    assert plain != described
+    for name in ("one.safetensors", "two.safetensors", "spiece.model"):
+        assert (plain / name).read_bytes() == (described / name).read_bytes()
+    captions = [(folder / "captions.txt").read_text().splitlines() for folder in (plain, described)]
+    pairs = list(zip(*captions, strict=True))
+    told = [b for a, b in pairs if a != b]
+    assert 0 < len(told) < len(pairs) and all(" skin, " in words for words in told)
+    assert all(re.sub(r"with \w+ skin.*? in a", "in a", b) == a for a, b in pairs)
+    (one,) = [i for i, (a, b) in enumerate(pairs) if b == told[0]]
+    assert toy.describe(toy.training_identities(6, 1, toy.TRAIN_SEED), one) in told[0]
+
+
 def test_the_left_patch_is_invisible_from_the_whole_right():
     one = person(patch_left=RED)
     assert [magenta(one, yaw) for yaw in range(0, 100, 10)] == [0] * 10
