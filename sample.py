@@ -373,6 +373,8 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
 def make_jobs(args, found, frames, size):
     """What --prompts, --prompt, --refs, --views and --swap ask for, as Jobs with their pictures."""
     is_toy = found.kind == "toy"
+    # a base model or a first stage has never seen a reference
+    views = () if is_toy and found.meta.get("stage") == 1 and not args.views else args.views
     if args.views and (args.refs or args.prompts or not is_toy):
         raise UserError("--views chooses among the toy's own references: "
                         "leave it out with --refs, with --prompts and for Wan")
@@ -381,7 +383,7 @@ def make_jobs(args, found, frames, size):
     elif args.prompt:
         jobs = [Job(args.prompt, None, args.seed, files=args.refs or [])]
     elif is_toy:
-        jobs = [replace(job, seed=args.seed) for job in toy.held_out(args.views, frames, size[0])]
+        jobs = [replace(job, seed=args.seed) for job in toy.held_out(views, frames, size[0])]
         if args.swap:
             jobs = [job for job in jobs if len(job.references) == 2]
     else:
@@ -397,7 +399,7 @@ def make_jobs(args, found, frames, size):
             job.references = read_references(job.files, size)
         elif job.references is None and is_toy:  # people that training never saw
             cast = (0, 1) if "two people" in job.prompt else (0,)
-            job.references = toy.held_out_references(cast, args.views or VIEWS, size[0])
+            job.references = toy.held_out_references(cast, VIEWS if views is None else views, size[0])
         elif job.references is None and found.meta:
             job.references = [{}]  # one person's proxies
         job.size = toy.frame_size(size[0], len(job.references)) if is_toy else size

@@ -629,10 +629,11 @@ def held_out(views, frames, size):
     jobs = []
     for case, default in SHOWN:
         clip, indices = benchmark_cases()[case]
-        references = held_out_references(indices, views or default, size)
+        given = default if views is None else views
+        references = held_out_references(indices, given, size)
         jobs.append(Job(caption(clip), references, size=frame_size(size, len(indices)),
                         truth=benchmark_truth(case, frames, size),
-                        note=f" (given: {', '.join(views or default)})"))
+                        note=f" (given: {', '.join(given) or 'nothing'})"))
     return jobs
 
 
