@@ -973,6 +973,16 @@ def test_sharded_replicated_and_alone_are_one_training(fresh):
     assert not well and "trained otherwise (shard True there, False here" in said
 
 
+def test_sharded_one_way_references_are_the_same_training(fresh):
+    """Every block runs twice in a forward, for references and for the video."""
+    common = [*FAST, "--stage", 1, "--steps", 2, "--precision", "fp32", "--optimizer", "adamw",
+              "--reference-attention", "one-way"]
+    call("train.py", *common, "--out", "alone", cwd=fresh)
+    assert torchrun(2, *common, "--shard", "--micro-batch", 1, "--recompute", "--out", "two", cwd=fresh)[0]
+    alone, two = (weights(fresh / name)["ema.safetensors"] for name in ("alone", "two"))
+    assert distance(alone, two) < 1e-6
+
+
 def test_a_lost_process_ends_all_and_torchrun_starts_them_again(fresh):
     """SIGKILL to one of two at step 3: torchrun --max-restarts 1 with --resume ends in the bits of an
     undisturbed run; without, the run fails at once."""
