@@ -1,6 +1,6 @@
-"""Train rows of ABLATIONS from the toy's base model, measure them, and judge the papers' CLAIMS by them.
+"""Train rows of ABLATIONS from a base model, measure them, and judge the papers' CLAIMS by them.
 
-  python claims.py full no-mfi     these rows (none named: all) and those of earlier calls, as in CLAIMS.md
+  python claims.py full no-mfi --base assets/base       these rows (none named: all), and those of before
   python claims.py --seeds 0 --out assets/claims        the tables only, of results that came with the code
 
 A claim compares two rows that differ in one part, case by case, seed by seed: with one seed two rows see the
@@ -212,8 +212,8 @@ def train(name, seed, args, out):
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = [] if torch.cuda.is_available() or torch.get_num_threads() < 2 else two
     command = [sys.executable, *launcher, str(Path(__file__).with_name("train.py")), "--config", args.config,
-               "--out", str(out), "--seed", str(seed), "--resume", "--no-samples", *args.train,
-               *ABLATIONS[name].split()]
+               "--out", str(out), "--seed", str(seed), "--resume", "--no-samples",
+               *(["--wan", args.base] if args.base else []), *args.train, *ABLATIONS[name].split()]
     print(shlex.join(command[1:]), flush=True)
     training = subprocess.Popen(command, stdout=2)
     try:
@@ -247,26 +247,31 @@ def main(argv=None):
     p.add_argument("--seeds", type=in_range(int, 0, 100, "0 to 100"), default=3, help="seeds of each row")
     p.add_argument("--config", default="toy", choices=("tiny", "toy", "toy64"), help="what to train")
     p.add_argument("--train", default=[], type=shlex.split, metavar="FLAGS", help="further flags of train.py")
-    p.add_argument("--base", type=nonempty, default=str(Path(__file__).with_name("assets") / "base"),
-                   help="what the row `base` measures")
+    p.add_argument("--base", type=nonempty, help="the base model that every row starts from, such as "
+                   "assets/base (none: random weights); the row `base` measures it")
     p.add_argument("--out", type=nonempty, default="out/claims", help="folder of all trainings and results")
     benchmark_flags(p.add_argument, SETTINGS)
     args = p.parse_args(argv)
     rows = args.rows or [*ABLATIONS, BASE]
     if not set(rows) <= {*ABLATIONS, BASE}:
         raise UserError(f"{' '.join(rows)}: expected rows of {', '.join([*ABLATIONS, BASE])}")
+    if args.rows and BASE in args.rows and not args.base:
+        raise UserError(f"the row {BASE} needs --base DIR: assets/base comes with the code")
     for name in [flag.split("=")[0] for flag in args.train]:
-        if len(name) > 2 and any(own.startswith(name) for own in ("--seed", "--out", "--config", "--stage")):
-            raise UserError(f"--train {name}: claims.py sets this itself; it has --seeds, --out and --config")
+        own = ("--seed", "--out", "--config", "--stage", "--wan")
+        if len(name) > 2 and any(flag.startswith(name) for flag in own):
+            raise UserError(f"--train {name}: claims.py sets this itself; it has --seeds, --out, --config "
+                            "and --base")
     # a folder for each way to train, or --resume would go on from another one's checkpoints
-    root = Path(args.out, re.sub(r"[^\w.]+", "-", " ".join([args.config, *args.train])))
+    start = ["from", Path(args.base).name] if args.base else []
+    root = Path(args.out, re.sub(r"[^\w.]+", "-", " ".join([args.config, *start, *args.train])))
     results = {name: {} for name in [*ABLATIONS, BASE]}
     with lock(args.out), contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
         plan = plan_of(args)
         for seed in range(args.seeds):
             for name in rows:
                 path = root / f"{name}-{seed}.json"
-                if not path.exists() and (name != BASE or seed == 0):
+                if not path.exists() and (name != BASE or args.base and seed == 0):
                     run_row(name, seed, args, plan, path)
         for path in sorted(root.glob("*.json")):
             name, _, seed = path.stem.rpartition("-")

@@ -70,12 +70,11 @@ STAGES = {  # name, people, views, drop, drop_front, all_drop, cross, lr
     3: Stage("multi", (1,), "all", (0.5, 0.2), 0.1, 0.1, 0.5, (1, 1)),
     4: Stage("harmony", (1, 2), "all", (0.1, 0.1), 0.1, 0.1, 0.9, (0.8, 0.02)),
 }
-BASE = Path(__file__).with_name("assets") / "base"  # the toy's Wan: text-to-video, trained long (README)
 TRAIN_RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
     # shift 100 for the toy: with less noise the clip itself shows how the head is turned, and the network
     # does not learn to read the caption (+1 dB)
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=100.0),
-    "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0, base=BASE),
+    "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
     "toy64": dict(steps=(30, 40, 900, 600), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
     # from --wan; what others use for Wan, not measured here. lora_lr is for --train new and lora
     "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
@@ -97,8 +96,6 @@ def arguments(argv=None):
         help="toy clips to render, with one person and with two (default: the config's)")
     run("--wan", type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained "
         "starts from its transformer, and sampling takes its encoders")
-    run("--scratch", action="store_true", help="the toy's stage 1 starts from random weights, not from "
-        "assets/base")
     run("--expert", choices=("high", "low"), help="train this one of Wan2.2's experts, on its own noise "
         "levels; sample.py expects both in one folder, as high_noise_model and low_noise_model")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
@@ -187,8 +184,6 @@ def resolve(args, world):
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard splits a network over processes: start with torchrun --nproc-per-node N")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
-    if not (args.wan or args.scratch) and args.stage in ("1", "all"):
-        args.wan = recipe.get("base")
     if args.expert and args.wan:
         args.wan = choose_expert(args.wan, args.expert)
     args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
@@ -272,7 +267,7 @@ def step_flags(args, number):
     """The flags that decide what a step does; they must not change when a stage resumes."""
     names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
              "shift", "timesteps", "expert", "boundary", "train", "rank", "shard", "precision", "clips",
-             "scratch", "pairs", "described", "mask", "no_curriculum", "front_only", "lr_span")
+             "pairs", "described", "mask", "no_curriculum", "front_only", "lr_span")
     flags = {name: getattr(args, name) for name in names} | {"steps": args.steps[number - 1]}
     if folder := encoded_data(args):
         flags["data"] = sha256_of(folder / "index.jsonl")[:16]
@@ -598,8 +593,8 @@ def load_data(args, config, world):
             raise toy.damaged(folder, error) from None
         of_base = Path(args.wan or folder, encoders.TOKENIZER)
         if of_base.is_file() and of_base.read_bytes() != encoders.files[0].read_bytes():
-            raise UserError(f"{args.wan} reads captions with another tokenizer than this toy world's: give "
-                            "--scratch, or train a base for it as README.md says")
+            raise UserError(f"--wan {args.wan} reads captions with another tokenizer than this toy world's: "
+                            "train a base for it, as README.md says")
         dataset = data.Dataset(toy.encode_cache(folder, encoders, args.pairs, args.mask))
         files = encoders.files
         held_out = toy.render_cache(args.data, size, frames, (CASES, CASES), seed=toy.VALID_SEED)

@@ -230,7 +230,7 @@ def test_on_a_cpu_a_row_trains_in_two_processes(monkeypatch, tmp_path):
             pass
     monkeypatch.setattr(subprocess, "Popen", Process)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    args = type("Arguments", (), {"config": "tiny", "train": ["--steps", "1"]})
+    args = type("Arguments", (), {"config": "tiny", "base": None, "train": ["--steps", "1"]})
     for threads in (1, 2, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         claims.train("no-mfi", 3, args, tmp_path / "no-mfi-3")
@@ -245,13 +245,13 @@ def test_on_a_cpu_a_row_trains_in_two_processes(monkeypatch, tmp_path):
 
 
 def test_a_row_that_fails_is_one_line(one_process, tmp_path):
-    args = type("Arguments", (), {"config": "tiny", "train": ["--steps", "no"]})
+    args = type("Arguments", (), {"config": "tiny", "base": None, "train": ["--steps", "no"]})
     with pytest.raises(UserError, match="row full: training failed"):
         claims.train("full", 0, args, tmp_path / "full-0")
 
 
 def test_a_stopped_script_lets_its_training_save_and_end(monkeypatch, tmp_path):
-    args, ended = type("Arguments", (), {"config": "tiny", "train": []}), []
+    args, ended = type("Arguments", (), {"config": "tiny", "base": None, "train": []}), []
 
     class Process:
         def __init__(self, *_, **__):
@@ -271,10 +271,11 @@ def test_a_stopped_script_lets_its_training_save_and_end(monkeypatch, tmp_path):
     assert ended == ["terminated", "waited"]
 
 
-OWN = ("--seed 1", "--seed=1", "--see 1", "--se=1", "--s 1", "--out x", "--out=x", "--ou x", "--o x",
-       "--config tiny", "--conf=tiny", "--stage 1", "--sta 1", "--steps 1 --stage=1")
+OWN = ("--seed 1", "--wan x", "--w=x", "--seed=1", "--see 1", "--se=1", "--s 1", "--out x", "--out=x",
+       "--ou x", "--o x", "--config tiny", "--conf=tiny", "--stage 1", "--sta 1", "--steps 1 --stage=1")
 WRONG = [([f"--train={own}"], "claims.py sets this itself") for own in OWN] + [
-    (["full", "nonsense"], "nonsense: expected rows of full"), (["--train='"], "--train"),
+    (["full", "nonsense"], "nonsense: expected rows of full"),
+    (["base"], "the row base needs --base DIR"), (["--train='"], "--train"),
     (["--seeds", "-1"], "--seeds"), (["--seeds", "1" + "0" * 20], "--seeds"), (["--seed=2"], "--seed"),
     (["--out", ""], "--out"), (["--limit", "0"], "--limit"), (["--batch", "1000000"], "--batch"),
     (["--settings", "back"], "--settings"), (["--config", "1.3b"], "--config")]
