@@ -241,6 +241,19 @@ def run_row(name, seed, args, plan, path):
         temporary.write_text(json.dumps({"minutes": round((time.perf_counter() - began) / 60, 1), **rounded}))
 
 
+def stored(root):
+    """The results in a folder, {row: {seed: result}}, rows in ABLATIONS' order."""
+    results = {name: {} for name in [*ABLATIONS, BASE]}
+    for path in sorted(root.glob("*.json")):
+        name, _, seed = path.stem.rpartition("-")
+        if name in results and seed.isdecimal():
+            try:
+                results[name][int(seed)] = json.loads(path.read_text())
+            except ValueError:
+                raise UserError(f"{path} is damaged: delete it, and this row is trained again") from None
+    return {name: by_seed for name, by_seed in results.items() if by_seed}
+
+
 def main(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("rows", nargs="*", metavar="ROW", help=", ".join([*ABLATIONS, BASE]))
@@ -265,7 +278,6 @@ def main(argv=None):
     # a folder for each way to train, or --resume would go on from another one's checkpoints
     start = ["from", Path(args.base).name] if args.base else []
     root = Path(args.out, re.sub(r"[^\w.]+", "-", " ".join([args.config, *start, *args.train])))
-    results = {name: {} for name in [*ABLATIONS, BASE]}
     with lock(args.out), contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
         plan = plan_of(args)
         for seed in range(args.seeds):
@@ -273,11 +285,8 @@ def main(argv=None):
                 path = root / f"{name}-{seed}.json"
                 if not path.exists() and (name != BASE or args.base and seed == 0):
                     run_row(name, seed, args, plan, path)
-        for path in sorted(root.glob("*.json")):
-            name, _, seed = path.stem.rpartition("-")
-            if name in results and seed.isdecimal():
-                results[name][int(seed)] = json.loads(path.read_text())
-    print(tables({name: by_seed for name, by_seed in results.items() if by_seed}))
+        results = stored(root)
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -161,19 +161,16 @@ def tables_in(text):
     return found[:-1] if not found[-1] else found
 
 
-def test_the_page_has_the_tables_that_the_script_prints():
-    page = tables_in((ROOT / "CLAIMS.md").read_text())
-    nothing = claims.tables({"full": {0: {metric: {} for metric in [*claims.KEPT, "loss"]}}})
-    for of_page, of_script in zip(page, tables_in(nothing), strict=True):
-        assert of_page[:2] == of_script[:2]  # the columns
-        assert all(len(cells) == len(of_page[0]) for cells in of_page)
-    rows, judged = page
-    assert {cells[0].strip("`"): cells[1] for cells in rows[2:]} == ABLATIONS | {BASE: "not trained"}
-    assert len({tuple(cells[:3]) for cells in rows}) == len(rows)  # a row and seed once
-    of_script = tables_in(nothing)[1]
-    for cells, expected in zip(judged[2:], of_script[2:], strict=True):
-        assert cells[:2] == expected[:2] and cells[3] == expected[3]  # the claim, its rows, its metric
-        assert cells[2] in ("holds", "does not hold", "no effect", "not decided", "not run")
+def test_the_page_is_what_the_results_that_come_with_the_code_say():
+    results = claims.stored(ROOT / "assets" / "claims" / "toy-from-base")
+    assert {"full", "no-mfi", BASE} <= set(results)
+    assert claims.tables(results) in (ROOT / "CLAIMS.md").read_text()
+
+
+def test_a_damaged_result_is_one_line(tmp_path):
+    (tmp_path / "full-0.json").write_text('{"psnr": {')
+    with pytest.raises(UserError, match="full-0.json is damaged: delete it"):
+        claims.stored(tmp_path)
 
 
 def test_every_name_on_the_page_is_one_of_the_scripts():
