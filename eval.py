@@ -390,7 +390,8 @@ def report(path, heading, evaluations):
         if result["setting"] == settings[-1]:  # most views
             quality[result["case"]] = mean([person["psnr"] for person in result["people"]])
     with atomic_file(path.with_name("yaw.svg")) as temporary:  # on its own, for a README
-        temporary.write_text(plots[0], encoding="utf-8")
+        alone = plots[0].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+        temporary.write_text(alone, encoding="utf-8")
     galleries = [case_html(n, cases[n], frames, size) for n in sorted(cases, key=quality.get)]
     write_page(path, "toy benchmark", heading, table_of(results, METRICS), METRICS, plots, galleries)
 

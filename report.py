@@ -199,8 +199,8 @@ def plot(heading, labels, series, percent=False):
         parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
                      f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; '
                      f'{html.escape(name[:15])}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{W}" height="{H}" viewBox="0 0 {W} {H}" '
-            f'font-family="sans-serif" font-size="11" style="background: white">{"".join(parts)}</svg>')
+    return (f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="11" '
+            f'style="background: white">{"".join(parts)}</svg>')
 
 
 def base64_of(image, kind="png"):

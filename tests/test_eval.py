@@ -225,6 +225,26 @@ def test_the_command_prints_tables_and_writes_results_and_report(measured):
     assert float(line.split()[2]) == pytest.approx(sum(one) / 3, abs=0.01)
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 7 and page.count("<h3>") == 4 and "http" not in page
+    picture = (folder / "yaw.svg").read_text()
+    assert picture.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    assert "PSNR by yaw, one person" in picture
+
+
+def test_in_described_the_caption_tells_the_looks_and_nothing_is_given(measured, monkeypatch, tmp_path):
+    asked, people = [], toy.benchmark_people()
+
+    def generate(model, encoders, jobs, recipe, frames, batch):
+        asked.extend(jobs)
+        return [toy.benchmark_truth(job.seed, frames, 32) for job in jobs]
+    monkeypatch.setattr(evaluation, "generate", generate)
+    plan = evaluation.Plan([0, 99], ["none", "described"], evaluation.SAMPLE_RECIPES["toy"], 1)
+    evaluation.evaluate(measured[0][2], plan, tmp_path / "cases.jsonl")
+    for number, (plain, described) in zip((0, 99), (asked[:2], asked[2:]), strict=True):
+        clip, cast = toy.benchmark_cases()[number]
+        assert plain.references == described.references == [{} for _ in cast]
+        assert plain.prompt == toy.caption(clip)
+        assert described.prompt == toy.caption(clip, [toy.describe(people, i) for i in cast])
+    assert set(evaluation.SETTINGS) - set(evaluation.USUAL) == {"described"}
 
 
 @pytest.fixture
@@ -342,7 +362,7 @@ def test_the_script_ends_with_one_line(tmp_path):
     assert error.startswith("eval.py: no checkpoint")
 
 
-@pytest.mark.parametrize("name", ["cases.jsonl", "report.html"])
+@pytest.mark.parametrize("name", ["cases.jsonl", "report.html", "yaw.svg"])
 def test_a_folder_in_an_outputs_place_is_refused_before_any_work(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name} is (a folder|not a file)"):

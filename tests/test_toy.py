@@ -266,7 +266,7 @@ def test_nobody_is_the_background():
 
 
 def test_held_out_jobs_show_benchmark_cases():
-    for views in (None, ("left", "back")):
+    for views in (None, ("left", "back"), ()):
         jobs = toy.held_out(views, 3, 32)
         assert len(jobs) == len(toy.SHOWN)
         for job, (case, default) in zip(jobs, toy.SHOWN, strict=True):
@@ -274,7 +274,7 @@ def test_held_out_jobs_show_benchmark_cases():
             assert job.prompt == toy.caption(clip) and job.size == (32, 32 * len(indices))
             assert torch.equal(job.truth, toy.benchmark_truth(case, 3, 32))
             for person, index in zip(job.references, indices, strict=True):
-                assert tuple(person) == (views or default)
+                assert tuple(person) == (default if views is None else views)
                 for view, picture in person.items():
                     assert torch.equal(picture, toy.benchmark_references(32)[index, VIEWS.index(view)])
 
