@@ -170,8 +170,9 @@ def dry_run(args):
         print(f"{name:12}{n:>16,} parameters{notes.get(name, '')}")
     per_frame = (H // 16) * (W // 16)  # tokens of one latent frame or reference
     video = (frames + 3) // 4 * per_frame
-    proxies = len(people) * len(VIEWS) * config.proxy_tokens  # where every slot is a proxy
-    references = proxies + sum(map(len, people)) * (per_frame - config.proxy_tokens)
+    missing = networks["transformer"].missing_tokens(per_frame)
+    proxies = len(people) * len(VIEWS) * missing  # where no view is given
+    references = proxies + sum(map(len, people)) * (per_frame - missing)
     tokens, one_way = video + references, config.reference_attention == "one-way"
     scale = recipe["guide_text"][0]
     weights = sample.guidance_weights(scale, recipe["guide_refs"] if people else scale)

@@ -1,13 +1,14 @@
 """Train rows of ABLATIONS from a base model, measure them, and judge the papers' CLAIMS by them.
 
   python claims.py full no-mfi --base assets/base       these rows (none named: all), and those of before
-  python claims.py --seeds 0 --out assets/claims        the tables only, of results that came with the code
+  python claims.py --seeds 0 --base assets/base --out assets/claims      tables of what came with the code
 
-A claim compares two rows that differ in one part, case by case, seed by seed: with one seed two rows see the
-same samples and noise in the same order. It is judged by two 95 % intervals of the difference: over cases
-(bootstrap) and over seeds (Student's t). It holds, or does not, if both lie on one side of zero, and has no
-effect if both lie within +-0.15 dB, or 3 points. The result of a row and seed is a file of OUT: a restart
-keeps it, and deleting it makes it anew. Two CPU cores train a row in two processes.
+A claim compares two rows that differ in one part, case by case, seed by seed: with one seed, rows draw the
+same samples and noise in the same order where their stages are the same. It is judged by two 95 % intervals
+of the difference: over cases (bootstrap) and over seeds (Student's t). It has no effect if both lie within
++-0.15 dB, or 3 points; else it holds, or does not, if both lie on one side of zero. That something is kept
+holds if both lie above what may be lost. The result of a row and seed is a file of OUT: a restart keeps it,
+and deleting it makes it anew. Two CPU cores train a row in two processes.
 """
 import contextlib
 import json
@@ -16,14 +17,14 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 # eval comes first: it says how torch's threads wait, before torch starts them
-from eval import METRICS, SETTINGS, benchmark_flags, cut_batches, evaluate, plan_of, select
+from eval import METRICS, SETTINGS, benchmark_flags, evaluate, plan_of, select
 from checkpoint import Parser, UserError, atomic_file, in_range, lock, nonempty, probe_writable, run_script
 from report import Estimate, Metric, by_case, interval, mean, show
+import toy
 import torch
 
 MV2ID = "--pairs in --proxy-tokens 0 --no-mfi"
@@ -40,7 +41,7 @@ ABLATIONS = {  # row: flags of train.py
 }
 BASE = "base"  # the row that is not trained: the base model itself, which was never shown a reference
 GIVEN, FEW = ("front", "front+left", "all"), ("front", "front+left")  # FEW: not every frame has a reference
-WORDS = ("none", "described")  # no references: what the base can do
+NO_VIEWS = ("none", "described")  # no references: what the base can do
 COLUMNS = ((1, "front"), (1, "all"), (2, "front"), (2, "all"))  # of the table: people, views given
 
 
@@ -71,17 +72,17 @@ CLAIMS = [
     Claim("Jump-RoPE is better than one time before the video", "full", "before", "psnr"),
     Claim("the curriculum beats direct training", "full", "direct", "psnr"),
     Claim("the curriculum keeps the prior better", "full", "direct", "loss", -1, ()),
-    Claim("the curriculum keeps the prior better", "full", "direct", "caption", 1, WORDS),
-    Claim("the curriculum keeps the prior better: looks", "full", "direct", "colour", -1, WORDS[1:]),
-    Claim("the base's prior is kept: captions", "full", BASE, "caption", 1, WORDS, None, 0.03),
-    Claim("the base's prior is kept: looks", "full", BASE, "colour", -1, WORDS[1:], None, 0.01),
+    Claim("the curriculum keeps the prior better", "full", "direct", "caption", 1, NO_VIEWS),
+    Claim("the curriculum keeps the prior better: looks", "full", "direct", "colour", -1, NO_VIEWS[1:]),
+    Claim("the base's prior is kept: captions", "full", BASE, "caption", 1, NO_VIEWS, None, 0.03),
+    Claim("the base's prior is kept: looks", "full", BASE, "colour", -1, NO_VIEWS[1:], None, 0.01),
     Claim("several views beat one at large yaw", "full", "front-only", "side", 1, ("all",), ("front",)),
     Claim("one-way references cost nothing", "one-way", "full", "psnr", 1, GIVEN, None, 0.15),
     Claim("region masking lowers copy-paste", "mv2id-both", "mv2id-rd", "copied", -1, FEW),
     Claim("region masking costs a little similarity", "mv2id-rd", "mv2id-both", "psnr", 1, FEW),
     Claim("RD-RoPE makes motion more natural", "mv2id-rd", "mv2id-base", "jitter", -1, FEW),
 ]
-KEPT = ["psnr", "top-1", "swaps", "yaw", *{claim.metric: 0 for claim in CLAIMS if claim.metric != "loss"}]
+KEPT = ["psnr", "top-1", "swaps", *{claim.metric: 0 for claim in CLAIMS if claim.metric != "loss"}]
 NO_EFFECT, NO_EFFECT_RATE = 0.15, 0.03  # dB, and of a rate: what is smaller does not matter
 DECIBELS = ("psnr", "side", "unseen", "margin")
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)  # of Student's t, by freedom
@@ -97,7 +98,7 @@ def result_of(evaluation):
 
 def pool(result, metric, settings):
     """{case: the metric's mean over these settings}; None where one of them was not measured."""
-    by_setting = [result[metric].get(setting) for setting in settings or ("",)]
+    by_setting = [result.get(metric, {}).get(setting) for setting in settings or ("",)]
     if not all(by_setting):
         return None
     values = {case: mean([part.get(case) for part in by_setting]) for case in set().union(*by_setting)}
@@ -176,14 +177,13 @@ def judge(claim, cases, seeds):
 
 def cell(result, n_people, setting):
     """PSNR, top-1 and, with two people, swaps."""
-    numbers = {str(n) for n in cut_batches(range(100), 100)[n_people - 1]}
     shown = []
     for name in ("psnr", "top-1", "swaps"):
-        values = [value for case, value in result[name].get(setting, {}).items() if str(case) in numbers]
+        values = [value for case, value in result.get(name, {}).get(setting, {}).items()
+                  if len(toy.benchmark_cases()[int(case)][1]) == n_people]
         if values:
-            found = interval(values)
-            shown.append(show(found, METRICS[name].percent, with_interval=False)
-                         + " %" * METRICS[name].percent)
+            shown.append(f"{mean(values):.0%}".replace("%", " %") if METRICS[name].percent
+                         else f"{mean(values):.2f}")
     return ", ".join(shown) or "-"
 
 
@@ -226,9 +226,9 @@ def train(name, seed, args, out):
 
 def run_row(name, seed, args, plan, path):
     """Train and measure a row, or measure the base, and write the result; its folder is beside that."""
-    out, began = path.with_suffix(""), time.perf_counter()
+    out = path.with_suffix("")
     if name == BASE:
-        ckpt, plan = args.base, plan._replace(settings=[s for s in plan.settings if s in WORDS])
+        ckpt, plan = args.base, plan._replace(settings=[s for s in plan.settings if s in NO_VIEWS])
         probe_writable(out)
     else:
         ckpt = out
@@ -238,26 +238,38 @@ def run_row(name, seed, args, plan, path):
                         for setting, values in by_setting.items()} for metric, by_setting in result.items()}
     probe_writable(path.parent)
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps({"minutes": round((time.perf_counter() - began) / 60, 1), **rounded}))
+        temporary.write_text(json.dumps({"plan": plan_key(plan), **rounded}))
 
 
-def stored(root):
-    """The results in a folder, {row: {seed: result}}, rows in ABLATIONS' order."""
+def plan_key(plan):
+    """What of a Plan two results must share to be compared."""
+    return {"cases": plan.cases, "recipe": {name: plan.recipe[name] for name in sorted(plan.recipe)}}
+
+
+def stored(root, plan):
+    """The results in a folder, {row: {seed: result}}, rows in ABLATIONS' order. UserError for one that is
+    damaged, or was not measured by this Plan."""
     results = {name: {} for name in [*ABLATIONS, BASE]}
     for path in sorted(root.glob("*.json")):
         name, _, seed = path.stem.rpartition("-")
         if name in results and seed.isdecimal():
             try:
-                results[name][int(seed)] = json.loads(path.read_text())
-            except ValueError:
-                raise UserError(f"{path} is damaged: delete it, and this row is trained again") from None
+                result = json.loads(path.read_text())
+                same = result["plan"] == json.loads(json.dumps(plan_key(plan)))
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{path} is damaged: delete it, and this row is made again") from None
+            if not same:
+                raise UserError(f"{path} was measured with other cases or another way to sample: give the "
+                                "same flags, another --out, or delete it")
+            results[name][int(seed)] = result
     return {name: by_seed for name, by_seed in results.items() if by_seed}
 
 
 def main(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("rows", nargs="*", metavar="ROW", help=", ".join([*ABLATIONS, BASE]))
-    p.add_argument("--seeds", type=in_range(int, 0, 100, "0 to 100"), default=3, help="seeds of each row")
+    p.add_argument("--seeds", type=in_range(int, 0, 100, "0 to 100"), default=3,
+                   help="seeds of each row; 0: only the tables, of results that are there")
     p.add_argument("--config", default="toy", choices=("tiny", "toy", "toy64"), help="what to train")
     p.add_argument("--train", default=[], type=shlex.split, metavar="FLAGS", help="further flags of train.py")
     p.add_argument("--base", type=nonempty, help="the base model that every row starts from, such as "
@@ -268,7 +280,7 @@ def main(argv=None):
     rows = args.rows or [*ABLATIONS, BASE]
     if not set(rows) <= {*ABLATIONS, BASE}:
         raise UserError(f"{' '.join(rows)}: expected rows of {', '.join([*ABLATIONS, BASE])}")
-    if args.rows and BASE in args.rows and not args.base:
+    if BASE in args.rows and not args.base:
         raise UserError(f"the row {BASE} needs --base DIR: assets/base comes with the code")
     for name in [flag.split("=")[0] for flag in args.train]:
         own = ("--seed", "--out", "--config", "--stage", "--wan")
@@ -280,12 +292,15 @@ def main(argv=None):
     root = Path(args.out, re.sub(r"[^\w.]+", "-", " ".join([args.config, *start, *args.train])))
     with lock(args.out), contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
         plan = plan_of(args)
+        stored(root, plan)  # refused now, before hours of training
         for seed in range(args.seeds):
             for name in rows:
                 path = root / f"{name}-{seed}.json"
                 if not path.exists() and (name != BASE or args.base and seed == 0):
                     run_row(name, seed, args, plan, path)
-        results = stored(root)
+        results = stored(root, plan)
+    if not results:
+        raise UserError(f"{root} holds no results: give --seeds 1, or the --base and --train that they had")
     print(tables(results))
 
 

@@ -35,6 +35,7 @@ GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts 
 SIGMA_MIN = 0.05  # an x0 prediction's velocity is divided by sigma, but by no less than this
 
 
+# config fields that are one of a few words
 CHOICES = {"prediction": ("velocity", "x0"), "missing_views": ("proxies", "zeros"),
            "reference_attention": ("joint", "one-way")}
 
@@ -56,7 +57,7 @@ class DiTConfig:
     rope_layout: str = "jump"  # a key of rope.LAYOUTS
     rope_jump: int = 16  # Jump-RoPE's gap between identities
     missing_views: str = "proxies"  # or "zeros": zero latents fill the slot, as in DomainShuttle
-    reference_attention: str = "joint"  # or "one-way": references read references only, at t = 0
+    reference_attention: str = "joint"  # or "one-way": references do not read the video, and are at t = 0
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
     max_identities: int = 2  # I: people that MFI can tell apart
@@ -120,11 +121,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def attend(q, k, v, more=None):
-    """Softmax attention without a mask, q [B, N, L, K]; more: further keys and values. At toy lengths on a
+def attend(q, k, v, kept=None):
+    """Softmax attention without a mask, q [B, N, L, K]; kept: further keys and values. At toy lengths on a
     CPU plain matmuls are 2-3x faster than SDPA."""
-    if more is not None:
-        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), more))
+    if kept is not None:
+        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), kept))
     if q.device.type == "cpu" and k.shape[2] <= 1024:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -140,9 +141,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x, context, rope=None, more=None):
-        """x [B, L, D] attends to context [B, S, D] (itself in self-attention), and to `more`, the keys and
-        values of tokens elsewhere, [B, N, M, K] each -> [B, L, D], and the context's own keys and values."""
+    def forward(self, x, context, rope=None, kept=None, keep=False):
+        """x [B, L, D] attends to context [B, S, D] (itself in self-attention), and to the keys and values
+        `kept` of an earlier call, [B, N, M, K] each -> [B, L, D], and, to keep, its own keys and values."""
         q, k = self.q(x), self.k(context)
         if rope is not None:
             q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rope, self.norm_q.eps)
@@ -151,8 +152,8 @@ class Attention(nn.Module):
             k = self.norm_k(k).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, K]
-        y = self.ulysses.attend(attend, q, k, v, more) if self.ulysses else attend(q, k, v, more)
-        return self.o(y.transpose(1, 2).flatten(2)), (k, v)
+        y = self.ulysses.attend(attend, q, k, v, kept) if self.ulysses else attend(q, k, v, kept)
+        return self.o(y.transpose(1, 2).flatten(2)), (k, v) if keep else None
 
 
 def modulate(x, shift, scale, eps):
@@ -169,20 +170,20 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim))
 
-    def forward(self, x, time, context, rope, more=None):
-        """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D], and the keys
-        and values of self-attention. more: those of references, where these do not read x themselves."""
+    def forward(self, x, time, context, rope, kept=None, keep=False):
+        """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D], and what
+        self-attention keeps. kept: that of one-way references, which x reads too."""
         modulation = (self.modulation.float() + time).chunk(6, dim=1)  # [B, 1, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype, norm3 = context.dtype, self.norm3
         h = modulate(x, shift_sa, scale_sa, norm3.eps).to(dtype)
-        y, keys_values = self.self_attn(h, h, rope, more)
+        y, own = self.self_attn(h, h, rope, kept, keep)
         x = x + gate_sa * y
         # before cross-attention: norm3 is affine, not modulated, and its residual has no gate
         h = F.layer_norm(x, x.shape[-1:], norm3.weight.float(), norm3.bias.float(), norm3.eps).to(dtype)
         x = x + self.cross_attn(h, context)[0]
         h = modulate(x, shift_ffn, scale_ffn, norm3.eps).to(dtype)
-        return x + gate_ffn * self.ffn(h), keys_values
+        return x + gate_ffn * self.ffn(h), own
 
 
 # with --recompute, keep attention outputs: expensive to recompute, cheap to store
@@ -312,7 +313,7 @@ class HarmoView(nn.Module):
         t     [B] in 0..1000, 1000 * sigma
         text  [B, S, E], S <= text_len; short ones are zero-padded here
         refs  None: plain Wan. Else one dict per identity, {view: clean latent [B, C, h, w]};
-              a missing view is its proxies
+              a missing view is its proxies, or what config.missing_views says
         vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the
               frontal reference, or None
         cache a dict, empty at first, for calls that differ in x and t only: it keeps what one-way references
@@ -334,22 +335,23 @@ class HarmoView(nn.Module):
         positions, tables = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump,
                                     c.dim // c.num_heads, x.device)
         time, time6 = self.embed_time(t)
-        memory = None  # of one-way references, a block's keys and values
+        kept = None  # of one-way references, each block's keys and values
         if ref_tokens and c.reference_attention == "one-way":
             cache = {} if cache is None else cache
             if not cache:
-                rope = positions[video_len:], tables
-                cache["references"] = []
                 if self.ulysses:
                     self.ulysses.lengths = None  # every rank computes all of them
-                self.run_blocks(torch.cat(ref_tokens, dim=1), self.embed_time(torch.zeros_like(t))[1],
-                                context, rope, kept=cache["references"])
-            memory, positions = cache["references"], positions[:video_len]
+                cache["references"] = self.run_blocks(
+                    torch.cat(ref_tokens, dim=1), self.embed_time(torch.zeros_like(t))[1], context,
+                    (positions[video_len:], tables), keep=True)[1]
+                if self.ulysses:
+                    cache["references"] = self.ulysses.own_heads(cache["references"])
+            kept, positions = cache["references"], positions[:video_len]
         else:
             tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
         if self.ulysses:
             tokens, positions = self.ulysses.split(tokens, positions)  # from here on L is this rank's
-        tokens = self.run_blocks(tokens, time6, context, (positions, tables), memory)
+        tokens, _ = self.run_blocks(tokens, time6, context, (positions, tables), kept)
         out = self.head(tokens if self.ulysses else tokens[:, :video_len], time).float()  # [B, L, 4C]
         if self.ulysses:
             out = self.ulysses.gather(out)[:, :video_len]
@@ -365,24 +367,24 @@ class HarmoView(nn.Module):
             time = in_float32(self.time_embedding, sinusoid(t, self.config.freq_dim))
             return time, in_float32(self.time_projection, time).unflatten(1, (6, -1))
 
-    def run_blocks(self, tokens, time6, context, rope, memory=None, kept=None):
-        """tokens [B, L, D] through all blocks. memory: of each block, further keys and values to read;
-        kept: a list that takes each block's own."""
-        tokens = tokens.float()
+    def run_blocks(self, tokens, time6, context, rope, kept=None, keep=False):
+        """tokens [B, L, D] through all blocks -> tokens, and what each block keeps. kept: what was kept of
+        one-way references."""
+        tokens, all_own = tokens.float(), []
         for i, block in enumerate(self.blocks):
-            inputs = tokens, time6, context, rope, memory[i] if memory else None
+            inputs = tokens, time6, context, rope, kept and kept[i], keep
             if self.recompute and torch.is_grad_enabled():
-                tokens, keys_values = checkpoint(
+                tokens, own = checkpoint(
                     block, *inputs, use_reentrant=False,
                     context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
             else:
-                tokens, keys_values = block(*inputs)
-            if kept is not None:
-                kept.append(keys_values)
-        return tokens
+                tokens, own = block(*inputs)
+            all_own.append(own)
+        return tokens, all_own
 
     def compile_blocks(self):
-        """torch.compile every block, all with one compilation a layout. Parameters keep their names."""
+        """torch.compile every block, all with one compilation a layout, or two for one-way references.
+        Parameters keep their names."""
         from torch._functorch import config
         # GELU again in the backward: 3.0 GB held a block of 1.3b at 39,000 tokens, instead of 3.9
         config.ban_recompute_materialized_backward = False
@@ -399,6 +401,10 @@ class HarmoView(nn.Module):
         if c.reference_attention == "one-way" and not cached:
             pairs -= references * video
         return c.num_layers * (2 * tokens * linear + 4 * S * c.dim**2 + 4 * pairs * c.dim)
+
+    def missing_tokens(self, frame):
+        """How many tokens stand for a missing view, where a reference has `frame` of them."""
+        return frame if self.config.missing_views == "zeros" else self.config.proxy_tokens
 
     def embed(self, latent):
         """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""

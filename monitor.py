@@ -71,11 +71,13 @@ class Metrics:
     def count(self, x0, refs):
         """The work of a forward and backward: tokens, and FLOPs without recomputation."""
         B, _, T, H, W = x0.shape
-        video, references = T * (H // PATCH) * (W // PATCH), 0
+        frame = (H // PATCH) * (W // PATCH)
+        video, references = T * frame, 0
         for views in refs:
             for latent in views.values():
-                references += (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
-            references += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
+                frame = (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
+                references += frame
+            references += (len(VIEWS) - len(views)) * self.model.missing_tokens(frame)
         self.tokens += B * (video + references)
         self.flops += self.passes * B * self.model.flops(video, references)
 

@@ -236,18 +236,20 @@ class Ulysses:
         dist.all_to_all_single(out, x.contiguous(), received, sent)
         return out
 
-    def attend(self, attend, q, k, v, more=None):
-        """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks, and to `more`, the keys and values
-        [B, N, M, K] of references that every rank holds -> [B, N, l, K]."""
+    def own_heads(self, blocks):
+        """Of each block, keys and values [B, N, M, K] -> those of this rank's heads, [B, n, M, K]."""
+        return [[x.chunk(self.ranks, dim=1)[self.rank].clone() for x in pair] for pair in blocks]
+
+    def attend(self, attend, q, k, v, kept=None):
+        """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks -> [B, N, l, K]. kept: those of
+        one-way references, of this rank's heads."""
         if self.lengths is None:
-            return attend(q, k, v, more)
-        if more is not None:
-            more = [x.unflatten(1, (self.ranks, -1))[:, self.rank] for x in more]  # [B, n, M, K]
+            return attend(q, k, v, kept)
         mine = [q.shape[2]] * self.ranks
         qkv = torch.stack((q, k, v)).unflatten(2, (self.ranks, -1))  # [3, B, ranks, n, l, K]
         qkv = qkv.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # [ranks*l, 3, B, n, K]
         qkv = self.exchange(qkv, mine, self.lengths).permute(1, 2, 3, 0, 4)  # [3, B, n, L, K]
-        y = attend(*qkv, more).permute(2, 0, 1, 3)  # [L, B, n, K]
+        y = attend(*qkv, kept).permute(2, 0, 1, 3)  # [L, B, n, K]
         y = self.exchange(y, self.lengths, mine).unflatten(0, (self.ranks, -1))  # [ranks, l, B, n, K]
         return y.permute(2, 0, 3, 1, 4).flatten(1, 2)  # [B, ranks*n, l, K]
 

@@ -10,7 +10,6 @@ name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the referen
 on the right.
 """
 import functools
-import itertools
 import json
 import math
 import os
@@ -125,7 +124,7 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
     caption and references.
 
     v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no
-    references" is every slot as proxies and "no caption" the text tokens no_text. Written as one weighted
+    references" is every view missing and "no caption" the text tokens no_text. Written as one weighted
     sum, terms of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary.
     Without a single reference, or with refs None (plain Wan), it is Wan's guidance.
     """
@@ -205,22 +204,22 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     encoded = encode_references(encoders, parts, model.config.vit_dim > 0, model.device)
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs]).to(model.device)
-    # all parts step together, so that each expert loads once; but one by one where each has a large cache
-    together = len(jobs) if model.config.reference_attention == "joint" else batch
-    total = len(jobs) * recipe["steps"]
+    # parts step together, so that each expert loads once; but one by one where each has a large cache
+    together = len(parts) if model.config.reference_attention == "joint" else 1
+    latents, total = [], len(jobs) * recipe["steps"]
     with tqdm(total=total, desc="sampling", unit=" steps", disable=None, leave=None) as bar:
-        def denoise(x, inputs):
+        for i in range(0, len(parts), together):
             velocities = [guided(model, tokens, no_text, refs, vit, recipe["guide_text"],
-                                 recipe["guide_refs"], model.boundary) for tokens, (refs, vit) in inputs]
+                                 recipe["guide_refs"], model.boundary)
+                          for tokens, (refs, vit) in list(zip(text, encoded))[i:i + together]]
 
             def velocity(x, t):
                 bar.update(len(x))
                 return torch.cat([one(part, t) for one, part in zip(velocities, x.split(batch))])
-            return solve(velocity, x, recipe["steps"], recipe["shift"], recipe["solver"])
-        inputs = iter(zip(text, encoded))
-        with autocast(model.device, model.precision):
-            latents = torch.cat([denoise(x, itertools.islice(inputs, math.ceil(len(x) / batch)))
-                                 for x in noise.split(together)]).cpu()
+            x = noise[i * batch:(i + together) * batch]
+            with autocast(model.device, model.precision):
+                latents.append(solve(velocity, x, recipe["steps"], recipe["shift"], recipe["solver"]))
+    latents = torch.cat(latents).cpu()
     if not isinstance(encoders, toy.ToyEncoders):
         model.drop()  # room for the VAE
     videos = [encoders.decode(latent[None])[0].cpu() for latent in latents]

@@ -493,8 +493,8 @@ def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED, desc
     """
     code = source_hash("pictures", "toy")
     kind = "toy" if seed == TRAIN_SEED else f"toy{seed}"
-    words = f"-described{described:g}" if described else ""
-    folder = Path(root) / f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}{words}-{code}"
+    told = f"-described{described:g}" if described else ""
+    folder = Path(root) / f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}{told}-{code}"
     # sweeps twice as often: they show the views that the references are for
     motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
     if folder.exists():
@@ -626,10 +626,9 @@ SHOWN = ((50, VIEWS), (50, ("front",)), (55, VIEWS), (98, VIEWS))
 
 def held_out(views, frames, size):
     """Jobs of SHOWN: people that training never saw. views: the views to give, None: those of SHOWN."""
-    jobs = []
-    for case, default in SHOWN:
+    jobs, shown = [], [(case, default if views is None else tuple(views)) for case, default in SHOWN]
+    for case, given in dict.fromkeys(shown):
         clip, indices = benchmark_cases()[case]
-        given = default if views is None else views
         references = held_out_references(indices, given, size)
         jobs.append(Job(caption(clip), references, size=frame_size(size, len(indices)),
                         truth=benchmark_truth(case, frames, size),

@@ -95,7 +95,7 @@ def arguments(argv=None):
     run("--clips", type=count, nargs=2, metavar=("ONE", "TWO"),
         help="toy clips to render, with one person and with two (default: the config's)")
     run("--wan", type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained "
-        "starts from its transformer, and sampling takes its encoders")
+        "starts from its transformer, and sampling takes its encoders; for the toy assets/base")
     run("--expert", choices=("high", "low"), help="train this one of Wan2.2's experts, on its own noise "
         "levels; sample.py expects both in one folder, as high_noise_model and low_noise_model")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
@@ -187,8 +187,10 @@ def resolve(args, world):
     if args.expert and args.wan:
         args.wan = choose_expert(args.wan, args.expert)
     args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
-    if encoded_data(args) and (args.mask or args.clips or args.pairs != "cross" and not args.mv2id):
-        raise UserError(f"--mask, --clips and --pairs are for the toy; {args.data} was encoded with its own")
+    if encoded_data(args) and (args.mask or args.clips or args.described
+                               or args.pairs != "cross" and not args.mv2id):
+        raise UserError("--mask, --clips, --described and --pairs are for the toy; "
+                        f"{args.data} was encoded with its own")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
     if args.adamw_lr is None and args.train != "all":
         args.adamw_lr = recipe.get("lora_lr")
@@ -228,6 +230,9 @@ def resolve(args, world):
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
     if args.missing_views == "zeros":
+        if args.proxy_tokens or args.train == "new":
+            raise UserError("--missing-views zeros leaves no proxies: give it without --proxy-tokens, and "
+                            "without --train new, which trains these")
         args.proxy_tokens = 0
     for name in ("rope_layout", "rope_jump", "proxy_tokens", "missing_views", "reference_attention"):
         if getattr(args, name) is not None:

@@ -14,6 +14,7 @@ import claims
 import eval as evaluation
 from checkpoint import UserError, lock
 from claims import ABLATIONS, BASE, CLAIMS, Claim
+from eval import Plan
 from report import mean
 from rope import LAYOUTS
 
@@ -97,8 +98,9 @@ def test_what_is_kept_may_lose_a_little():
 
 
 def test_the_base_is_compared_with_every_seed():
-    rows = {"full": {seed: result_of([0.8 + seed / 100] * 9, "caption", claims.WORDS) for seed in range(3)},
-            BASE: {0: result_of([0.8] * 9, "caption", claims.WORDS)}}
+    def caption(value):
+        return result_of([value] * 9, "caption", claims.NO_VIEWS)
+    rows = {"full": {seed: caption(0.8 + seed / 100) for seed in range(3)}, BASE: {0: caption(0.8)}}
     kept = next(c for c in CLAIMS if c.other == BASE and c.metric == "caption")
     assert claims.verdict(rows, kept).cases.mean == pytest.approx(0.01)
 
@@ -162,15 +164,26 @@ def tables_in(text):
 
 
 def test_the_page_is_what_the_results_that_come_with_the_code_say():
-    results = claims.stored(ROOT / "assets" / "claims" / "toy-from-base")
+    plan = Plan(list(range(evaluation.CASES)), [], evaluation.SAMPLE_RECIPES["toy"])
+    results = claims.stored(ROOT / "assets" / "claims" / "toy-from-base", plan)
     assert {"full", "no-mfi", BASE} <= set(results)
     assert claims.tables(results) in (ROOT / "CLAIMS.md").read_text()
 
 
-def test_a_damaged_result_is_one_line(tmp_path):
-    (tmp_path / "full-0.json").write_text('{"psnr": {')
-    with pytest.raises(UserError, match="full-0.json is damaged: delete it"):
-        claims.stored(tmp_path)
+@pytest.mark.parametrize("text, says", [
+    ('{"psnr": {', "is damaged: delete it"), ("[1]", "is damaged: delete it"),
+    ("{}", "is damaged: delete it"),
+    ('{"plan": {"cases": [1]}}', "was measured with other cases or another way to sample")])
+def test_a_result_that_does_not_fit_is_one_line(text, says, tmp_path):
+    (tmp_path / "full-0.json").write_text(text)
+    with pytest.raises(UserError, match=f"full-0.json {says}"):
+        claims.stored(tmp_path, Plan([0], [], evaluation.SAMPLE_RECIPES["toy"]))
+
+
+def test_tables_of_nothing_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds no results: give --seeds 1"):
+        claims.main(["--seeds", "0"])
 
 
 def test_every_name_on_the_page_is_one_of_the_scripts():

@@ -149,9 +149,11 @@ def test_each_expert_keeps_what_its_one_way_references_computed(offload):
     for network in networks:
         for p in network.parameters():
             p.normal_(std=0.1)
-        run_blocks = network.run_blocks
-        network.run_blocks = lambda *a, run_blocks=run_blocks, kept=None, **k: (
-            computed.append(kept) if kept is not None else None, run_blocks(*a, kept=kept, **k))[1]
+
+        def counted(*inputs, run_blocks=network.run_blocks, keep=False):
+            computed.extend([1] * keep)
+            return run_blocks(*inputs, keep=keep)
+        network.run_blocks = counted
         if offload:
             stream_blocks(network, torch.device("cpu"))
     C, E = config.in_dim, config.text_dim
@@ -548,7 +550,7 @@ def nan_weights(folder, meta):
 @pytest.mark.parametrize("edit, says", [
     (change("num_layers", 10**9), "num_layers is 1000000000"),
     (change("in_dim", 10**9), "in_dim is 1000000000"),
-    (change("prediction", "x"), "prediction 'x'"),
+    (change("prediction", "x"), "prediction is 'x'"),
     (change("dim", 96), "does not fit"),
     (change("more", 1), "'more'"),
     (change("size", 10**9, "world"), "its world .* is none of toy.WORLDS"),

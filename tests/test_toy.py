@@ -268,8 +268,8 @@ def test_nobody_is_the_background():
 def test_held_out_jobs_show_benchmark_cases():
     for views in (None, ("left", "back"), ()):
         jobs = toy.held_out(views, 3, 32)
-        assert len(jobs) == len(toy.SHOWN)
-        for job, (case, default) in zip(jobs, toy.SHOWN, strict=True):
+        shown = toy.SHOWN if views is None else [toy.SHOWN[0], *toy.SHOWN[2:]]  # no case twice
+        for job, (case, default) in zip(jobs, shown, strict=True):
             clip, indices = toy.benchmark_cases()[case]
             assert job.prompt == toy.caption(clip) and job.size == (32, 32 * len(indices))
             assert torch.equal(job.truth, toy.benchmark_truth(case, 3, 32))

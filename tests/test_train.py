@@ -762,7 +762,7 @@ def test_wan_configs_need_wan_and_a_set(small_wan, wan_set, tmp_path):
         ([*small_wan[:3], *small_wan[5:]], "--config small needs --wan DIR.*and --data DIR"),
         (["--config", "1.3b", *small_wan[2:]], "does not fit HarmoView.*instead of .1536"),
         ([*small_wan[:-1], "nowhere"], "nowhere: no such file"),
-        ([*small_wan, "--mask", "0.6"], "--mask, --clips and --pairs are for the toy"),
+        ([*small_wan, "--mask", "0.6"], "--mask, --clips, --described and --pairs are for the toy"),
         (["--config", "tiny", "--data", str(wan_set)], "encoded with in_dim 16, the network has 48"),
     ):
         with pytest.raises(UserError, match=says):
