@@ -206,9 +206,10 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs]).to(model.device)
     # parts step together, so that each expert loads once; but one by one where each has a large cache
     together = len(parts) if model.config.reference_attention == "joint" else 1
-    latents, total = [], len(jobs) * recipe["steps"]
+    total = len(jobs) * recipe["steps"]
     with tqdm(total=total, desc="sampling", unit=" steps", disable=None, leave=None) as bar:
-        for i in range(0, len(parts), together):
+        def denoise(i):
+            """The latents of `together` parts from the i-th on; their caches go when it ends."""
             velocities = [guided(model, tokens, no_text, refs, vit, recipe["guide_text"],
                                  recipe["guide_refs"], model.boundary)
                           for tokens, (refs, vit) in list(zip(text, encoded))[i:i + together]]
@@ -217,9 +218,9 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
                 bar.update(len(x))
                 return torch.cat([one(part, t) for one, part in zip(velocities, x.split(batch))])
             x = noise[i * batch:(i + together) * batch]
-            with autocast(model.device, model.precision):
-                latents.append(solve(velocity, x, recipe["steps"], recipe["shift"], recipe["solver"]))
-    latents = torch.cat(latents).cpu()
+            return solve(velocity, x, recipe["steps"], recipe["shift"], recipe["solver"])
+        with autocast(model.device, model.precision):
+            latents = torch.cat([denoise(i) for i in range(0, len(parts), together)]).cpu()
     if not isinstance(encoders, toy.ToyEncoders):
         model.drop()  # room for the VAE
     videos = [encoders.decode(latent[None])[0].cpu() for latent in latents]
