@@ -119,7 +119,7 @@ def describe(identities, i):
     """The looks of one of these identities in words: what ATTRIBUTES of eval.py measure, and the beard."""
     def colour(name):
         return colour_name(identities[name][i].tolist())
-    tone = (float(identities["skin"][i].mean()) - 0.24) / (0.83 - 0.24)
+    tone = (float(identities["skin"][i].mean()) - 0.24) / (0.83 - 0.24)  # draw_identities: darkest, palest
     skin = SKINS[min(len(SKINS) - 1, max(0, int(len(SKINS) * tone)))]
     words = f"{skin} skin, {colour('hair')} hair, {colour('eyes')} eyes"
     if identities["beard"][i]:

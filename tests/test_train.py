@@ -698,6 +698,14 @@ def test_a_toy_starts_from_a_base(fresh, monkeypatch):
         train.main([*run, "--wan", "base", "--out", "other"])
 
 
+@pytest.mark.parametrize("more", ["--proxy-tokens 8", "--train new"])
+def test_zeros_leave_no_proxies(more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--missing-views zeros leaves no proxies"):
+        train.main(["--config", "tiny", "--missing-views", "zeros", *more.split()])
+    assert not list(tmp_path.iterdir())
+
+
 def test_with_wan_a_stage_goes_on_from_the_one_before(small_wan):
     train.main([*small_wan, "--stage", "1", "--steps", "1"])
     train.main([*small_wan, "--stage", "2", "--steps", "1", "--adamw-lr", "1e-12"])
@@ -763,6 +771,7 @@ def test_wan_configs_need_wan_and_a_set(small_wan, wan_set, tmp_path):
         (["--config", "1.3b", *small_wan[2:]], "does not fit HarmoView.*instead of .1536"),
         ([*small_wan[:-1], "nowhere"], "nowhere: no such file"),
         ([*small_wan, "--mask", "0.6"], "--mask, --clips, --described and --pairs are for the toy"),
+        ([*small_wan, "--described", "0.6"], "--mask, --clips, --described and --pairs are for the toy"),
         (["--config", "tiny", "--data", str(wan_set)], "encoded with in_dim 16, the network has 48"),
     ):
         with pytest.raises(UserError, match=says):
