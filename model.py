@@ -33,8 +33,6 @@ from rope import VIEWS, check_layout, reference_positions, video_positions
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
 SIGMA_MIN = 0.05  # an x0 prediction's velocity is divided by sigma, but by no less than this
-
-
 # config fields that are one of a few words
 CHOICES = {"prediction": ("velocity", "x0"), "missing_views": ("proxies", "zeros"),
            "reference_attention": ("joint", "one-way")}
@@ -91,7 +89,7 @@ WAN = dict(vit_dim=1024, vit_levels=2)
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
     "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=4, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
-    # 64x64 in as many tokens, 2 laptop cores, half an hour
+    # 64x64 in as many tokens, since a latent is of 8x8 pixels
     "toy64": DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6,
                        **TOY | dict(in_dim=192, out_dim=192)),
     # Wan2.1 T2V, and each expert of Wan2.2 T2V-A14B is a 14b
@@ -339,13 +337,8 @@ class HarmoView(nn.Module):
         if ref_tokens and c.reference_attention == "one-way":
             cache = {} if cache is None else cache
             if not cache:
-                if self.ulysses:
-                    self.ulysses.lengths = None  # every rank computes all of them
-                cache["references"] = self.run_blocks(
-                    torch.cat(ref_tokens, dim=1), self.embed_time(torch.zeros_like(t))[1], context,
-                    (positions[video_len:], tables), keep=True)[1]
-                if self.ulysses:
-                    cache["references"] = self.ulysses.own_heads(cache["references"])
+                rope = positions[video_len:], tables
+                cache["references"] = self.run_references(torch.cat(ref_tokens, dim=1), t, context, rope)
             kept, positions = cache["references"], positions[:video_len]
         else:
             tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
@@ -366,6 +359,14 @@ class HarmoView(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             time = in_float32(self.time_embedding, sinusoid(t, self.config.freq_dim))
             return time, in_float32(self.time_projection, time).unflatten(1, (6, -1))
+
+    def run_references(self, tokens, t, context, rope):
+        """One-way references [B, L, D] through all blocks, at time 0 -> each block's keys and values."""
+        if self.ulysses:
+            self.ulysses.lengths = None  # every rank computes all of them
+        _, time6 = self.embed_time(torch.zeros_like(t))
+        _, kept = self.run_blocks(tokens, time6, context, rope, keep=True)
+        return self.ulysses.own_heads(kept) if self.ulysses else kept
 
     def run_blocks(self, tokens, time6, context, rope, kept=None, keep=False):
         """tokens [B, L, D] through all blocks -> tokens, and what each block keeps. kept: what was kept of

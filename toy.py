@@ -507,9 +507,11 @@ def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED, desc
             captions = ""
             for n_people, name, n in zip((1, 2), ("one", "two"), clips):
                 part = draw_clips(n, n_people, seed, motions)
-                tensors = render_training(part, n_people, size, frames, pairs, seed)
+                identities = training_identities(n, n_people, seed)
+                tensors = render_training(part, identities, n_people, size, frames, pairs)
                 save_tensors(build / f"{name}.safetensors", tensors)
-                captions += "".join(f"{words}\n" for words in captions_of(part, n_people, seed, described))
+                captions += "".join(f"{words}\n" for words in captions_of(part, identities, n_people, seed,
+                                                                     described))
             (build / "captions.txt").write_text(captions)
     return folder
 
@@ -519,18 +521,16 @@ def training_identities(n, n_people, seed):
     return draw_identities(n * n_people, seed + n_people)
 
 
-def captions_of(clips, n_people, seed, described):
+def captions_of(clips, identities, n_people, seed, described):
     """The captions of training clips. A clip's own draw decides whether it tells the looks."""
     n, rng = len(clips), random.Random(seed + n_people)
-    people = training_identities(n, n_people, seed)
-    return [caption(clip, [describe(people, i + k * n) for k in range(n_people)]
+    return [caption(clip, [describe(identities, i + k * n) for k in range(n_people)]
                     if rng.random() < described else None) for i, clip in enumerate(clips)]
 
 
-def render_training(clips, n_people, size, frames, pairs, seed):
-    """Clips that show identities of their own, and their references: {"video", "refs"} as in render_cache."""
+def render_training(clips, identities, n_people, size, frames, pairs):
+    """Clips that show these identities, and their references: {"video", "refs"} as in render_cache."""
     n = len(clips)
-    identities = training_identities(n, n_people, seed)
     videos, pictures = [], []
     for i in tqdm(range(0, n, 64), desc=f"rendering clips of {n_people}", unit=" x 64", disable=None):
         chunk = clips[i:i + 64]

@@ -596,8 +596,8 @@ def load_data(args, config, world):
             encoders = toy.ToyEncoders(folder, size)
         except UserError as error:
             raise toy.damaged(folder, error) from None
-        of_base = Path(args.wan or folder, encoders.TOKENIZER)
-        if of_base.is_file() and of_base.read_bytes() != encoders.files[0].read_bytes():
+        of_base = args.wan and Path(args.wan, encoders.TOKENIZER)
+        if of_base and of_base.is_file() and of_base.read_bytes() != encoders.files[0].read_bytes():
             raise UserError(f"--wan {args.wan} reads captions with another tokenizer than this toy world's: "
                             "train a base for it, as README.md says")
         dataset = data.Dataset(toy.encode_cache(folder, encoders, args.pairs, args.mask))

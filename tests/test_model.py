@@ -546,7 +546,7 @@ def test_only_distances_of_positions_count():
 
 
 def test_flops_of_one_way_references_with_and_without_a_cache():
-    """PERF.md: 1.19 times as much with one person, 1.38 with two, at 32,760 video tokens."""
+    """81 frames of 480x832: what joint references cost, over one-way ones that were kept, by people."""
     with torch.device("meta"):
         net = HarmoView(replace(CONFIGS["14b"], reference_attention="one-way"))
     for people, expected in ((1, 1.19), (2, 1.38)):
