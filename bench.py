@@ -258,7 +258,7 @@ def main(argv=None):
     dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")
     dry("--tile", type=count, help="as in sample.py")
-    dry("--reference-attention", choices=CHOICES["reference_attention"], help="as in train.py")
+    dry("--reference-attention", choices=CHOICES["reference_attention"], help="default: the checkpoint's")
     how = what.add_parser("plan", help="memory and FLOPs of train.py at Wan's sizes").add_argument
     how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan])
     how("--frames", type=count, default=81, help="frames of a clip")

@@ -214,7 +214,9 @@ def train(name, seed, args, out):
     launcher = [] if torch.cuda.is_available() or torch.get_num_threads() < 2 else two
     command = [sys.executable, *launcher, str(Path(__file__).with_name("train.py")), "--config", args.config,
                "--out", str(out), "--seed", str(seed), "--resume", "--no-samples",
-               *(["--wan", args.base] if args.base else []), *args.train, *ABLATIONS[name].split()]
+               *(["--wan", args.base] if args.base else []),
+               "--reference-attention", "joint",  # as in the papers; of two, the later one counts
+               *args.train, *ABLATIONS[name].split()]
     print(shlex.join(command[1:]), flush=True)
     training = subprocess.Popen(command, stdout=2)
     try:

@@ -55,7 +55,7 @@ class DiTConfig:
     rope_layout: str = "jump"  # a key of rope.LAYOUTS
     rope_jump: int = 16  # Jump-RoPE's gap between identities
     missing_views: str = "proxies"  # or "zeros": zero latents fill the slot, as in DomainShuttle
-    reference_attention: str = "joint"  # or "one-way": references do not read the video, and are at t = 0
+    reference_attention: str = "joint"  # "one-way": references do not read the video, and are at t = 0
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
     max_identities: int = 2  # I: people that MFI can tell apart
@@ -83,9 +83,9 @@ class DiTConfig:
 
 
 TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
-           proxy_tokens=4, prediction="x0", coord_channels=18)
+           proxy_tokens=4, reference_attention="one-way", prediction="x0", coord_channels=18)
 # two levels of 65 tokens (DINOv2-L at 112 pixels): two people fit next to a caption of 252 tokens
-WAN = dict(vit_dim=1024, vit_levels=2)
+WAN = dict(vit_dim=1024, vit_levels=2, reference_attention="one-way")
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
     "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=4, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min

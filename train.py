@@ -137,7 +137,8 @@ def arguments(argv=None):
            help="learnable tokens for a missing view; 0 leaves it out")
     method("--missing-views", choices=CHOICES["missing_views"], help="what fills a missing view's slot")
     method("--reference-attention", choices=CHOICES["reference_attention"],
-           help="joint: references read the video too; one-way: sampling computes them once")
+           help="one-way: references do not read the video, so sampling computes them once (default); "
+           "joint: they do, as in the papers")
     method("--described", type=fraction, default=0.0,
            help="share of the toy's captions that tell the people's looks too (for a base: 0.66)")
     method("--pairs", choices=("cross", "in"), default="cross",
@@ -147,8 +148,8 @@ def arguments(argv=None):
     method("--front-only", action="store_true", help="no view but the front is ever given")
     method("--mask", type=fraction, default=0.0,
            help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
-    method("--mv2id", action="store_true", help="Mv2ID's recipe: --rope-layout rd --proxy-tokens 0 --no-mfi "
-           "--mask 0.6 --pairs in; an encoded set must be masked already")
+    method("--mv2id", action="store_true", help="Mv2ID's recipe: --reference-attention joint --rope-layout "
+           "rd --proxy-tokens 0 --no-mfi --mask 0.6 --pairs in; an encoded set must be masked already")
     log = p.add_argument_group("logging").add_argument
     log("--save-every", type=count, default=500,
         help="steps between checkpoints; the stage's last step is always saved")
@@ -176,6 +177,7 @@ def resolve(args, world):
     args.data = Path(args.data)
     if args.mv2id:
         args.rope_layout, args.proxy_tokens, args.no_mfi, args.pairs = "rd", 0, True, "in"
+        args.reference_attention = "joint"
         args.mask = 0.0 if encoded_data(args) else 0.6
     plain = config.is_wan or args.shard or args.train != "all"  # Muon needs whole, large matrices
     args.optimizer = args.optimizer or ("adamw" if plain else "muon")

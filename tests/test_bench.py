@@ -35,8 +35,7 @@ def test_dry_run_needs_no_weights(wan, tmp_path):
 def test_the_dry_run_counts_what_one_way_references_keep(config, gigabytes, tmp_path):
     refs = [word for k in "ab" for word in ("--refs", *(f"{k}_{view}.png" for view in VIEWS))]
     command = ["bench.py", "dry-run", "--ckpt", config, *refs]
-    joint = call(*command, cwd=tmp_path)
-    kept = call(*command, "--reference-attention", "one-way", cwd=tmp_path)
+    joint, kept = call(*command, "--reference-attention", "joint", cwd=tmp_path), call(*command, cwd=tmp_path)
     assert f"kept, {gigabytes} GB for given views" in kept and "one-way" not in joint
     memory, tflop = ([float(re.search(words, said)[1].replace(",", "")) for said in (joint, kept)]
                      for words in (r"denoising, bf16 +([\d.]+) GiB", r"([\d,]+) TFLOP a forward"))

@@ -16,6 +16,7 @@ from checkpoint import UserError, load_tensors, save_checkpoint, uses_bf16
 from kernels import qk_norm_rope
 from lora import NEW_PREFIXES
 from model import (
+    CHOICES,
     CONFIGS,
     MFI,
     WAN,
@@ -454,7 +455,7 @@ def test_folders_that_hold_no_network(oracle, tmp_path):
 
 # -------------------------------------------------------------------------------- one-way references, zeros
 def masked_forward(net, x, t, text, refs, vit):
-    """One-way attention as its definition has it: one sequence, a time a token, and a mask."""
+    """Both kinds of attention as their definitions have them: one sequence, a time a token, and a mask."""
     c = net.config
     context, tokens = net.text_embedding(net.text_and_mfi(text, vit)), net.embed(x)
     grid = tuple(tokens.shape[2:])
@@ -465,8 +466,9 @@ def masked_forward(net, x, t, text, refs, vit):
     rope = rope_of(c.rope_layout, present, grid, ref_hw, c.proxy_tokens, c.rope_jump, c.dim // c.num_heads,
                    x.device)
     reads = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool)
-    reads[L:, :L] = False
-    (time, video_time), (_, ref_time) = net.embed_time(t), net.embed_time(torch.zeros_like(t))
+    one_way = c.reference_attention == "one-way"
+    reads[L:, :L] = not one_way
+    (time, video_time), (_, ref_time) = net.embed_time(t), net.embed_time(t * (not one_way))
     times = torch.where((torch.arange(len(reads)) < L)[:, None, None], video_time[:, None], ref_time[:, None])
     for block in net.blocks:
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (block.modulation[:, None] + times).unbind(2)
@@ -488,23 +490,24 @@ MIXED = [("front", "left", "back"), ("right",)]  # two people, dropped views
 @pytest.mark.parametrize("views", [[VIEWS], MIXED, [(), ()]])
 @pytest.mark.parametrize("changes", [{}, {"missing_views": "zeros", "proxy_tokens": 0},
                                      {"rope_layout": "before"}])
-def test_one_way_is_joint_attention_with_a_mask(views, changes):
-    net = network(reference_attention="one-way", **changes)
+@pytest.mark.parametrize("attention", CHOICES["reference_attention"])
+def test_attention_is_as_defined_with_a_mask(views, changes, attention):
+    net = network(reference_attention=attention, **changes)
     x, t, text, refs, vit = inputs(views)
     given = net.fill_missing(refs, x)
     with torch.no_grad():
         expected = masked_forward(net, x, t, text, given, vit)
         found = net(x, t, text, refs, vit)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-    joint = replace(net.config, reference_attention="joint")
-    net.config = joint
+    [other] = {*CHOICES["reference_attention"]} - {attention}
+    net.config = replace(net.config, reference_attention=other)
     assert (net(x, t, text, refs, vit) - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("views", [[VIEWS], MIXED, [()]])
 def test_a_cache_of_one_way_references_changes_nothing(views):
-    net, cache = network(reference_attention="one-way"), {}
+    net, cache = network(), {}
     x, t, text, refs, vit = inputs(views)
     for step, times in enumerate((t, t / 2, t / 7)):
         cached, plain = net(x + step, times, text, refs, vit, cache), net(x + step, times, text, refs, vit)
@@ -513,16 +516,16 @@ def test_a_cache_of_one_way_references_changes_nothing(views):
     tokens = sum(16 if view in given else TINY.proxy_tokens for given in views for view in VIEWS)
     assert len(cache["references"]) == TINY.num_layers and keys.shape == values.shape
     assert keys.shape == (B, TINY.num_heads, tokens, TINY.dim // TINY.num_heads)
-    joint, unused = network(), {}
+    joint, unused = network(reference_attention="joint"), {}
     joint(x, t, text, refs, vit, unused)
     assert not unused
 
 
 def test_one_way_references_learn_from_the_video():
-    net = network(reference_attention="one-way")
+    net = network()
     net(*inputs(MIXED)).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
-    recomputed = network(reference_attention="one-way")
+    recomputed = network()
     recomputed.recompute = True
     recomputed(*inputs(MIXED)).square().mean().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), recomputed.parameters()))
@@ -548,10 +551,11 @@ def test_only_distances_of_positions_count():
 def test_flops_of_one_way_references_with_and_without_a_cache():
     """81 frames of 480x832: what joint references cost, over one-way ones that were kept, by people."""
     with torch.device("meta"):
-        net = HarmoView(replace(CONFIGS["14b"], reference_attention="one-way"))
+        net = HarmoView(CONFIGS["14b"])
+    joint_config = replace(CONFIGS["14b"], reference_attention="joint")
     for people, expected in ((1, 1.19), (2, 1.38)):
         video, refs = 32_760, people * 6_240
-        joint = HarmoView.flops(SimpleNamespace(config=CONFIGS["14b"]), video, refs)
+        joint = HarmoView.flops(SimpleNamespace(config=joint_config), video, refs)
         assert joint / net.flops(video, refs, cached=True) == pytest.approx(expected, abs=0.005)
         assert net.flops(video, refs, cached=True) < net.flops(video, refs) < joint
 

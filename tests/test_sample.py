@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -144,7 +144,7 @@ def test_wan22_switches_experts_where_its_authors_do():
 def test_each_expert_keeps_what_its_one_way_references_computed(offload):
     """Two people, dropped views, two guidance scales, two networks: as without a cache, and computed once."""
     torch.manual_seed(0)
-    config = replace(CONFIGS["tiny"], reference_attention="one-way")
+    config = CONFIGS["tiny"]
     networks, computed = [HarmoView(config).requires_grad_(False) for _ in range(2)], []
     for network in networks:
         for p in network.parameters():

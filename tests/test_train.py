@@ -30,7 +30,7 @@ import toy
 import train
 from checkpoint import UserError, find_checkpoint, steps_in
 from lora import NEW_PREFIXES
-from model import CONFIGS, DiTConfig, HarmoView, load_checkpoint, load_wan
+from model import CHOICES, CONFIGS, DiTConfig, HarmoView, load_checkpoint, load_wan
 from rope import VIEWS
 
 FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
@@ -729,8 +729,7 @@ def test_both_experts_through_all_stages_to_a_video_from_references(small_wan, w
     """All of each expert trains in two stages, adapters in two more; then both make one video."""
     small_wan[-1] = str(wan / "2.2")
     for role in ("high", "low"):
-        out = ["--expert", role, "--out", f"pair/{role}_noise_model", "--steps", "2",
-               "--reference-attention", "one-way"]
+        out = ["--expert", role, "--out", f"pair/{role}_noise_model", "--steps", "2"]
         for stage, flags in (("1", []), ("2", []), ("3", ["--train", "lora"]), ("4", ["--train", "lora"])):
             train.main([*small_wan, *out, *flags, "--stage", stage])
         meta = json.loads((find_checkpoint(f"pair/{role}_noise_model") / "checkpoint.json").read_text())
@@ -974,10 +973,11 @@ def test_sharded_replicated_and_alone_are_one_training(fresh):
     assert not well and "trained otherwise (shard True there, False here" in said
 
 
-def test_sharded_one_way_references_are_the_same_training(fresh):
-    """Every block runs twice in a forward, for references and for the video."""
+@pytest.mark.parametrize("attention", CHOICES["reference_attention"])
+def test_sharded_references_are_the_same_training(fresh, attention):
+    """One-way: every block runs twice in a forward, for references and for the video."""
     common = [*FAST, "--stage", 1, "--steps", 2, "--precision", "fp32", "--optimizer", "adamw",
-              "--reference-attention", "one-way"]
+              "--reference-attention", attention]
     call("train.py", *common, "--out", "alone", cwd=fresh)
     assert torchrun(2, *common, "--shard", "--micro-batch", 1, "--recompute", "--out", "two", cwd=fresh)[0]
     alone, two = (weights(fresh / name)["ema.safetensors"] for name in ("alone", "two"))
