@@ -58,8 +58,9 @@ def report_speed(step, model, shape, batch, passes, device, dtype):
         torch.cuda.reset_peak_memory_stats()  # making the model in float32 does not count
     took, memory = seconds(step, 5), peak_memory()
     C, T, H, W = shape
-    tokens = (T + len(VIEWS)) * (H // PATCH) * (W // PATCH)
-    rate = passes * batch * model.flops(tokens) / took / 1e12
+    frame = (H // PATCH) * (W // PATCH)  # tokens of a latent frame or a reference
+    video, references = T * frame, len(VIEWS) * frame
+    tokens, rate = video + references, passes * batch * model.flops(video, references) / took / 1e12
     n = 8192 if gpu else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12
@@ -183,7 +184,6 @@ def dry_run(args):
     if one_way:
         print(f"one-way references: their keys and values are computed once and kept, {kept[0] / 1e9:.1f} GB"
               f" for given views, {sum(kept[1:]) / 1e9:.1f} GB for the proxies of guidance")
-
     held = {name: 2 * n for name, n in parameters.items()}  # bytes on the GPU, in bf16
     if args.offload:
         for name in ("transformer", "umT5"):
@@ -207,7 +207,8 @@ def plan(args):
     config, (H, W) = CONFIGS[args.config], args.size
     sample.check_wan_size(args.frames, args.size)
     frame = (H // 16) * (W // 16)  # tokens of a latent frame or a reference
-    tokens = (args.frames + 3) // 4 * frame + args.people * len(VIEWS) * frame
+    video, references = (args.frames + 3) // 4 * frame, args.people * len(VIEWS) * frame
+    tokens = video + references
     # a block keeps its input in float32 and the outputs of two attentions; the one that is computed again
     # holds about 27 D + 4 F bytes a token (3.0 GB at 39,000 tokens of 1.3b)
     kept = config.num_layers * tokens * 8 * config.dim
@@ -228,9 +229,9 @@ def plan(args):
         gathered = 3 * 2 * block + activations
         needs = [one] + [(20 * trained + 4 * (total - trained)) / n + gathered for n in SHARDS]
         # a frozen weight needs no gradient: two thirds of the work
-        tflop = (3 if what == "all" else 2) * model.flops(tokens) / 1e12
+        tflop = (3 if what == "all" else 2) * model.flops(video, references) / 1e12
         print(f"{what:8}{trained:>20,}{tflop:>14,.0f}" + "".join(f"{n / GIB:>11,.0f}" for n in needs))
-    recipe, tflop = train.TRAIN_RECIPES[args.config], 3 * model.flops(tokens) / 1e12
+    recipe, tflop = train.TRAIN_RECIPES[args.config], 3 * model.flops(video, references) / 1e12
     hours = [steps * recipe["batch"] * tflop / PLANNED_TFLOPS / 3600 for steps in recipe["steps"]]
     print(f"stages 1 to {len(hours)} of {recipe['steps']} steps of {recipe['batch']} clips with --train all, "
           f"at {PLANNED_TFLOPS} TFLOP/s a card: {', '.join(f'{h:,.0f}' for h in hours)} card hours")

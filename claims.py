@@ -214,7 +214,7 @@ def train(name, seed, args, out):
     launcher = [] if torch.cuda.is_available() or torch.get_num_threads() < 2 else two
     command = [sys.executable, *launcher, str(Path(__file__).with_name("train.py")), "--config", args.config,
                "--out", str(out), "--seed", str(seed), "--resume", "--no-samples",
-               *(["--wan", args.base] if args.base else []),
+               *(["--wan", args.base] if args.base else ["--scratch"]),
                "--reference-attention", "joint",  # as in the papers; of two, the later one counts
                *args.train, *ABLATIONS[name].split()]
     print(shlex.join(command[1:]), flush=True)
@@ -286,7 +286,7 @@ def main(argv=None):
     if BASE in args.rows and not args.base:
         raise UserError(f"the row {BASE} needs --base DIR: assets/base comes with the code")
     for name in [flag.split("=")[0] for flag in args.train]:
-        own = ("--seed", "--out", "--config", "--stage", "--wan")
+        own = ("--seed", "--out", "--config", "--stage", "--wan", "--scratch")
         if len(name) > 2 and any(flag.startswith(name) for flag in own):
             raise UserError(f"--train {name}: claims.py sets this itself; it has --seeds, --out, --config "
                             "and --base")

@@ -70,12 +70,14 @@ STAGES = {  # name, people, views, drop, drop_front, all_drop, cross, lr
     3: Stage("multi", (1,), "all", (0.5, 0.2), 0.1, 0.1, 0.5, (1, 1)),
     4: Stage("harmony", (1, 2), "all", (0.1, 0.1), 0.1, 0.1, 0.9, (0.8, 0.02)),
 }
-TRAIN_RECIPES = {  # per config: steps of each stage, global batch, peak learning rates, timestep shift
+# per config: steps of each stage, global batch, peak learning rates, timestep shift, what it starts from
+TRAIN_RECIPES = {
     # shift 100 for the toy: with less noise the clip itself shows how the head is turned, and the network
     # does not learn to read the caption (+1 dB)
     "tiny": dict(steps=(2, 2, 2, 2), batch=4, muon_lr=16e-3, adamw_lr=3e-3, shift=100.0),
-    "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
-    "toy64": dict(steps=(30, 40, 900, 600), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0),
+    "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0, base="base"),
+    "toy64": dict(steps=(30, 40, 900, 600), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0,
+                  base="base64"),
     # from --wan; what others use for Wan, not measured here. lora_lr is for --train new and lora
     "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
                  shift=5.0),
@@ -95,7 +97,8 @@ def arguments(argv=None):
     run("--clips", type=count, nargs=2, metavar=("ONE", "TWO"),
         help="toy clips to render, with one person and with two (default: the config's)")
     run("--wan", type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained "
-        "starts from its transformer, and sampling takes its encoders; for the toy assets/base")
+        "starts from its transformer, and sampling takes its encoders (the toy's default: assets/base)")
+    run("--scratch", action="store_true", help="start the toy from random weights instead")
     run("--expert", choices=("high", "low"), help="train this one of Wan2.2's experts, on its own noise "
         "levels; sample.py expects both in one folder, as high_noise_model and low_noise_model")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
@@ -186,6 +189,10 @@ def resolve(args, world):
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard splits a network over processes: start with torchrun --nproc-per-node N")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
+    if args.scratch and args.wan:
+        raise UserError("--wan says what to start from, --scratch from nothing: give one of them")
+    if "base" in recipe and not args.scratch and args.stage in ("1", "all"):
+        args.wan = args.wan or str(Path(__file__).with_name("assets") / recipe["base"])
     if args.expert and args.wan:
         args.wan = choose_expert(args.wan, args.expert)
     args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
@@ -624,7 +631,7 @@ def main(argv=None):
             probe_writable(args.data)
     with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
         if world.rank == 0:
-            print(f"{args.config}: {config}\n"
+            print(f"{args.config}{f', from {args.wan}' if args.wan else ''}: {config}\n"
                   f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
                   f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
                   f"clips {args.clips}, {args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, "

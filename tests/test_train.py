@@ -698,6 +698,21 @@ def test_a_toy_starts_from_a_base(fresh, monkeypatch):
         train.main([*run, "--wan", "base", "--out", "other"])
 
 
+@pytest.mark.parametrize("argv, base", [
+    ("", "assets/base"), ("--config toy64 --stage 1", "assets/base64"), ("--wan other", "other"), ("--scratch", ""),
+    ("--stage 2", ""), ("--config tiny", "")])
+def test_what_a_run_starts_from(argv, base):
+    args = train.arguments(argv.split())
+    train.resolve(args, train.World(0, 1, torch.device("cpu")))
+    assert str(args.wan or "").endswith(base) and bool(args.wan) == bool(base)
+
+
+def test_a_base_and_scratch_exclude_each_other():
+    args = train.arguments(["--wan", "assets/base", "--scratch"])
+    with pytest.raises(UserError, match="--wan says what to start from, --scratch from nothing"):
+        train.resolve(args, train.World(0, 1, torch.device("cpu")))
+
+
 @pytest.mark.parametrize("more", ["--proxy-tokens 8", "--train new"])
 def test_zeros_leave_no_proxies(more, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
