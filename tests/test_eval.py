@@ -69,15 +69,16 @@ def test_exchanged_people_are_counted_as_swaps():
 
 def test_shuffled_references_drop_identity_to_chance():
     """The toy that comes with the code, given everybody's own references and somebody else's."""
-    model, encoders, _ = load(str(ROOT / "assets" / "toy"), precision="fp32")
+    model, encoders, checkpoint = load(str(ROOT / "assets" / "toy"), precision="fp32")
+    frames, size = (checkpoint.meta["world"][name] for name in ("frames", "size"))
     cases, found = range(6), {}
     for name, shift in (("own", 0), ("shuffled", 7)):
         jobs = []
         for n in cases:
             clip, (person,) = toy.benchmark_cases()[n]
-            references = toy.held_out_references([(person + shift) % 52], VIEWS, 32)
-            jobs.append(Job(toy.caption(clip), references, n, (32, 32)))
-        videos = generate(model, encoders, jobs, SAMPLE_RECIPES["toy"], 6, len(jobs))
+            references = toy.held_out_references([(person + shift) % 52], VIEWS, size)
+            jobs.append(Job(toy.caption(clip), references, n, (size, size)))
+        videos = generate(model, encoders, jobs, SAMPLE_RECIPES["toy"], frames, len(jobs))
         found[name] = score("top-1", dict(zip(cases, videos)))
     assert found["own"] > 0.9 and found["shuffled"] == 0
 

@@ -178,7 +178,7 @@ def test_another_ranks_own_error_is_said_after_a_while(monkeypatch, capsys):
 
 @pytest.mark.parametrize("size, message", [
     (1, "--ulysses splits .* start with torchrun"),
-    (3, "4 heads do not split over 3 processes: .*one of 2, 4$"),
+    (4, "6 heads do not split over 4 processes: .*one of 2, 3, 6$"),
     (2, "--ulysses exchanges tokens inside a block: give it without --compile"),
 ])
 def test_ulysses_refuses_what_does_not_work(one, size, message, monkeypatch):
