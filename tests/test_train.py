@@ -699,8 +699,8 @@ def test_a_toy_starts_from_a_base(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, base", [
-    ("", "assets/base"), ("--config toy64 --stage 1", "assets/base64"), ("--wan other", "other"), ("--scratch", ""),
-    ("--stage 2", ""), ("--config tiny", "")])
+    ("", "assets/base"), ("--config toy64 --stage 1", "assets/base64"), ("--wan other", "other"),
+    ("--scratch", ""), ("--stage 2", ""), ("--config tiny", "")])
 def test_what_a_run_starts_from(argv, base):
     args = train.arguments(argv.split())
     train.resolve(args, train.World(0, 1, torch.device("cpu")))
