@@ -627,9 +627,10 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_recomputing_keeps_attention_and_makes_the_rest_again():
-    model = HarmoView(CONFIGS["tiny"])
-    layers, aten = model.config.num_layers, torch.ops.aten
+@pytest.mark.parametrize("attention, passes", [("joint", 1), ("one-way", 2)])  # references on their own
+def test_recomputing_keeps_attention_and_makes_the_rest_again(attention, passes):
+    model = HarmoView(replace(CONFIGS["tiny"], reference_attention=attention))
+    layers, aten = passes * model.config.num_layers, torch.ops.aten
     inputs = bench.random_inputs(model.config, (48, 3, 40, 40), 1, torch.device("cpu"))
     for model.recompute, again in ((False, 0), (True, layers)):
         with Calls() as calls:
