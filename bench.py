@@ -45,6 +45,11 @@ def random_inputs(config, shape, batch, device, people=1):
     return normal(*shape), torch.full((batch,), 500.0, device=device), normal(64, config.text_dim), refs, vit
 
 
+def count_tokens(T, H, W, people=1):
+    """Tokens of a video's latents of this size, and of the references of people with four views each."""
+    return [pictures * (H // PATCH) * (W // PATCH) for pictures in (T, people * len(VIEWS))]
+
+
 def seconds(fn, calls):
     """Mean of `calls` calls; torch's timer warms up with two more, and waits for the GPU."""
     return Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads()).timeit(calls).mean
@@ -57,9 +62,7 @@ def report_speed(step, model, shape, batch, passes, device, dtype):
     if gpu:
         torch.cuda.reset_peak_memory_stats()  # making the model in float32 does not count
     took, memory = seconds(step, 5), peak_memory()
-    C, T, H, W = shape
-    frame = (H // PATCH) * (W // PATCH)  # tokens of a latent frame or a reference
-    video, references = T * frame, len(VIEWS) * frame
+    video, references = count_tokens(*shape[1:])
     tokens, rate = video + references, passes * batch * model.flops(video, references) / took / 1e12
     n = 8192 if gpu else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -98,8 +101,7 @@ def time_references(args):
     keys and values were kept; with --people times four views."""
     model, device, dtype, shape = set_up(args)
     inputs, model = random_inputs(model.config, shape, args.batch, device, args.people), model.to(dtype)
-    frame = shape[2] // PATCH * (shape[3] // PATCH)
-    video, references = shape[1] * frame, args.people * len(VIEWS) * frame
+    video, references = count_tokens(*shape[1:], args.people)
     print(f"{args.batch} x {video:,} tokens of video and {references:,} of references")
     cache, rows = {}, []
     for words, attention, kept in (("joint", "joint", None), ("one-way", "one-way", None),
@@ -204,10 +206,9 @@ def dry_run(args):
 def plan(args):
     """Print the memory of a training step on each of N cards, and its TFLOP, for everything that --train
     offers; from shapes only. Weights and what the optimizer holds are exact, activations an estimate."""
-    config, (H, W) = CONFIGS[args.config], args.size
+    config, recipe, (H, W) = CONFIGS[args.config], train.TRAIN_RECIPES[args.config], args.size
     sample.check_wan_size(args.frames, args.size)
-    frame = (H // 16) * (W // 16)  # tokens of a latent frame or a reference
-    video, references = (args.frames + 3) // 4 * frame, args.people * len(VIEWS) * frame
+    video, references = count_tokens(*WanEncoders.latent_shape(args.frames, args.size)[1:], args.people)
     tokens = video + references
     # a block keeps its input in float32 and the outputs of two attentions; the one that is computed again
     # holds about 27 D + 4 F bytes a token (3.0 GB at 39,000 tokens of 1.3b)
@@ -225,14 +226,13 @@ def plan(args):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         # float32: weight, gradient, average, two moments; and bf16 copies while it computes
         one = trained * (5 * 4 + 2) + (total - trained) * 2 + activations
-        block = count_parameters(model.blocks[0])
-        gathered = 3 * 2 * block + activations
+        gathered = 3 * 2 * count_parameters(model.blocks[0]) + activations
         needs = [one] + [(20 * trained + 4 * (total - trained)) / n + gathered for n in SHARDS]
         # a frozen weight needs no gradient: two thirds of the work
-        tflop = (3 if what == "all" else 2) * model.flops(video, references) / 1e12
-        print(f"{what:8}{trained:>20,}{tflop:>14,.0f}" + "".join(f"{n / GIB:>11,.0f}" for n in needs))
-    recipe, tflop = train.TRAIN_RECIPES[args.config], 3 * model.flops(video, references) / 1e12
-    hours = [steps * recipe["batch"] * tflop / PLANNED_TFLOPS / 3600 for steps in recipe["steps"]]
+        passes, forward = 3 if what == "all" else 2, model.flops(video, references) / 1e12
+        print(f"{what:8}{trained:>20,}{passes * forward:>14,.0f}"
+              + "".join(f"{n / GIB:>11,.0f}" for n in needs))
+    hours = [steps * recipe["batch"] * 3 * forward / PLANNED_TFLOPS / 3600 for steps in recipe["steps"]]
     print(f"stages 1 to {len(hours)} of {recipe['steps']} steps of {recipe['batch']} clips with --train all, "
           f"at {PLANNED_TFLOPS} TFLOP/s a card: {', '.join(f'{h:,.0f}' for h in hours)} card hours")
 
@@ -259,7 +259,7 @@ def main(argv=None):
     dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")
     dry("--tile", type=count, help="as in sample.py")
-    dry("--reference-attention", choices=CHOICES["reference_attention"], help="default: the checkpoint's")
+    dry("--reference-attention", choices=CHOICES["reference_attention"], help="default: --ckpt's own")
     how = what.add_parser("plan", help="memory and FLOPs of train.py at Wan's sizes").add_argument
     how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan])
     how("--frames", type=count, default=81, help="frames of a clip")

@@ -215,7 +215,7 @@ def train(name, seed, args, out):
     command = [sys.executable, *launcher, str(Path(__file__).with_name("train.py")), "--config", args.config,
                "--out", str(out), "--seed", str(seed), "--resume", "--no-samples",
                *(["--wan", args.base] if args.base else ["--scratch"]),
-               "--reference-attention", "joint",  # as in the papers; of two, the later one counts
+               "--reference-attention", "joint",  # as in the papers; the row one-way overrides it
                *args.train, *ABLATIONS[name].split()]
     print(shlex.join(command[1:]), flush=True)
     training = subprocess.Popen(command, stdout=2)
