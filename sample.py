@@ -373,8 +373,8 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
 def make_jobs(args, found, frames, size):
     """What --prompts, --prompt, --refs, --views and --swap ask for, as Jobs with their pictures."""
     is_toy = found.kind == "toy"
-    # a base model or a first stage has never seen a reference
-    views = () if is_toy and found.meta.get("stage") == 1 and not args.views else args.views
+    # a base model or the stage t2v has never seen a reference
+    views = () if is_toy and found.meta.get("name") == "t2v" and not args.views else args.views
     if args.views and (args.refs or args.prompts or not is_toy):
         raise UserError("--views chooses among the toy's own references: "
                         "leave it out with --refs, with --prompts and for Wan")

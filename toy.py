@@ -662,30 +662,33 @@ def main(argv=None):
 
 def write_samples(folder, size, frames, fps):
     """Four clips of four people that training never sees, with their references and captions, as files."""
-    clips, captions, lines = [], "", ""
+    clips, captions, lines = {}, "", ""
     for n, indices in enumerate(((0,), (1,), (0, 1), (2, 3)), 1):
         clip = draw_clip(random.Random(n), len(indices), SWEEPS)
         cast = [{"id": NAMES[i], "views": {view: {"image": f"{NAMES[i]}_{view}.png", "cross": True}
                                            for view in VIEWS}} for i in indices]
-        clips.append((n, indices, clip))
+        clips[f"clip{n}.mp4"] = indices, clip
         captions += f"{caption(clip)}\n"
         lines += json.dumps({"video": f"clip{n}.mp4", "caption": caption(clip), "identities": cast}) + "\n"
-    manifest = folder / "manifest.jsonl"
-    if os.path.lexists(manifest) and not (manifest.is_file() and manifest.read_bytes() == lines.encode()):
-        raise UserError(f"{manifest} is not of the toy and would be replaced: choose another --out")
     identities = benchmark_people()
-    pictures = render_references(pick(identities, range(len(NAMES))), BENCHMARK_SEED, size)
-    for name, views in zip(NAMES, pictures):
-        for view, picture in zip(VIEWS, views):
-            with atomic_file(folder / f"{name}_{view}.png") as path:
-                to_image(picture, size).save(path)
-    for n, indices, clip in clips:
-        video, _ = render_clips([clip], [pick(identities, i) for i in indices], frames, size)
-        write_video(folder / f"clip{n}.mp4", video[0], fps)
-        print(f"{folder}/clip{n}.mp4, {' and '.join(NAMES[i] for i in indices)}: {caption(clip)}")
-    for name, text in (("captions.txt", captions), ("manifest.jsonl", lines)):
+    shown = render_references(pick(identities, range(len(NAMES))), BENCHMARK_SEED, size)
+    pictures = {f"{name}_{view}.png": picture for name, views in zip(NAMES, shown)
+                for view, picture in zip(VIEWS, views)}
+    texts = {"manifest.jsonl": lines, "captions.txt": captions}  # the manifest first: it marks the folder
+    manifest = folder / "manifest.jsonl"
+    taken = [name for name in (*texts, *pictures, *clips) if os.path.lexists(folder / name)]
+    if taken and not (manifest.is_file() and manifest.read_bytes() == lines.encode()):
+        raise UserError(f"{folder / taken[0]} is not of the toy: choose another --out")
+    for name, text in texts.items():
         with atomic_file(folder / name) as path:
             path.write_text(text)
+    for name, picture in pictures.items():
+        with atomic_file(folder / name) as path:
+            to_image(picture, size).save(path)
+    for name, (indices, clip) in clips.items():
+        video = render_clips([clip], [pick(identities, i) for i in indices], frames, size)[0][0]
+        write_video(folder / name, video, fps)
+        print(f"{folder}/{name}, {' and '.join(NAMES[i] for i in indices)}: {caption(clip)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
@@ -230,6 +230,14 @@ def test_a_video_does_not_depend_on_its_batch(tiny, precision, near):
     for number in (1, 2):
         (alone,) = sample.generate(model, encoders, toy_jobs([number]), FAST, 3)
         torch.testing.assert_close(together[number], alone, atol=near, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["t2v", "harmony"])  # the first stage has both names: see --no-curriculum
+def test_who_has_never_seen_references_is_shown_none(name, tiny, monkeypatch):
+    found = sample.find(tiny / "out" / "tiny" / "stage1")
+    found = replace(found, meta=found.meta | {"name": name})
+    jobs = sample.make_jobs(sample.arguments([]), found, 3, (32, 32))
+    assert [any(job.references) for job in jobs] == [name == "harmony"] * len(jobs)
 
 
 def rms(difference):

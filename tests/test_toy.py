@@ -523,9 +523,17 @@ def test_a_manifest_of_somebody_else_is_never_replaced(foreign, manifest, tmp_pa
         path.symlink_to("none")
     else:
         path.write_bytes(manifest[:-9] if foreign == "cut" else foreign.encode())
-    with pytest.raises(UserError, match="manifest.jsonl is not of the toy .* choose another --out"):
+    with pytest.raises(UserError, match="manifest.jsonl is not of the toy: choose another --out"):
         toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
     assert names(tmp_path) == ["manifest.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["clip1.mp4", "captions.txt", "ben_left.png"])
+def test_a_file_of_somebody_else_is_never_replaced(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is not of the toy: choose another --out"):
+        toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
+    assert names(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
 
 
 def test_the_toys_own_manifest_may_be_written_again(manifest, tmp_path):
@@ -555,7 +563,7 @@ def test_samples_never_overwrite_half_a_file(place, manifest, tmp_path, monkeypa
         toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
     assert names(tmp_path) == SAMPLES
     for name in SAMPLES:
-        if name != "manifest.jsonl" and (tmp_path / name).read_bytes() != b"old":
+        if name.endswith(("mp4", "png")) and (tmp_path / name).read_bytes() != b"old":
             opening = av.open(str(tmp_path / name)) if name.endswith("mp4") else Image.open(tmp_path / name)
             with contextlib.closing(opening):
                 pass
