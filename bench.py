@@ -4,7 +4,7 @@
   python bench.py train --config 1.3b --recompute --compile       the same of a training step
   python bench.py references --config 1.3b    a forward with joint, one-way and kept references, side by side
   python bench.py dry-run --ckpt 1.3b         memory by phase and FLOPs of a video, from shapes only
-  python bench.py plan --config 1.3b          what training needs, by what trains and how many cards: the same
+  python bench.py plan --config 1.3b          memory, TFLOP and hours of training, by --train and cards
 
 On a new GPU run, in this order and each under ten minutes (LOG.md has what was expected of an H200):
   python kernels.py --out out/kernels.json
@@ -171,14 +171,14 @@ def dry_run(args):
     notes = {"transformer": f", {new:,} of them HarmoView's own; x {experts} expert(s)"}
     for name, n in parameters.items():
         print(f"{name:12}{n:>16,} parameters{notes.get(name, '')}")
-    per_frame = (H // 16) * (W // 16)  # tokens of one latent frame or reference
-    video = (frames + 3) // 4 * per_frame
+    video, four = count_tokens(*WanEncoders.latent_shape(frames, (H, W))[1:])
+    per_frame = four // len(VIEWS)  # tokens of one latent frame or reference
     missing = networks["transformer"].missing_tokens(per_frame)
     proxies = len(people) * len(VIEWS) * missing  # where no view is given
     references = proxies + sum(map(len, people)) * (per_frame - missing)
     tokens, one_way = video + references, config.reference_attention == "one-way"
     scale = recipe["guide_text"][0]
-    weights = sample.guidance_weights(scale, recipe["guide_refs"] if people else scale)
+    weights = sample.guidance_weights(scale, recipe["guide_refs"] if people else None)
     branches = [n for weight, n in zip(weights, (references, proxies, proxies)) if weight]
     tflop = [networks["transformer"].flops(video, n, cached=one_way) / 1e12 for n in branches]
     print(f"{frames} frames of {H}x{W}: {video:,} tokens, with references {tokens:,}")

@@ -1,6 +1,7 @@
 """Train rows of ABLATIONS from a base model, measure them, and judge the papers' CLAIMS by them.
 
-  python claims.py full no-mfi --base assets/base       these rows (none named: all), and those of before
+  python claims.py full no-mfi --base assets/base       these rows (none named: all); the tables also show
+                                                        rows of earlier calls
   python claims.py --seeds 0 --base assets/base --out assets/claims      tables of what came with the code
 
 A claim compares two rows that differ in one part, case by case, seed by seed: with one seed, rows draw the
@@ -22,7 +23,8 @@ from typing import NamedTuple
 
 # eval comes first: it says how torch's threads wait, before torch starts them
 from eval import METRICS, SETTINGS, benchmark_flags, evaluate, plan_of, select
-from checkpoint import Parser, UserError, atomic_file, in_range, lock, nonempty, probe_writable, run_script
+from checkpoint import (Parser, UserError, atomic_file, in_range, lock, nonempty, parent_of, probe_writable,
+                        run_script)
 from report import Estimate, Metric, by_case, interval, mean, show
 import toy
 import torch
@@ -189,7 +191,7 @@ def cell(result, n_people, setting):
 
 
 def tables(results):
-    """Rows by seed, and verdicts, in Markdown. results: {row: {seed: result}}"""
+    """Rows by seed, and the verdicts that they allow, in Markdown. results: {row: {seed: result}}"""
     def line(*cells):
         return f"| {' | '.join(cells)} |\n"
     text = line("row", "flags of train.py", "seed", *(f"{n}, {setting}" for n, setting in COLUMNS))
@@ -202,6 +204,8 @@ def tables(results):
     text += line(*["---"] * 6)
     for claim in CLAIMS:
         found, percent = verdict(results, claim), CLAIM_METRICS[claim.metric].percent
+        if not found.cases:
+            continue
         text += line(claim.words, f"`{claim.better}`, `{claim.other}`", found.words,
                      claim.metric + (" %" if percent else ""),
                      show(found.cases, percent, True), show(found.seeds, percent, True))
@@ -229,7 +233,7 @@ def train(name, seed, args, out):
 
 def run_row(name, seed, args, plan, path):
     """Train and measure a row, or measure the base, and write the result; its folder is beside that."""
-    out = path.with_suffix("")
+    out, key = path.with_suffix(""), plan_key(plan, args.base)
     if name == BASE:
         ckpt, plan = args.base, plan._replace(settings=[s for s in plan.settings if s in NO_VIEWS])
         probe_writable(out)
@@ -239,30 +243,30 @@ def run_row(name, seed, args, plan, path):
     result = result_of(evaluate(ckpt, plan, out / "cases.jsonl"))
     rounded = {metric: {setting: {case: float(f"{value:.5g}") for case, value in values.items()}
                         for setting, values in by_setting.items()} for metric, by_setting in result.items()}
-    probe_writable(path.parent)
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps({"plan": plan_key(plan), **rounded}))
+        temporary.write_text(json.dumps({"plan": key, **rounded}))
 
 
-def plan_key(plan):
-    """What of a Plan two results must share to be compared."""
-    return {"cases": plan.cases, "recipe": {name: plan.recipe[name] for name in sorted(plan.recipe)}}
+def plan_key(plan, base):
+    """What two results must share to be compared: cases, the way to sample, and the base's fingerprint."""
+    return {"cases": plan.cases, "recipe": {name: plan.recipe[name] for name in sorted(plan.recipe)},
+            "base": parent_of(base) if base else None}
 
 
-def stored(root, plan):
+def stored(root, key):
     """The results in a folder, {row: {seed: result}}, rows in ABLATIONS' order. UserError for one that is
-    damaged, or was not measured by this Plan."""
+    damaged, or has another plan_key."""
     results = {name: {} for name in [*ABLATIONS, BASE]}
     for path in sorted(root.glob("*.json")):
         name, _, seed = path.stem.rpartition("-")
         if name in results and seed.isdecimal():
             try:
                 result = json.loads(path.read_text())
-                same = result["plan"] == json.loads(json.dumps(plan_key(plan)))
+                same = result["plan"] == json.loads(json.dumps(key))
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{path} is damaged: delete it, and this row is made again") from None
             if not same:
-                raise UserError(f"{path} was measured with other cases or another way to sample: give the "
+                raise UserError(f"{path} is of another base, other cases or another way to sample: give the "
                                 "same flags, another --out, or delete it")
             results[name][int(seed)] = result
     return {name: by_seed for name, by_seed in results.items() if by_seed}
@@ -285,9 +289,8 @@ def main(argv=None):
         raise UserError(f"{' '.join(rows)}: expected rows of {', '.join([*ABLATIONS, BASE])}")
     if BASE in args.rows and not args.base:
         raise UserError(f"the row {BASE} needs --base DIR: assets/base comes with the code")
-    for name in [flag.split("=")[0] for flag in args.train]:
-        own = ("--seed", "--out", "--config", "--stage", "--wan", "--scratch")
-        if len(name) > 2 and any(flag.startswith(name) for flag in own):
+    for name in {flag.split("=")[0] for flag in args.train}:
+        if name in ("--seed", "--out", "--config", "--stage", "--wan", "--scratch"):
             raise UserError(f"--train {name}: claims.py sets this itself; it has --seeds, --out, --config "
                             "and --base")
     # a folder for each way to train, or --resume would go on from another one's checkpoints
@@ -295,13 +298,14 @@ def main(argv=None):
     root = Path(args.out, re.sub(r"[^\w.]+", "-", " ".join([args.config, *start, *args.train])))
     with lock(args.out), contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
         plan = plan_of(args)
-        stored(root, plan)  # refused now, before hours of training
+        key = plan_key(plan, args.base)
+        stored(root, key)  # refused now, before hours of training
         for seed in range(args.seeds):
             for name in rows:
                 path = root / f"{name}-{seed}.json"
                 if not path.exists() and (name != BASE or args.base and seed == 0):
                     run_row(name, seed, args, plan, path)
-        results = stored(root, plan)
+        results = stored(root, key)
     if not results:
         raise UserError(f"{root} holds no results: give --seeds 1, or the --base and --train that they had")
     print(tables(results))

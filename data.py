@@ -98,9 +98,10 @@ class Dataset:
     micro-batches. A sample that cannot be read is named once, and the next one with its views stands in.
 
     text_dropout  share of the samples that lose their caption
+    front_only    no other view is ever drawn
     """
 
-    def __init__(self, folder, text_dropout=0.1):
+    def __init__(self, folder, text_dropout=0.1, front_only=False):
         self.folder, self.text_dropout = Path(folder), text_dropout
         self.settings = read_settings(self.folder)
         lines = read_lines(self.folder / "index.jsonl")
@@ -110,25 +111,27 @@ class Dataset:
         if not self.index:
             raise UserError(f"{folder} holds no encoded sample: see the output of `python data.py encode`")
         self.people = sorted({len(entry["views"]) for entry in self.index})
-        self.views = [v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
+        self.views = ["front"] if front_only else [
+            v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
         with as_user_error(sample_path(self.folder, "empty")):
             self.empty = self.load("empty", ["text"])["text"]
         # samples drawn of each group of members, whatever the views: those that all have share one order
         self.taken, self.checked, self.broken = collections.Counter(), set(), set()
 
-    def draw(self, stage, progress, rng, available, batch, seed):
+    def draw(self, stage, progress, rng, batch, seed):
         """What one step trains on: its views, as from draw_views, and the numbers of `batch` samples of one
         shape that have them. Call it for every step from a stage's first one on, in order.
 
         stage  a row of train.STAGES; with probability stage.cross only samples are drawn whose references
                are all from other clips, where there are any
         """
-        views = draw_views(stage, progress, rng, available)
+        views = draw_views(stage, progress, rng, self.views)
         cross = rng.random() < stage.cross
         by_shape = self.having(views, cross) or self.having(views, False)
         if not by_shape:  # nobody has all of these: those that one sample has
             entry = rng.choice([entry for entry in self.index if len(entry["views"]) == len(views)])
-            views = tuple(tuple(v for v in names if v in person) or tuple(v for v in available if v in person)
+            views = tuple(tuple(v for v in names if v in person)
+                          or tuple(v for v in self.views if v in person)
                           for names, person in zip(views, entry["views"]))
             by_shape = self.having(views, False)
         shape = rng.choices(list(by_shape), [len(members) for members in by_shape.values()])[0]

@@ -326,9 +326,10 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
     """Sample and measure a checkpoint -> Evaluation. Every result is appended to `path` at once, and those of
     an earlier call are kept. A batch of which any result is missing is sampled again as a whole, since its
     other videos change the last digits. Several ranks share the batches, and the file."""
-    model, encoders, found = load(ckpt, precision=plan.precision)
+    found = find(ckpt)
     if found.kind != "toy":
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
+    model, encoders = load(found, precision=plan.precision)
     frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
     run = run_key(model, found, plan)
     lines = [line for line in read_results(path) if line.get("run") == run]
@@ -456,8 +457,8 @@ def sample_cases(cases, args, world):
     probe_writable(folder)
     weights = [read_meta(network)["sha256"] for network in found.networks]
     bf16 = uses_bf16(world.device, args.precision)
-    model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, precision=args.precision,
-                              need_vit=found.config.vit_dim > 0)
+    model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
+                           need_vit=found.config.vit_dim > 0)
 
     def job_of(case):
         """A case as a Job with its pictures, which says in its note what the video is made of."""

@@ -58,7 +58,7 @@ class DiTConfig:
     reference_attention: str = "joint"  # "one-way": references do not read the video, and are at t = 0
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
-    max_identities: int = 2  # I: people that MFI can tell apart
+    max_identities: int = 2  # I: most people in a clip
     coord_channels: int = 0  # sin/cos coordinate channels added to the latent (toy 18, Wan 0)
 
     def __post_init__(self):
@@ -74,6 +74,9 @@ class DiTConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"config {name} is {getattr(self, name)!r}; expected {' or '.join(choices)}")
+        if self.coord_channels % 6:
+            raise UserError(f"config coord_channels is {self.coord_channels}; expected a multiple of 6: sine "
+                            "and cosine of t, h and w")
         check_layout(self.rope_layout, self.rope_jump)
 
     @property
@@ -485,30 +488,30 @@ def unpatchify(x, grid):
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-def wan_config(path):
-    """The DiTConfig of a Wan checkpoint, read from its tensors' shapes; heads are 128 wide in all of them."""
-    shapes = read_wan(path).shapes
+def wan_on_meta(path):
+    """The network of a Wan checkpoint on the meta device; its config is read from the tensors' shapes. Raises
+    UserError where a name or a shape is not Wan's; no weights are read."""
+    file = read_wan(path)
+    shapes = file.shapes
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
-        return DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_heads=dim // 128,
-                         num_layers=layers_of(shapes), in_dim=in_dim,
-                         out_dim=shapes["head.head.bias"][0] // PATCH**2,
-                         freq_dim=shapes["time_embedding.0.weight"][1],
-                         text_dim=shapes["text_embedding.0.weight"][1], **WAN)
+        config = DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0],
+                           num_heads=dim // 128,  # 128 wide in all of them
+                           num_layers=layers_of(shapes), in_dim=in_dim,
+                           out_dim=shapes["head.head.bias"][0] // PATCH**2,
+                           freq_dim=shapes["time_embedding.0.weight"][1],
+                           text_dim=shapes["text_embedding.0.weight"][1], **WAN)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path} is not a Wan transformer: {error} "
-                        f"among its {len(shapes)} tensors") from None
-
-
-def match_wan(model, path):
-    """UserError where a Wan checkpoint's names or shapes are not model's; reads no weights. Returns the names
-    of the parameters that HarmoView adds and the checkpoint does not hold."""
-    return check_fit(model, read_wan(path), new_names(model))
+        raise UserError(f"{path} is not a Wan transformer: {error} among its {len(shapes)} tensors") from None
+    with torch.device("meta"):
+        model = HarmoView(config)
+    check_fit(model, file, new_names(model))
+    return model
 
 
 def load_wan(model, path):
-    """Fill model's base network from a released checkpoint; returns what match_wan does (a plain Wan file
-    holds none of the new parameters).
+    """Fill model's base network from a released checkpoint; returns the names of the parameters that
+    HarmoView adds and the checkpoint does not hold.
 
     path  a file, a folder of one file or of shards with their index, with Wan's or diffusers' names, any
           dtype. One tensor at a time is cast to the model's dtype; model may be on the meta device.

@@ -30,20 +30,20 @@ from checkpoint import (Parser, UserError, atomic_file, autocast, check_files, c
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
 from lora import apply_lora, check_lora, read_lora_argument
-from model import (DiTConfig, HarmoView, check_checkpoint, load_checkpoint, load_wan, match_wan,
-                   wan_config)
+from model import DiTConfig, check_checkpoint, load_checkpoint, load_wan, wan_on_meta
 from parallel import Ulysses, World
 from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
 from rope import VIEWS
 
 SOLVERS = ("unipc", "dpm++", "euler")
-# Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise. The toy's were chosen
-# on its benchmark (LOG.md), Wan's are its authors'.
+# Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise, and guide_refs None is
+# the caption's scale: two forwards a step, not three. The toy's were chosen on its benchmark (LOG.md), Wan's
+# are its authors'.
 SAMPLE_RECIPES = {
     "toy": dict(steps=4, shift=100.0, solver="euler", guide_text=(1.0,), guide_refs=1.0, fps=4, negative=""),
-    "wan2.1": dict(steps=50, shift=5.0, solver="unipc", guide_text=(5.0,), guide_refs=5.0, fps=16,
+    "wan2.1": dict(steps=50, shift=5.0, solver="unipc", guide_text=(5.0,), guide_refs=None, fps=16,
                    negative=NEGATIVE_PROMPT),
-    "wan2.2": dict(steps=40, shift=12.0, solver="unipc", guide_text=(4.0, 3.0), guide_refs=4.0, fps=16,
+    "wan2.2": dict(steps=40, shift=12.0, solver="unipc", guide_text=(4.0, 3.0), guide_refs=None, fps=16,
                    negative=NEGATIVE_PROMPT),
 }
 ROLES = ("high", "low")  # of two networks
@@ -115,7 +115,8 @@ def corrector(i, lam, older, old, new):
 
 
 def guidance_weights(guide_text, guide_refs):
-    """Weights of v(text, refs), v(text, -) and v(-, -) in `guided`."""
+    """Weights of v(text, refs), v(text, -) and v(-, -) in `guided`; guide_refs None: that of the caption."""
+    guide_refs = guide_text if guide_refs is None else guide_refs
     return guide_refs, guide_text - guide_refs, 1 - guide_text
 
 
@@ -136,7 +137,7 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
     def velocity(x, t):
         scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
         # without any reference the second term gets weight 0: that is Wan's guidance
-        weights = guidance_weights(scale, guide_refs if any(refs or ()) else scale)
+        weights = guidance_weights(scale, guide_refs if any(refs or ()) else None)
         return sum(weight * model(x, t.expand(len(x)), tokens.expand(len(x), -1, -1), *others)
                    for weight, (tokens, *others) in zip(weights, terms) if weight)
     return velocity
@@ -205,7 +206,8 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs]).to(model.device)
     # parts step together, so that each expert loads once; but one by one where each has a large cache
-    together = len(parts) if model.config.reference_attention == "joint" else 1
+    caches = model.config.reference_attention == "one-way" and jobs[0].references is not None
+    together = 1 if caches else len(parts)
     total = len(jobs) * recipe["steps"]
     with tqdm(total=total, desc="sampling", unit=" steps", disable=None, leave=None) as bar:
         def denoise(i):
@@ -234,6 +236,7 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
 @dataclass
 class Found:
     """What --ckpt names. No weights are read for it."""
+    ckpt: str
     networks: list  # folders, each a checkpoint of train.py or a Wan transformer; two for Wan2.2
     config: DiTConfig
     kind: str  # a key of SAMPLE_RECIPES
@@ -260,28 +263,32 @@ def find(ckpt):
     meta = metas[0] if metas else {}
     boundary = check_experts(networks) if pair or "expert" in meta else 0.0
     if config.is_wan:
-        return Found(networks, config, "wan2.2" if pair else "wan2.1", meta, boundary)
+        return Found(ckpt, networks, config, "wan2.2" if pair else "wan2.1", meta, boundary)
     toy.check_config(config)
     check_files(networks[0], toy.ToyEncoders.TOKENIZER)
     world = meta.get("world", {})
     known = [{name: row[name] for name in ("size", "frames")} for row in toy.WORLDS.values()]
     if world not in known or not all(type(value) is int for value in world.values()):
         raise UserError(f"{networks[0]}/checkpoint.json: its world {world!r:.60} is none of toy.WORLDS")
-    return Found(networks, config, "toy", meta, boundary, world["frames"], (world["size"], world["size"]))
+    size = world["size"], world["size"]
+    return Found(ckpt, networks, config, "toy", meta, boundary, world["frames"], size)
 
 
 def check_experts(networks):
     """UserError where checkpoints of train.py are not what their folders say, the expert for high noise and
     the one for low; returns the boundary between them, Wan2.2's where both are released ones."""
-    stamps = [read_meta(network).get("expert") for network in networks if is_trained(network)]
-    for network in filter(is_trained, networks):
-        stamp, role = read_meta(network).get("expert", {}), ROLES[networks.index(network)]
+    stamps = []
+    for network, role in zip(networks, ROLES):
+        if not is_trained(network):
+            continue
+        stamp = read_meta(network).get("expert", {})
         if len(networks) == 1:
             raise UserError(f"{network} is the expert for {stamp.get('role')} noise only: put both into one "
                             "folder, as high_noise_model and low_noise_model")
         if stamp.get("role") != role:
-            raise UserError(f"{network} was trained with --expert {stamp.get('role')}, its folder is that of "
-                            f"the expert for {role} noise")
+            how = f"with --expert {stamp['role']}" if "role" in stamp else "without --expert"
+            raise UserError(f"{network} was trained {how}, its folder is that of the expert for {role} noise")
+        stamps.append(stamp)
     if len(stamps) == 1:
         raise UserError(f"only one of the experts {' and '.join(map(str, networks))} was trained: the other "
                         "has never seen references")
@@ -298,12 +305,7 @@ def is_trained(network):
 
 def on_meta(network):
     """The network of a folder on the meta device. Names and shapes are checked, no weights are read."""
-    if is_trained(network):
-        return check_checkpoint(network)
-    with torch.device("meta"):
-        model = HarmoView(wan_config(network))
-    match_wan(model, network)
-    return model
+    return check_checkpoint(network) if is_trained(network) else wan_on_meta(network)
 
 
 def default_checkpoint():
@@ -328,22 +330,22 @@ def export(ckpt, folder):
     print(f"{folder} from {source}")
 
 
-def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False,
+def load(found, wan=None, offload=False, tile=None, compiled=False, precision="auto", need_vit=False,
          loras=(), ulysses=None):
-    """--ckpt -> model (an Experts), its encoders, Found; says which checkpoint it took.
+    """A Found -> model (an Experts) and its encoders; says which checkpoint it takes.
     Flags as in `arguments`; need_vit: a missing ViT is an error now."""
-    found = find(ckpt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # World.join chose among GPUs
     for network in filter(is_trained, found.networks):
         meta = read_meta(network)
         print(f"checkpoint {network} (stage {meta.get('stage')} {meta.get('name')}, step {meta.get('step')})")
     if found.kind == "toy":
         if wan or tile:
-            raise UserError(f"{ckpt} is a toy, which has encoders of its own: leave --wan and --tile out")
+            raise UserError(f"{found.ckpt} is a toy, which has its own encoders: leave --wan and --tile out")
         dtype, encoders = torch.float32, toy.ToyEncoders(found.networks[0], found.size[0])
     else:
         dtype = torch.bfloat16 if uses_bf16(device, precision) else torch.float32
-        encoders = WanEncoders(wan or found.meta.get("wan") or ckpt, device, dtype, offload, tile, need_vit)
+        wan = wan or found.meta.get("wan") or found.ckpt
+        encoders = WanEncoders(wan, device, dtype, offload, tile, need_vit)
 
     def load_expert(network, role):
         encoders.drop()
@@ -366,7 +368,7 @@ def load(ckpt, wan=None, offload=False, tile=None, compiled=False, precision="au
             stream_blocks(model, device)
         return model if offload else model.to(device)
     experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, ROLES)]
-    return Experts(experts, found.config, device, found.boundary, precision), encoders, found
+    return Experts(experts, found.config, device, found.boundary, precision), encoders
 
 
 # --------------------------------------------------------------------------------------------------- the jobs
@@ -374,7 +376,7 @@ def make_jobs(args, found, frames, size):
     """What --prompts, --prompt, --refs, --views and --swap ask for, as Jobs with their pictures."""
     is_toy = found.kind == "toy"
     # a base model or the stage t2v has never seen a reference
-    views = () if is_toy and found.meta.get("name") == "t2v" and not args.views else args.views
+    views = args.views or (() if found.meta.get("name") == "t2v" else None)
     if args.views and (args.refs or args.prompts or not is_toy):
         raise UserError("--views chooses among the toy's own references: "
                         "leave it out with --refs, with --prompts and for Wan")
@@ -533,7 +535,7 @@ def make_round(model, encoders, jobs, recipe, frames):
 
 
 def write_round(jobs, recipe, frames, ckpt, videos, sheet):
-    """Write these jobs' videos and their contact sheet. Each file tells how to make it again."""
+    """Write these jobs' videos and their contact sheet; each file tells how its video was made."""
     info = PngInfo()
     for n, (job, path) in enumerate(zip(jobs, videos), 1):
         refs = []
@@ -563,13 +565,15 @@ def main(argv=None):
         ranks = 1 if ulysses else world.size  # those that share the prompts
         per_round = min(ROUND, math.ceil(len(jobs) / ranks))  # so that every rank has a round
         videos, sheets = output_files(args, jobs, per_round)
+        if len(found.networks) == 1 and any(only for _, _, only in args.lora):
+            raise UserError("--lora high= and low= are for two experts, and this checkpoint is one network")
         for network, role in zip(found.networks, ROLES):
             for file, _, only in args.lora:
                 if only in (None, role):
                     check_lora(on_meta(network), file)
         need_vit = any(job.files for job in jobs) and found.config.vit_dim > 0
-        model, encoders, _ = load(args.ckpt, args.wan, args.offload, args.tile, args.compile, args.precision,
-                                  need_vit, args.lora, ulysses)
+        model, encoders = load(found, args.wan, args.offload, args.tile, args.compile, args.precision,
+                               need_vit, args.lora, ulysses)
         for text in [*(job.prompt for job in jobs), recipe["negative"]]:
             check_prompt(encoders, found, text)
         print(f"{frames} frames of {size[0]}x{size[1]}, "

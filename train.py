@@ -49,7 +49,7 @@ from monitor import CASES, Metrics, Validation, averaged, draw_losses
 from muon import make_optimizers
 from parallel import (CORES, TORCHRUN, World, gathered, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
-from rope import LAYOUTS, VIEWS
+from rope import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ TRAIN_RECIPES = {
     "14b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
                 shift=5.0),
 }
+MV2ID = "--reference-attention joint --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6 --pairs in"
 
 
 def arguments(argv=None):
@@ -151,8 +152,8 @@ def arguments(argv=None):
     method("--front-only", action="store_true", help="no view but the front is ever given")
     method("--mask", type=fraction, default=0.0,
            help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
-    method("--mv2id", action="store_true", help="Mv2ID's recipe: --reference-attention joint --rope-layout "
-           "rd --proxy-tokens 0 --no-mfi --mask 0.6 --pairs in; an encoded set must be masked already")
+    method("--mv2id", action="store_true", help=f"Mv2ID's recipe: {MV2ID}, and no step that asks for "
+           "references from other clips; an encoded set must be masked already")
     log = p.add_argument_group("logging").add_argument
     log("--save-every", type=count, default=500,
         help="steps between checkpoints; the stage's last step is always saved")
@@ -166,7 +167,10 @@ def arguments(argv=None):
     log("--sample-saves", action="store_true", help="a sample sheet at every checkpoint, not only at a "
         "stage's end")
     log("--no-samples", action="store_true", help="no sample sheets")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.mv2id:  # what is given beside it comes later and wins
+        args = p.parse_args([*MV2ID.split(), *(sys.argv[1:] if argv is None else argv)])
+    return args
 
 
 def seed_of(*key):
@@ -178,10 +182,6 @@ def resolve(args, world):
     """Fill in what the recipe decides and check what must fit together -> stages to train, DiTConfig."""
     recipe, config = TRAIN_RECIPES[args.config], CONFIGS[args.config]
     args.data = Path(args.data)
-    if args.mv2id:
-        args.rope_layout, args.proxy_tokens, args.no_mfi, args.pairs = "rd", 0, True, "in"
-        args.reference_attention = "joint"
-        args.mask = 0.0 if encoded_data(args) else 0.6
     plain = config.is_wan or args.shard or args.train != "all"  # Muon needs whole, large matrices
     args.optimizer = args.optimizer or ("adamw" if plain else "muon")
     if args.shard and args.optimizer == "muon":
@@ -196,8 +196,8 @@ def resolve(args, world):
     if args.expert and args.wan:
         args.wan = choose_expert(args.wan, args.expert)
     args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
-    if encoded_data(args) and (args.mask or args.clips or args.described
-                               or args.pairs != "cross" and not args.mv2id):
+    of_toy = args.clips or args.described or not args.mv2id and (args.mask or args.pairs != "cross")
+    if encoded_data(args) and of_toy:
         raise UserError("--mask, --clips, --described and --pairs are for the toy; "
                         f"{args.data} was encoded with its own")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
@@ -294,7 +294,7 @@ class Start(NamedTuple):
     ema: dict  # averaged weights by name
     optimizers: list
     step: int  # steps that are done
-    parent: str | None  # fingerprint of the checkpoint before the stage
+    parent: str | None  # fingerprint of the checkpoint before the stage, or of the toy's base
     base: dict | None  # the frozen network of --train new and lora: train, rank, path, sha256
 
 
@@ -323,6 +323,10 @@ def prepare(number, args, config, world):
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}` "
                         "first")
+    start = before or args.wan  # a released Wan has no fingerprint
+    parent = parent_of(start) if start and Path(start, "checkpoint.json").is_file() else None
+    if own and not before and meta.get("parent") != parent:
+        raise UserError(f"{own} started from other weights: give the --wan that it had, or --scratch")
     torch.manual_seed(args.seed)  # for what is new in the model
     weights = None if own and args.shard else source  # load_shards reads the others
     if args.train == "all":
@@ -346,7 +350,6 @@ def prepare(number, args, config, world):
     elif own:
         with as_user_error(own / "optimizer.safetensors"):
             unpack_optimizers(optimizers, load_tensors(own, "optimizer"))
-    parent = meta.get("parent") if own else parent_of(before) if before else None
     return Start(model, ema, optimizers, meta["step"] if own else 0, parent, base)
 
 
@@ -358,7 +361,12 @@ def load_start(weights, args, config, new):
         return HarmoView(config)
     with torch.device("meta"):
         model = HarmoView(config)
-    load_wan(model, args.wan)
+    try:
+        load_wan(model, args.wan)
+    except UserError as error:
+        if config.is_wan:
+            raise
+        raise UserError(f"{error}; --scratch starts from random weights") from None
     return model
 
 
@@ -401,7 +409,7 @@ def draw_noise(x0, generators, levels):
     return sigma.to(x0.device), data.noise_of(x0.shape[1:], generators).to(x0.device)
 
 
-def micro_batches(stage, number, first_step, args, dataset, available, world):
+def micro_batches(stage, number, first_step, args, dataset, world):
     """For each step from first_step on, the sources of all its samples, and the batches of this rank's
     micro-steps, each with its samples' generators. The first steps are drawn too, since the order of the
     samples goes on from them."""
@@ -409,22 +417,21 @@ def micro_batches(stage, number, first_step, args, dataset, available, world):
     dataset.taken.clear()
     for step in range(steps):
         rng = random.Random(seed_of(args.seed, number, step))
-        views, members = dataset.draw(stage, step / steps, rng, available, args.batch, args.seed)
+        views, members = dataset.draw(stage, step / steps, rng, args.batch, args.seed)
+        if step < first_step:
+            continue
         batches = []
         for first in range(world.rank * share, (world.rank + 1) * share, args.micro_batch):
             generators = [torch.Generator().manual_seed(seed_of(args.seed, number, step, i))
                           for i in range(first, first + args.micro_batch)]
-            if step >= first_step:
-                some = members[first:first + args.micro_batch]
-                batches.append((dataset.batch(views, some, generators, world.device), generators))
-        if step >= first_step:
-            yield [dataset.index[member]["source"] for member in members], batches
+            some = members[first:first + args.micro_batch]
+            batches.append((dataset.batch(views, some, generators, world.device), generators))
+        yield [dataset.index[member]["source"] for member in members], batches
 
 
-def train_stage(number, start, args, dataset, valid, files, available, world, stop):
+def train_stage(number, start, args, dataset, valid, files, world, stop):
     """One stage from its Start to its last step, unless stop() ends it early, after saving.
-    valid: Validation or None; files: what a checkpoint needs besides the network; available: the views that
-    may be given."""
+    valid: Validation or None; files: what a checkpoint needs besides the network."""
     stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
     if args.no_curriculum:
         stage = replace(STAGES[len(STAGES)], lr=stage.lr)
@@ -469,7 +476,7 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
     bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
                disable=None if world.rank == 0 else True)
     skipped, began = 0, time.perf_counter()
-    batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, available, world))
+    batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, world))
     for step in bar:
         sources, micro_steps = metrics.next(batches)
         # learning rate
@@ -499,12 +506,12 @@ def train_stage(number, start, args, dataset, valid, files, available, world, st
         else:  # every rank sees the same summed gradient, so every rank skips
             skipped += 1
             if world.rank == 0:
-                tqdm.write(f"stage {number} step {step}: gradient norm {float(norm)}; "
+                tqdm.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
                            "step skipped, no weight changed")
             if skipped == min(10, steps):
                 raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
-                                f"last one {step} with {', '.join(sorted(set(sources))[:20])}; try smaller "
-                                "learning rates, or leave out what is wrong")
+                                f"last one {step + 1} with {', '.join(sorted(set(sources))[:20])}; try "
+                                "smaller learning rates, or leave out what is wrong")
         for optimizer in optimizers:
             optimizer.zero_grad()
         metrics.step_ends()
@@ -590,32 +597,32 @@ def encoded_data(args):
 def load_data(args, config, world):
     """The Dataset, the Validation or None, and the files that sampling needs besides the network. The toy's
     are rendered and encoded where that was not done yet, by one process on all cores."""
-    if folder := encoded_data(args):
-        dataset, valid, files = data.Dataset(folder), args.valid, ()
-        dataset.check(config)
-        if args.mv2id and dataset.settings["mask"] != 0.6:
-            raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, --mv2id needs 0.6")
-    else:
+    folder, valid, files = encoded_data(args), args.valid, ()
+    if not folder:
         size, frames = (toy.WORLDS[args.config][name] for name in ("size", "frames"))
         threads = torch.get_num_threads()
         if world.size > 1 and world.device.type == "cpu":
             torch.set_num_threads(CORES)
-        folder = toy.render_cache(args.data, size, frames, args.clips, args.pairs, described=args.described)
+        clips = toy.render_cache(args.data, size, frames, args.clips, args.pairs, described=args.described)
         try:
-            encoders = toy.ToyEncoders(folder, size)
+            encoders = toy.ToyEncoders(clips, size)
         except UserError as error:
-            raise toy.damaged(folder, error) from None
+            raise toy.damaged(clips, error) from None
         of_base = args.wan and Path(args.wan, encoders.TOKENIZER)
         if of_base and of_base.is_file() and of_base.read_bytes() != encoders.files[0].read_bytes():
             raise UserError(f"--wan {args.wan} reads captions with another tokenizer than this toy world's: "
                             "train a base for it, as README.md says")
-        dataset = data.Dataset(toy.encode_cache(folder, encoders, args.pairs, args.mask))
-        files = encoders.files
-        held_out = toy.render_cache(args.data, size, frames, (CASES, CASES), seed=toy.VALID_SEED)
-        valid = args.valid or toy.encode_cache(held_out, encoders)
+        folder, files = toy.encode_cache(clips, encoders, args.pairs, args.mask), encoders.files
+        if not valid:
+            held_out = toy.render_cache(args.data, size, frames, (CASES, CASES), seed=toy.VALID_SEED)
+            valid = toy.encode_cache(held_out, encoders)
         torch.set_num_threads(threads)
-    available = ("front",) if args.front_only else VIEWS
-    return dataset, Validation(valid, config, world, available) if valid else None, files
+    dataset = data.Dataset(folder, front_only=args.front_only)
+    dataset.check(config)
+    if args.mv2id and dataset.settings["mask"] != args.mask:
+        raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, --mv2id needs "
+                        f"{args.mask}")
+    return dataset, Validation(valid, config, world, dataset.views) if valid else None, files
 
 
 def main(argv=None):
@@ -648,11 +655,10 @@ def main(argv=None):
                         delete_checkpoint(step)  # and nothing else, which may be the user's
         world.barrier()
         dataset, valid, files = loaded if world.rank == 0 else load_data(args, config, world)
-        available = ("front",) if args.front_only else dataset.views
         stop = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)
-            train_stage(number, start, args, dataset, valid, files, available, world, stop)
+            train_stage(number, start, args, dataset, valid, files, world, stop)
             start = None
             gc.collect()  # sharded networks hold references to themselves
             if stop():

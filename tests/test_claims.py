@@ -165,7 +165,8 @@ def tables_in(text):
 
 def test_the_page_is_what_the_results_that_come_with_the_code_say():
     plan = Plan(list(range(evaluation.CASES)), [], evaluation.SAMPLE_RECIPES["toy"])
-    results = claims.stored(ROOT / "assets" / "claims" / "toy-from-base", plan)
+    key = claims.plan_key(plan, ROOT / "assets" / "base")
+    results = claims.stored(ROOT / "assets" / "claims" / "toy-from-base", key)
     assert {"full", "no-mfi", BASE} <= set(results)
     assert claims.tables(results) in (ROOT / "CLAIMS.md").read_text()
 
@@ -173,11 +174,19 @@ def test_the_page_is_what_the_results_that_come_with_the_code_say():
 @pytest.mark.parametrize("text, says", [
     ('{"psnr": {', "is damaged: delete it"), ("[1]", "is damaged: delete it"),
     ("{}", "is damaged: delete it"),
-    ('{"plan": {"cases": [1]}}', "was measured with other cases or another way to sample")])
+    ('{"plan": {"cases": [1]}}', "is of another base, other cases or another way to sample")])
 def test_a_result_that_does_not_fit_is_one_line(text, says, tmp_path):
     (tmp_path / "full-0.json").write_text(text)
     with pytest.raises(UserError, match=f"full-0.json {says}"):
-        claims.stored(tmp_path, Plan([0], [], evaluation.SAMPLE_RECIPES["toy"]))
+        claims.stored(tmp_path, claims.plan_key(Plan([0], [], evaluation.SAMPLE_RECIPES["toy"]), None))
+
+
+def test_results_of_two_bases_of_one_name_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows, folder = ["base", "--seeds", "0", "--out", str(ROOT / "assets" / "claims")], tmp_path / "base"
+    shutil.copytree(ROOT / "assets" / "base-plain", folder)
+    with pytest.raises(UserError, match="is of another base"):
+        claims.main([*rows, "--base", str(folder)])
 
 
 def test_tables_of_nothing_are_refused(tmp_path, monkeypatch):
@@ -208,21 +217,21 @@ COMMAND = ["--config", "tiny", "--steps", 1, "--out", "cl", "--limit", 4, "--set
 
 
 def test_rows_are_trained_measured_and_judged_and_earlier_ones_kept(one_process, tmp_path):
-    first = call("claims.py", "full", "append", *COMMAND, "--seeds", 1, cwd=tmp_path)
+    first = call("claims.py", "full", "no-mfi", *COMMAND, "--seeds", 1, cwd=tmp_path)
     rows, judged = tables_in(first)
-    assert [cells[0] for cells in rows[2:]] == ["`full`", "`append`"] and len(judged) == 2 + len(CLAIMS)
+    assert [cells[0] for cells in rows[2:]] == ["`full`", "`no-mfi`"] and len(judged) == 2 + 1
     assert re.fullmatch(r"\d+\.\d\d, \d+ %", rows[2][3]) and rows[2][4] == "-"
     assert re.fullmatch(r"\d+\.\d\d, \d+ %, \d+ %", rows[2][5])
-    assert [cells[2] for cells in judged].count("not run") >= 5
-    assert (tmp_path / "cl" / "tiny-steps-1" / "append-0" / "stage4").exists()
+    assert judged[2][:2] == ["MFI raises identity, the front alone given", "`full`, `no-mfi`"]
+    assert (tmp_path / "cl" / "tiny-steps-1" / "no-mfi-0" / "stage4").exists()
     lines = (tmp_path / "cl" / "tiny-steps-1" / "full-0.json").read_text()
     (tmp_path / "cl" / "tiny-steps-1" / "notes-1.json").write_text("{}")  # somebody else's
     second = call("claims.py", "full", *COMMAND, "--seeds", 2, cwd=tmp_path)  # the table keeps the other row
     rows_now, _ = tables_in(second)
-    assert [cells[0] + cells[2] for cells in rows_now[2:]] == ["`full`0", "`full`1", "`append`0"]
+    assert [cells[0] + cells[2] for cells in rows_now[2:]] == ["`full`0", "`full`1", "`no-mfi`0"]
     assert rows_now[2] == rows[2] and rows_now[4] == rows[3]
     assert (tmp_path / "cl" / "tiny-steps-1" / "full-0.json").read_text() == lines
-    shutil.rmtree(tmp_path / "cl" / "tiny-steps-1" / "append-0")  # a result needs its training no more
+    shutil.rmtree(tmp_path / "cl" / "tiny-steps-1" / "no-mfi-0")  # a result needs its training no more
     assert call("claims.py", *COMMAND, "--seeds", 0, cwd=tmp_path) == second
 
 
@@ -281,8 +290,8 @@ def test_a_stopped_script_lets_its_training_save_and_end(monkeypatch, tmp_path):
     assert ended == ["terminated", "waited"]
 
 
-OWN = ("--seed 1", "--wan x", "--w=x", "--seed=1", "--see 1", "--se=1", "--s 1", "--out x", "--out=x",
-       "--ou x", "--o x", "--config tiny", "--conf=tiny", "--stage 1", "--sta 1", "--steps 1 --stage=1")
+OWN = ("--seed 1", "--seed=1", "--wan x", "--scratch", "--out x", "--out=x", "--config tiny",
+       "--stage 1", "--steps 1 --stage=1")
 WRONG = [([f"--train={own}"], "claims.py sets this itself") for own in OWN] + [
     (["full", "nonsense"], "nonsense: expected rows of full"),
     (["base"], "the row base needs --base DIR"), (["--train='"], "--train"),

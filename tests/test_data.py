@@ -646,7 +646,8 @@ ALL = train.Stage("all", (1,), "all", (0, 0), 0, 0, 0, (1, 1))  # all views of o
 def draw(dataset, stage=ALL, batch=1, steps=1, seed=0, first=0, available=VIEWS):
     """[(views, numbers)] of the steps from `first` on, all of them drawn from a new start."""
     dataset.taken.clear()
-    drawn = [dataset.draw(stage, step / steps, random.Random(step), available, batch, seed)
+    dataset.views = available
+    drawn = [dataset.draw(stage, step / steps, random.Random(step), batch, seed)
              for step in range(steps)]
     return drawn[first:]
 

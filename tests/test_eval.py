@@ -15,7 +15,7 @@ from checkpoint import UserError, lock
 from eval import METRICS
 from pictures import Job
 from rope import VIEWS
-from sample import SAMPLE_RECIPES, generate, load
+from sample import SAMPLE_RECIPES, find, generate, load
 
 EVERYBODY = toy.benchmark_people()
 ONE, TWO = (0, 13), (75,)  # cases with one person and with two
@@ -69,7 +69,8 @@ def test_exchanged_people_are_counted_as_swaps():
 
 def test_shuffled_references_drop_identity_to_chance():
     """The toy that comes with the code, given everybody's own references and somebody else's."""
-    model, encoders, checkpoint = load(str(ROOT / "assets" / "toy"), precision="fp32")
+    checkpoint = find(ROOT / "assets" / "toy")
+    model, encoders = load(checkpoint, precision="fp32")
     frames, size = (checkpoint.meta["world"][name] for name in ("frames", "size"))
     cases, found = range(6), {}
     for name, shift in (("own", 0), ("shuffled", 7)):
@@ -84,7 +85,7 @@ def test_shuffled_references_drop_identity_to_chance():
 
 
 def test_the_priors_loss_is_zero_for_an_oracle_and_a_velocitys_power_for_silence():
-    _, encoders, _ = load(str(ROOT / "assets" / "toy"))
+    _, encoders = load(find(ROOT / "assets" / "toy"))
     clips, videos = [toy.benchmark_cases()[n][0] for n in ONE], torch.stack([render(n) for n in ONE])
     x0 = encoders.encode(videos)
 
@@ -323,7 +324,8 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
 
 
 def test_all_that_a_result_depends_on_is_in_the_runs_key():
-    model, _, found = load(str(ROOT / "assets" / "toy"), precision="fp32")
+    found = find(ROOT / "assets" / "toy")
+    model, _ = load(found, precision="fp32")
     plan = evaluation.Plan([0, 50], ["all"], SAMPLE_RECIPES["toy"], 20, "fp32")
     keys = {evaluation.run_key(model, found, plan)}
     for change in (dict(cases=[0, 25]), dict(batch=1), dict(recipe=SAMPLE_RECIPES["toy"] | {"steps": 1})):

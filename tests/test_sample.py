@@ -19,7 +19,7 @@ import sample
 import toy
 from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
-from model import CONFIGS, DiTConfig, HarmoView, load_wan, wan_config
+from model import CONFIGS, DiTConfig, HarmoView, load_wan, wan_on_meta
 from pictures import Job, contact_sheet, to_image
 from rope import VIEWS
 from train import STAGES
@@ -224,7 +224,7 @@ FAST = sample.SAMPLE_RECIPES["toy"] | {"steps": 2}
 
 @pytest.mark.parametrize("precision, near", [("fp32", 1e-4), ("bf16", 0.1)])
 def test_a_video_does_not_depend_on_its_batch(tiny, precision, near):
-    model, encoders, _ = sample.load(tiny / "out" / "tiny", precision=precision)
+    model, encoders = sample.load(sample.find(tiny / "out" / "tiny"), precision=precision)
     together = sample.generate(model, encoders, toy_jobs([0, 1, 2]), FAST, 3, batch=2)
     assert [video.shape for video in together] == 3 * [(3, 3, 32, 32)]
     for number in (1, 2):
@@ -248,7 +248,8 @@ def rms(difference):
 def test_bf16_repeats_to_the_bit_and_is_near_float32(kind, tiny, wan):
     def make(precision):
         folder = tiny / "out" / "tiny" if kind == "toy" else wan / "2.1"
-        model, encoders, found = sample.load(folder, precision=precision)
+        found = sample.find(folder)
+        model, encoders = sample.load(found, precision=precision)
         jobs = toy_jobs([0, 1]) if kind == "toy" else [Job("a close-up", None, size=(32, 48))]
         recipe = sample.SAMPLE_RECIPES[found.kind] | {"steps": 2}
         return torch.stack(sample.generate(model, encoders, jobs, recipe, 5 if kind == "wan" else 3))
@@ -311,8 +312,7 @@ def wan_by_hand(folder, prompt, negative, seed, steps):
     the networks and the solver."""
     encoders = WanEncoders(folder, torch.device("cpu"))
     text, no_text = encoders.text([prompt]), encoders.text([negative])
-    with torch.device("meta"):
-        network = HarmoView(wan_config(folder))
+    network = wan_on_meta(folder)
     load_wan(network, folder)
     x = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(seed))
 
@@ -325,7 +325,8 @@ def wan_by_hand(folder, prompt, negative, seed, steps):
 
 
 def test_the_whole_pipeline_is_its_parts(wan):
-    model, encoders, found = sample.load(wan / "2.1", precision="fp32")
+    found = sample.find(wan / "2.1")
+    model, encoders = sample.load(found, precision="fp32")
     prompts = ("a close-up", "a dark room of two")
     jobs = [Job(prompt, None, seed, (32, 48)) for seed, prompt in enumerate(prompts)]
     videos = sample.generate(model, encoders, jobs, sample.SAMPLE_RECIPES[found.kind] | {"steps": 3}, 5)
@@ -338,15 +339,25 @@ def test_the_whole_pipeline_is_its_parts(wan):
 
 def test_two_experts_each_make_their_part(wan, tmp_path):
     call("sample.py", "--ckpt", wan / "2.2", *SMALL, "--prompt", "x", cwd=tmp_path)
-    model, _, found = sample.load(wan / "2.2", precision="fp32")
+    found = sample.find(wan / "2.2")
+    model, _ = sample.load(found, precision="fp32")
     assert found.kind == "wan2.2" and model.boundary == 0.875
     x, text = torch.randn(1, 16, 2, 4, 4), torch.zeros(1, 3, 32)
     for part, t in (("high_noise_model", 875.0), ("low_noise_model", 874.0)):
-        with torch.device("meta"):
-            network = HarmoView(wan_config(wan / "2.2" / part))
+        network = wan_on_meta(wan / "2.2" / part)
         load_wan(network, wan / "2.2" / part)
         with torch.no_grad():
             assert torch.equal(model(x, torch.tensor([t]), text), network(x, torch.tensor([t]), text))
+
+
+def test_plain_wan22_loads_each_expert_once_for_all_videos(wan):
+    found = sample.find(wan / "2.2")
+    model, encoders = sample.load(found, precision="fp32")
+    loaded, loads = [], model.load
+    model.load = [lambda role=role: loaded.append(role) or loads[role]() for role in (0, 1)]
+    jobs = [Job("x", None, seed, (32, 48)) for seed in range(3)]
+    sample.generate(model, encoders, jobs, sample.SAMPLE_RECIPES[found.kind] | {"steps": 4}, 5)
+    assert loaded == [0, 1]
 
 
 def test_prompts_from_a_file(wan, tmp_path):
@@ -392,13 +403,13 @@ def test_an_incomplete_wan_folder(file, wan, tmp_path):
     shutil.copytree(wan / "2.1", tmp_path / "wan")
     (tmp_path / "wan" / file).rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="holds no|no such file"):
-        sample.load(tmp_path / "wan")
+        sample.load(sample.find(tmp_path / "wan"))
 
 
 def test_an_export_is_the_same_network_in_bf16(tiny, tmp_path, monkeypatch):
     run_folder, out = tiny / "out" / "tiny", tmp_path / "small"
     call("sample.py", "--ckpt", run_folder, "--export", out, cwd=tmp_path)
-    whole, small = (sample.load(folder)[0].load[0]() for folder in (run_folder, out))
+    whole, small = (sample.load(sample.find(folder))[0].load[0]() for folder in (run_folder, out))
     for (name, a), b in zip(whole.named_parameters(), small.parameters()):
         assert torch.equal(a.bfloat16().float(), b), name
     assert not (out / "optimizer.safetensors").exists()
@@ -458,6 +469,7 @@ def broken(tmp_path, pictures):
         ("--prompts flat.jsonl", "flat.jsonl line 2: expected"),
         ("--ckpt nowhere", "no checkpoint at nowhere: make one with `python train.py"),
         ("--out front.txt/below/name", "cannot write to"),
+        ("--lora low=a.safetensors", "--lora high= and low= are for two experts"),
     ],
 )
 def test_bad_input_gets_one_clear_line(arguments, says, tiny, broken, monkeypatch):

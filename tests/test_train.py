@@ -328,7 +328,7 @@ def test_a_step_without_finite_gradients_changes_nothing(fresh, monkeypatch, cap
 
     monkeypatch.setattr(train, "loss_of", spoiled)
     train.main([*map(str, FAST), "--stage", "1", "--steps", "3"])
-    assert "step 1: gradient norm nan; step skipped" in capsys.readouterr().out
+    assert "step 2: gradient norm nan; step skipped" in capsys.readouterr().out
     state = weights(fresh / "out" / "tiny")["model.safetensors"]
     assert all(torch.isfinite(v).all() for v in state.values())
     monkeypatch.setattr(train, "loss_of", lambda *args: real(*args) * float("nan"))
@@ -838,7 +838,8 @@ def test_two_experts_train_in_their_slices_and_sample_together(fresh, monkeypatc
     assert min(seen["high"]) >= 0.8 > max(seen["low"])
     stamp = json.loads((find_checkpoint("pair/low_noise_model") / "checkpoint.json").read_text())["expert"]
     assert (stamp["role"], stamp["boundary"]) == ("low", 0.8) and 0 < stamp["share"] < 1
-    experts, _, found = sample.load("pair")
+    found = sample.find("pair")
+    experts, _ = sample.load(found)
     assert found.boundary == 0.8 and len(found.networks) == 2
     sample.main(["--ckpt", "pair", "--steps", "2", "--out", "v"])
     with pytest.raises(UserError, match="is the expert for high noise only: put both into one folder"):
@@ -1038,6 +1039,8 @@ def test_mv2id_is_a_preset_of_flags(fresh, monkeypatch):
     meta = json.loads((find_checkpoint("out/tiny") / "checkpoint.json").read_text())
     assert meta["config"]["rope_layout"] == "rd" and meta["config"]["proxy_tokens"] == 0
     assert meta["config"]["vit_dim"] == 0 and meta["flags"]["mask"] == 0.6 and meta["flags"]["pairs"] == "in"
+    args = train.arguments(["--mask", "0.3", "--mv2id", "--rope-layout", "append"])  # what is given too wins
+    assert (args.mask, args.rope_layout, args.proxy_tokens, args.no_mfi) == (0.3, "append", 0, True)
 
 
 def test_sheets_at_every_checkpoint(fresh, monkeypatch):
