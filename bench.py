@@ -173,9 +173,8 @@ def dry_run(args):
         print(f"{name:12}{n:>16,} parameters{notes.get(name, '')}")
     video, four = count_tokens(*WanEncoders.latent_shape(frames, (H, W))[1:])
     per_frame = four // len(VIEWS)  # tokens of one latent frame or reference
-    missing = networks["transformer"].missing_tokens(per_frame)
-    proxies = len(people) * len(VIEWS) * missing  # where no view is given
-    references = proxies + sum(map(len, people)) * (per_frame - missing)
+    proxies = len(people) * len(VIEWS) * config.proxy_tokens  # where no view is given
+    references = proxies + sum(map(len, people)) * (per_frame - config.proxy_tokens)
     tokens, one_way = video + references, config.reference_attention == "one-way"
     scale = recipe["guide_text"][0]
     weights = sample.guidance_weights(scale, recipe["guide_refs"] if people else None)

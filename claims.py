@@ -32,7 +32,7 @@ import torch
 MV2ID = "--pairs in --proxy-tokens 0 --no-mfi"
 ABLATIONS = {  # row: flags of train.py
     "full": "", "no-mfi": "--no-mfi",
-    "no-proxies": "--proxy-tokens 0", "zeros": "--missing-views zeros",
+    "no-proxies": "--proxy-tokens 0",
     "append": "--rope-layout append", "append-no-proxies": "--rope-layout append --proxy-tokens 0",
     "before": "--rope-layout before", "one-way": "--reference-attention one-way",
     "direct": "--no-curriculum", "front-only": "--front-only",
@@ -66,7 +66,6 @@ CLAIMS = [
     Claim("MFI raises identity, append without proxies", "append-no-proxies", "phantom", "psnr"),
     Claim("proxies unify one to four views", "full", "no-proxies", "psnr"),
     Claim("proxies unify one to four views, append", "append", "append-no-proxies", "psnr"),
-    Claim("proxies are better than zeros", "full", "zeros", "psnr"),
     Claim("proxies help where the generated view has no reference", "full", "no-proxies", "unseen", 1, FEW),
     Claim("Jump-RoPE lowers crosstalk", "full", "append", "swaps", -1),
     Claim("Jump-RoPE lowers crosstalk", "full", "append", "margin"),  # swaps are rare

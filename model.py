@@ -34,8 +34,7 @@ PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
 SIGMA_MIN = 0.05  # an x0 prediction's velocity is divided by sigma, but by no less than this
 # config fields that are one of a few words
-CHOICES = {"prediction": ("velocity", "x0"), "missing_views": ("proxies", "zeros"),
-           "reference_attention": ("joint", "one-way")}
+CHOICES = {"prediction": ("velocity", "x0"), "reference_attention": ("joint", "one-way")}
 
 
 @dataclass
@@ -54,7 +53,6 @@ class DiTConfig:
     proxy_tokens: int = 16  # P: learnable tokens for a missing view; 0 leaves the view out
     rope_layout: str = "jump"  # a key of rope.LAYOUTS
     rope_jump: int = 16  # Jump-RoPE's gap between identities
-    missing_views: str = "proxies"  # or "zeros": zero latents fill the slot, as in DomainShuttle
     reference_attention: str = "joint"  # "one-way": references do not read the video, and are at t = 0
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
@@ -314,7 +312,7 @@ class HarmoView(nn.Module):
         t     [B] in 0..1000, 1000 * sigma
         text  [B, S, E], S <= text_len; short ones are zero-padded here
         refs  None: plain Wan. Else one dict per identity, {view: clean latent [B, C, h, w]};
-              a missing view is its proxies, or what config.missing_views says
+              a missing view is its proxies
         vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the
               frontal reference, or None
         cache a dict, empty at first, for calls that differ in x and t only: it keeps what one-way references
@@ -330,7 +328,6 @@ class HarmoView(nn.Module):
         video_len, ref_hw, ref_tokens = tokens.shape[1], tuple(grid[1:]), []
         present = None
         if refs is not None:
-            refs = self.fill_missing(refs, x)
             present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
             ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
         positions, tables = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump,
@@ -406,10 +403,6 @@ class HarmoView(nn.Module):
             pairs -= references * video
         return c.num_layers * (2 * tokens * linear + 4 * S * c.dim**2 + 4 * pairs * c.dim)
 
-    def missing_tokens(self, frame):
-        """How many tokens stand for a missing view, where a reference has `frame` of them."""
-        return frame if self.config.missing_views == "zeros" else self.config.proxy_tokens
-
     def embed(self, latent):
         """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""
         if self.config.coord_channels:
@@ -428,14 +421,6 @@ class HarmoView(nn.Module):
         padding = self.config.text_len - text.shape[1] - sum(tokens.shape[1] for tokens in mfi)
         text = F.pad(text, (0, 0, 0, max(0, padding)))
         return torch.cat([text, *(tokens.to(text.dtype) for tokens in mfi)], dim=1)
-
-    def fill_missing(self, refs, x):
-        """refs, with zero latents for missing views where the config says so; of one shape with the others,
-        or the video's frames where there are none."""
-        if self.config.missing_views == "proxies":
-            return refs
-        shape = next((latent.shape for views in refs for latent in views.values()), x[:, :, 0].shape)
-        return [dict.fromkeys(VIEWS, x.new_zeros(shape)) | views for views in refs]
 
     def embed_references(self, refs, batch, ref_hw):
         """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions;

@@ -77,7 +77,7 @@ class Metrics:
             for latent in views.values():
                 frame = (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
                 references += frame
-            references += (len(VIEWS) - len(views)) * self.model.missing_tokens(frame)
+            references += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
         self.tokens += B * (video + references)
         self.flops += self.passes * B * self.model.flops(video, references)
 

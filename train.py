@@ -139,7 +139,6 @@ def arguments(argv=None):
     method("--rope-jump", type=count, help="Jump-RoPE's gap between identities, in frames")
     method("--proxy-tokens", type=in_range(int, 0, 10**4, "0 to 10000"),
            help="learnable tokens for a missing view; 0 leaves it out")
-    method("--missing-views", choices=CHOICES["missing_views"], help="what fills a missing view's slot")
     method("--reference-attention", choices=CHOICES["reference_attention"],
            help="one-way: references do not read the video, so sampling computes them once (default); "
            "joint: they do, as in the papers")
@@ -238,12 +237,7 @@ def resolve(args, world):
         raise UserError(f"--data {args.data} is not encoded yet: `python data.py encode` does it")
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
-    if args.missing_views == "zeros":
-        if args.proxy_tokens or args.train == "new":
-            raise UserError("--missing-views zeros leaves no proxies: give it without --proxy-tokens, and "
-                            "without --train new, which trains these")
-        args.proxy_tokens = 0
-    for name in ("rope_layout", "rope_jump", "proxy_tokens", "missing_views", "reference_attention"):
+    for name in ("rope_layout", "rope_jump", "proxy_tokens", "reference_attention"):
         if getattr(args, name) is not None:
             config = replace(config, **{name: getattr(args, name)})
     if args.train == "new" and not config.proxy_tokens:

@@ -163,10 +163,11 @@ def tables_in(text):
     return found[:-1] if not found[-1] else found
 
 
-def test_the_page_is_what_the_results_that_come_with_the_code_say():
+@pytest.mark.parametrize("name, base", [("toy-from-base", "base"), ("toy-from-base-plain", "base-plain")])
+def test_the_page_is_what_the_results_that_come_with_the_code_say(name, base):
     plan = Plan(list(range(evaluation.CASES)), [], evaluation.SAMPLE_RECIPES["toy"])
-    key = claims.plan_key(plan, ROOT / "assets" / "base")
-    results = claims.stored(ROOT / "assets" / "claims" / "toy-from-base", key)
+    key = claims.plan_key(plan, ROOT / "assets" / base)
+    results = claims.stored(ROOT / "assets" / "claims" / name, key)
     assert {"full", "no-mfi", BASE} <= set(results)
     assert claims.tables(results) in (ROOT / "CLAIMS.md").read_text()
 
@@ -202,7 +203,7 @@ def test_every_name_on_the_page_is_one_of_the_scripts():
         assert name in ABLATIONS or name.startswith(("python ", "mv2id-...")), name
     for command in re.findall(r"^python claims.py (.*)$", page, re.M):
         words = shlex.split(command)
-        assert set(words[:words.index("--seeds")]) <= set(ABLATIONS)
+        assert set(words[:words.index("--seeds")]) <= {*ABLATIONS, BASE}
 
 
 # ---------------------------------------------------------------------------------------------------- the CLI

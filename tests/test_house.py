@@ -38,7 +38,7 @@ FILES = {
 }
 # Past the number above, and why. Nothing else may be, and these may not grow.
 OVER = {
-    "model": (580, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
+    "model": (570, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep"),
     "train": (665, "FSDP2, adapters, experts and a base beside the bare loop"),
     "sample": (600, "what can be known of a job is refused before its first step; experts, rounds by rank; "
@@ -82,7 +82,7 @@ def test_a_file_keeps_to_its_lines(name):
 
 
 def test_the_method_is_read_in_one_sitting():
-    assert sum(map(lines, METHOD)) <= 2250
+    assert sum(map(lines, METHOD)) <= 2245
 
 
 @pytest.mark.parametrize("name", FILES)

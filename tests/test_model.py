@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         with pytest.raises(UserError, match="checkpoint.json is damaged"):
             load_checkpoint(folder)
     for wrong in ({"dim": "x"}, {"num_layers": 10**9}, {"in_dim": 10**9}, {"prediction": "x"}, {"eps": True},
-                  {"missing_views": "x"}, {"reference_attention": "x"}):
+                  {"reference_attention": "x"}, {"coord_channels": 10}):
         (folder / "checkpoint.json").write_text(json.dumps(meta | {"config": meta["config"] | wrong}))
         with pytest.raises(UserError, match="checkpoint.json does not fit this version") as error:
             load_checkpoint(folder)
@@ -453,7 +453,7 @@ def test_folders_that_hold_no_network(oracle, tmp_path):
         load_wan(HarmoView(SMALL_WAN), twice)
 
 
-# -------------------------------------------------------------------------------- one-way references, zeros
+# ---------------------------------------------------------------------------------------- one-way references
 def masked_forward(net, x, t, text, refs, vit):
     """Both kinds of attention as their definitions have them: one sequence, a time a token, and a mask."""
     c = net.config
@@ -488,15 +488,13 @@ MIXED = [("front", "left", "back"), ("right",)]  # two people, dropped views
 
 
 @pytest.mark.parametrize("views", [[VIEWS], MIXED, [(), ()]])
-@pytest.mark.parametrize("changes", [{}, {"missing_views": "zeros", "proxy_tokens": 0},
-                                     {"rope_layout": "before"}])
+@pytest.mark.parametrize("changes", [{}, {"rope_layout": "before"}])
 @pytest.mark.parametrize("attention", CHOICES["reference_attention"])
 def test_attention_is_as_defined_with_a_mask(views, changes, attention):
     net = network(reference_attention=attention, **changes)
     x, t, text, refs, vit = inputs(views)
-    given = net.fill_missing(refs, x)
     with torch.no_grad():
-        expected = masked_forward(net, x, t, text, given, vit)
+        expected = masked_forward(net, x, t, text, refs, vit)
         found = net(x, t, text, refs, vit)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     [other] = {*CHOICES["reference_attention"]} - {attention}
@@ -529,17 +527,6 @@ def test_one_way_references_learn_from_the_video():
     recomputed.recompute = True
     recomputed(*inputs(MIXED)).square().mean().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), recomputed.parameters()))
-
-
-def test_a_missing_view_is_zero_latents_where_the_config_says_so():
-    net = network(missing_views="zeros", proxy_tokens=0)
-    x, t, text, refs, vit = inputs(MIXED)
-    zeros = torch.zeros(B, TINY.in_dim, 8, 8)
-    filled = [{view: views.get(view, zeros) for view in VIEWS} for views in refs]
-    assert torch.equal(net(x, t, text, refs, vit), net(x, t, text, filled, vit))
-    assert torch.equal(net(x, t, text, [{}], [None]), net(x, t, text, [dict.fromkeys(VIEWS, zeros)], [None]))
-    plain = network(proxy_tokens=0)
-    assert not torch.allclose(net(x, t, text, refs, vit), plain(x, t, text, refs, vit))
 
 
 def test_only_distances_of_positions_count():

@@ -714,12 +714,17 @@ def test_a_base_and_scratch_exclude_each_other():
         train.resolve(args, train.World(0, 1, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("more", ["--proxy-tokens 8", "--train new"])
-def test_zeros_leave_no_proxies(more, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--missing-views zeros leaves no proxies"):
-        train.main(["--config", "tiny", "--missing-views", "zeros", *more.split()])
-    assert not list(tmp_path.iterdir())
+def test_a_run_that_started_from_other_weights_is_not_resumed(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    one = [*map(str, FAST), "--stage", "1", "--steps", "1", "--out"]
+    train.main([*one, "scratch"])
+    sample.export("scratch", "base")
+    wan = ["--wan", "base"]
+    train.main([*one, "based", *wan])
+    for flags in (["based"], ["scratch", *wan]):
+        with pytest.raises(UserError, match="started from other weights: give the --wan that it had"):
+            train.main([*one, *flags, "--resume"])
+    train.main([*one, "based", *wan, "--resume"])
 
 
 def test_with_wan_a_stage_goes_on_from_the_one_before(small_wan):
