@@ -319,15 +319,17 @@ def prepare(number, args, config, world):
                         "first")
     start = before or args.wan  # a released Wan has no fingerprint
     parent = parent_of(start) if start and Path(start, "checkpoint.json").is_file() else None
-    if own and not before and meta.get("parent") != parent:
-        raise UserError(f"{own} started from other weights: give the --wan that it had, or --scratch")
+    if own:
+        if number == 1 and meta.get("parent") != parent:
+            raise UserError(f"{own} started from other weights: give the --wan that it had, or --scratch")
+        parent = meta.get("parent")
     torch.manual_seed(args.seed)  # for what is new in the model
-    weights = None if own and args.shard else source  # load_shards reads the others
+    folder = None if own and args.shard else source  # load_shards reads the others
     if args.train == "all":
-        model, base = load_start(weights, args, config, new=not source), None
+        model, base = load_start(folder, args, config, new=not source), None
     else:
         base = find_base(source, args)
-        model = add_to_base(base, weights, args, config)
+        model = add_to_base(base, folder, args, config)
     model.recompute = args.recompute
     if args.compile:
         model.compile_blocks()
@@ -347,10 +349,10 @@ def prepare(number, args, config, world):
     return Start(model, ema, optimizers, meta["step"] if own else 0, parent, base)
 
 
-def load_start(weights, args, config, new):
-    """The whole network to train, on the CPU: the averaged weights of a checkpoint; or, if new, --wan."""
-    if weights:
-        return load_checkpoint(weights)[0]
+def load_start(folder, args, config, new):
+    """The whole network to train, on the CPU: a checkpoint's averaged weights; or, if new, --wan."""
+    if folder:
+        return load_checkpoint(folder)[0]
     if not (new and args.wan):
         return HarmoView(config)
     with torch.device("meta"):
@@ -377,15 +379,15 @@ def find_base(source, args):
                     "sha256": parent_of(source) if source else None}
 
 
-def add_to_base(base, weights, args, config):
+def add_to_base(base, folder, args, config):
     """The network of --train new or lora, on the CPU: its base, and what a checkpoint trained beside it."""
     with torch.device("meta"):
         model = HarmoView(config)
     frozen = torch.bfloat16 if args.precision == "bf16" and not args.shard else torch.float32
     set_trained(model, args.train, args.rank, frozen)
     load_base(model, base)
-    if weights and "base" in read_meta(weights):
-        load_trained(model, weights, "ema")
+    if folder and "base" in read_meta(folder):
+        load_trained(model, folder, "ema")
     return model
 
 
@@ -614,8 +616,7 @@ def load_data(args, config, world):
     dataset = data.Dataset(folder, front_only=args.front_only)
     dataset.check(config)
     if args.mv2id and dataset.settings["mask"] != args.mask:
-        raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, --mv2id needs "
-                        f"{args.mask}")
+        raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, not {args.mask}")
     return dataset, Validation(valid, config, world, dataset.views) if valid else None, files
 
 

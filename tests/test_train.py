@@ -1046,6 +1046,9 @@ def test_mv2id_is_a_preset_of_flags(fresh, monkeypatch):
     assert meta["config"]["vit_dim"] == 0 and meta["flags"]["mask"] == 0.6 and meta["flags"]["pairs"] == "in"
     args = train.arguments(["--mask", "0.3", "--mv2id", "--rope-layout", "append"])  # what is given too wins
     assert (args.mask, args.rope_layout, args.proxy_tokens, args.no_mfi) == (0.3, "append", 0, True)
+    encoded = str(next(Path("cache").glob("toy-*/toy-cross-mask0*")))
+    with pytest.raises(UserError, match="was encoded with --mask 0.0, not 0.6"):
+        train.main([*map(str, FAST), "--mv2id", "--out", "x", "--data", encoded])
 
 
 def test_sheets_at_every_checkpoint(fresh, monkeypatch):
