@@ -127,7 +127,7 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
     v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no
     references" is every view missing and "no caption" the text tokens no_text. Written as one weighted
     sum, terms of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary.
-    Without a single reference, or with refs None (plain Wan), it is Wan's guidance.
+    Without a single reference, or with refs None (plain Wan), the second term gets weight 0: Wan's guidance.
     """
     no_refs = None if refs is None else [{} for _ in refs]
     no_vit = None if vit is None else [None for _ in vit]
@@ -136,7 +136,6 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
 
     def velocity(x, t):
         scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
-        # without any reference the second term gets weight 0: that is Wan's guidance
         weights = guidance_weights(scale, guide_refs if any(refs or ()) else None)
         return sum(weight * model(x, t.expand(len(x)), tokens.expand(len(x), -1, -1), *others)
                    for weight, (tokens, *others) in zip(weights, terms) if weight)
@@ -559,6 +558,7 @@ def main(argv=None):
         print("kernels:", use_fused(False if args.no_fused else None))
         found = find(args.ckpt)
         recipe = override(SAMPLE_RECIPES[found.kind], args)
+        recipe["lora"] = [f"{Path(file).name}:{scale:g}" for file, scale, _ in args.lora]
         frames, size = frames_and_size(args, found)
         ulysses = Ulysses(world, found.config.num_heads) if args.ulysses else None
         jobs = make_jobs(args, found, frames, size)
