@@ -5,9 +5,11 @@ measured is a result with a reason, is counted beside the table, and counts in n
 
 Videos are watched at one rate for all systems, --fps. In each picture the n largest faces count, for n
 people. They are followed into tracks, and tracks are assigned to people so that most faces have an owner and
-then similarity is greatest, nobody at two places at once. Without ArcFace, or where an evaluation reference
-of everybody shows no face, nothing that needs identity is measured, and people are told apart by place.
+then similarity is greatest, nobody at two places at once. Without ArcFace, or where somebody has no
+evaluation reference that shows a face, nothing that needs identity is measured, and people are told apart by
+place.
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -102,8 +104,8 @@ def number(value):
 
 # -------------------------------------------------------------------------------------------------- measuring
 class BenchmarkFaces(Faces):
-    WITHOUT = Faces.WITHOUT | {ArcFace: "nothing that needs identity is measured",
-                               SixDRepNet: "yaw comes from five landmarks and falls short at large yaws"}
+    WITHOUT = {ArcFace: "nothing that needs identity is measured",
+               SixDRepNet: "yaw comes from five landmarks and falls short at large yaws"}
 
 
 class Shown(NamedTuple):
@@ -139,6 +141,7 @@ def find_with_border(picture, detector):
     return largest(np.pad(picture, (*edges, (0, 0)), constant_values=128), detector)
 
 
+@functools.lru_cache(maxsize=2000)  # many cases show one person
 def look_up(file, detector):
     """A reference picture -> the Shown of its largest face, or None."""
     picture = read_picture(file, (REFERENCE_SIDE, REFERENCE_SIDE))
@@ -149,7 +152,7 @@ def look_up(file, detector):
 class Watched(NamedTuple):
     """What is seen of a video."""
     tracks: list
-    small: list  # its pictures, uint8, at most 512 pixels a side
+    small: list  # its pictures, uint8, 512 pixels on the longest side
     bordered: dict  # picture number -> Shown that was found with a grey border only
     width: int
 
@@ -315,20 +318,23 @@ class Judge:
     """NaturalScore through an OpenAI-compatible endpoint. Ten failures in a row end the asking."""
 
     def __init__(self, url, model):
-        self.url, self.model, self.in_a_row = url, model, 0
+        self.url, self.model, self.name, self.in_a_row = url, model, f"{model} at {url}", 0
 
     @staticmethod
     def read(words):
-        found = re.search(r"(?<![\d.])[1-5](?:\.\d+)?(?![\d.]*\d)", words)
-        if not found or float(found[0]) > 5:
-            raise ValueError(f"no number from 1 to 5 in {words[:60]!r}")
+        """The one number from 1 to 5 in an answer; what follows "of" or "/" is the scale."""
+        found = re.findall(r"(?<![\d.])[1-5](?:\.\d+)?(?![\d.]*\d)", re.sub(r"(/|\bof) ?5\b", "", words))
+        if len(found) != 1 or float(found[0]) > 5:
+            raise ValueError(f"not one number from 1 to 5 in {words[:60]!r}")
         return float(found[0])
 
-    def __call__(self, pictures, name):
-        """-> the mean of three answers, or None, and why there is none."""
+    def __call__(self, video, length, rate, name):
+        """A video of `length` pictures at that rate -> the mean of three answers, or None, and why there is
+        none."""
         if self.in_a_row == 10:
             return None, "not asked after ten failures in a row"
-        pictures = [pictures[f] for f in evenly(len(pictures), JUDGED_FRAMES)]
+        chosen = evenly(length, JUDGED_FRAMES)
+        pictures = [picture for f, picture in enumerate(read_frames(video, rate, 512)) if f in chosen]
         words = RUBRIC.format(frames=len(pictures))
         try:
             answers = [ask(self.url, self.model, words, pictures, self.read) for _ in range(JUDGED)]
@@ -392,7 +398,8 @@ class Task(NamedTuple):
 
 def tasks_of(cases, folder, args):
     """-> a Task per case. The hashes are alike on every machine, so that results can be compared."""
-    networks = sorted((path.name, path.stat().st_size) for path in args.faces.rglob("*") if path.is_file())
+    patterns = itertools.chain(Faces.FILES.values(), *Aesthetic.FILES.values())
+    networks = sorted({(path.name, path.stat().st_size) for p in patterns for path in args.faces.glob(p)})
     tasks = []
     for case in cases:
         files = []
@@ -410,9 +417,9 @@ def tasks_of(cases, folder, args):
     return tasks
 
 
-def read_known(path):
+def by_key(lines):
     """{Task.key: its latest result}"""
-    return {(line["case"], line["rule"], line["video"]): line for line in read_results(path)}
+    return {(line["case"], line["rule"], line["video"]): line for line in lines}
 
 
 def run_cases(cases, folder, args, world, detector=None):
@@ -420,7 +427,8 @@ def run_cases(cases, folder, args, world, detector=None):
     args.out/cases_measured.jsonl as it is there, and those of an earlier call are kept where nothing that
     they depend on has changed. Several ranks share the cases, and the file."""
     path, tasks = args.out / "cases_measured.jsonl", tasks_of(cases, folder, args)
-    known, networks = read_known(path), None
+    lines, networks = read_results(path), None
+    known, latest = by_key(lines), {line["case"]: line for line in lines}
     judge = args.judge_url and Judge(args.judge_url, args.judge_model)
     for task in tqdm(tasks[world.rank::world.size], "measuring", unit=" videos", disable=None):
         result = known.get(task.key)
@@ -432,18 +440,20 @@ def run_cases(cases, folder, args, world, detector=None):
                      else {"reason": task.key[-1]})
             result = dict(zip(("case", "rule", "video"), task.key)) | found
             append(path, result)
-        if judge and "people" in result and result.get("judge") != args.judge_model:
+        elif latest[task.case.id] is not result:
+            append(path, result)  # measured by these rules before others: --compare takes the last line
+        if judge and "people" in result and result.get("judge") != judge.name:
             append(path, ask_judge(judge, result, task.video, args))
     world.barrier()  # now all is in the file
-    known = read_known(path)
+    known = by_key(read_results(path))
     return [known[task.key] for task in tasks]
 
 
 def ask_judge(judge, result, video, args):
     """A result with its natural score. One that failed has no judge, so that a restart asks again."""
-    score, reason = judge(list(read_frames(video, args.rate, 512)), result["case"])
+    score, reason = judge(video, len(result["people"][0]["face"]), args.rate, result["case"])
     people = [person | {"natural": score} for person in result["people"]]
-    return result | {"people": people, "judge": None if reason else args.judge_model, "judge_failed": reason}
+    return result | {"people": people, "judge": None if reason else judge.name, "judge_failed": reason}
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -532,7 +542,13 @@ def compare(folders, out):
         if not lines:
             raise UserError(f"{folder} holds no cases_measured.jsonl with results: give --out folders of "
                             "`eval.py --cases`")
-        systems[name] = {(line["case"], line["rule"]): line for line in lines if "people" in line}
+        latest = {line["case"]: line for line in lines}  # under the rules that it was last measured by
+        systems[name] = {(line["case"], line["rule"]): line for line in latest.values() if "people" in line}
+    judges = {line.get("judge") for found in systems.values() for line in found.values()} - {None}
+    if len(judges) > 1:
+        print(f"natural is left out, judged by {' and '.join(sorted(judges))}")
+        for person in (p for found in systems.values() for line in found.values() for p in line["people"]):
+            person["natural"] = None
     if len(systems) < 2:
         raise UserError("--compare needs two or more different folders")
     common = sorted(set.intersection(*map(set, systems.values())))
@@ -564,7 +580,8 @@ def compare_table(groups):
                 both = values[first].keys() & values[other].keys()
                 found = interval([values[other][case] - values[first][case] for case in sorted(both)],
                                  (-1, 1) if metric.percent else None)
-                decided = found and (found.low > 0 or found.high < 0)
+                # of fewer than six cases all may be on one side by chance
+                decided = found and len(both) > 5 and (found.low > 0 or found.high < 0)
                 cells.append(show(found, metric.percent, signed=True) + (" *" if decided else ""))
             if any(values.values()):
                 lines.append([f"{label}: {column(name, metric)}", *cells])

@@ -239,7 +239,7 @@ def run_row(name, seed, args, plan, path):
     else:
         ckpt = out
         train(name, seed, args, out)
-    result = result_of(evaluate(ckpt, plan, out / "cases.jsonl"))
+    result = result_of(evaluate(ckpt, plan, out / "measured.jsonl"))
     rounded = {metric: {setting: {case: float(f"{value:.5g}") for case, value in values.items()}
                         for setting, values in by_setting.items()} for metric, by_setting in result.items()}
     with atomic_file(path) as temporary:

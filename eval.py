@@ -37,6 +37,7 @@ from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, fi
                         in_range, lock, nonempty, probe_writable, read_meta, run_script, sha256_of,
                         source_hash, uses_bf16)
 from curate import check_url
+from faces import Faces, RetinaFace
 from parallel import World
 from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, write_video
 from report import (BIN_NAMES, Metric, align, append, by_yaw, column, estimate, figure, interval, mean, one,
@@ -55,7 +56,7 @@ YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested y
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
 # what the numbers depend on
-CODE = ("data", "encode", "encoders", "eval", "kernels", "model", "report", "rope", "sample", "toy")
+CODE = ("data", "encode", "encoders", "eval", "kernels", "lora", "model", "pictures", "rope", "sample", "toy")
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -379,7 +380,7 @@ def report(path, heading, evaluations):
                        {s: by_yaw(group, "frame_psnr") for s, group in groups.items()}),
                   plot(f"right person nearest by yaw, {words}, % of frames", BIN_NAMES,
                        {s: by_yaw(group, "frame_right", True) for s, group in groups.items()}, True)]
-    swaps = [estimate(group, METRICS["swaps"]) for group in groups.values()]
+    swaps = [estimate(select(results, (2,), [s]), METRICS["swaps"]) for s in settings]
     losses = {name: loss_estimates(e.losses) for name, e in evaluations.items()}
     captions = {name: caption_estimates(e.results) for name, e in evaluations.items()}
     plots += [plot("swaps by views given, two people, %", settings, {"this checkpoint": swaps}, True),
@@ -420,7 +421,7 @@ def plan_of(args):
 
 def run_toy(args, world):
     start, ckpt = time.perf_counter(), args.ckpt or default_checkpoint()
-    path, page = Path(args.out, "cases.jsonl"), Path(args.out, "report.html")
+    path, page = Path(args.out, "measured.jsonl"), Path(args.out, "report.html")
     world.barrier()  # rank 0 holds the folder
     check_outputs([page, page.with_name("yaw.svg")], [])
     plan = plan_of(args)
@@ -469,7 +470,8 @@ def sample_cases(cases, args, world):
         references = [{view: read_picture(file, size) for view, file in views.items()}
                       for views in case.refs]
         files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
-        note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16])
+        note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16, args.wan,
+                           source_hash(*CODE)])
         shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
         return Job(case.prompt, references, case.seed, shape, note=hashlib.sha256(note.encode()).hexdigest())
     checked, todo = [], []
@@ -506,6 +508,9 @@ def run_real(args, world, detector=None):
     world.barrier()  # rank 0 holds the folder
     check_outputs([page, args.out / "cases_measured.jsonl"], [args.cases])
     cases, folder = real_cases.read_cases(args.cases), args.videos
+    pattern = Faces.FILES[RetinaFace]
+    if not detector and not any(args.faces.glob(pattern)):  # said before hours of sampling
+        raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")
     if not folder:
         folder, cases = sample_cases(cases, args, world)
     results = benchmark.run_cases(cases, folder, args, world, detector)
@@ -587,4 +592,4 @@ def main(argv=None, detector=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "a smaller --batch")
+    run_script(main, "a smaller --batch, or with --cases --offload and --tile 256")

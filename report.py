@@ -119,7 +119,7 @@ def table(corner, groups, metrics, with_interval=True):
     lines = [[corner, *(column(name, metric) for name, metric in metrics.items())]]
     for label, group in groups.items():
         if group:
-            cells = [show(estimate(group, metric), metric.percent, False, with_interval)
+            cells = [show(estimate(group, metric), metric.percent, with_interval=with_interval)
                      for metric in metrics.values()]
             lines.append([label, *cells])
     return lines
@@ -187,6 +187,7 @@ def plot(heading, labels, series, percent=False):
                      f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{factor * v:.3g}</text>')
     parts += [f'<text x="{x(i):.1f}" y="{H - bottom + 16}" text-anchor="middle">{html.escape(label)}</text>'
               for i, label in enumerate(labels)]
+    room = min(95, (W - left) / max(1, len(series)))  # of a name below
     for s, (name, estimates) in enumerate(series.items()):
         shift, points = (s - (len(series) - 1) / 2) * 0.09, []
         colour = COLOURS.get(name, OTHER_COLOURS[s % len(OTHER_COLOURS)])
@@ -197,8 +198,8 @@ def plot(heading, labels, series, percent=False):
                 parts.append(f'<line x1="{at}" x2="{at}" y1="{y(e.low):.1f}" y2="{y(e.high):.1f}" stroke='
                              f'"{colour}"/><circle cx="{at}" cy="{y(e.mean):.1f}" r="3.5" fill="{colour}"/>')
         parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
-                     f'<text x="{left + s * 95}" y="{H - 6}" fill="{colour}">&#9679; '
-                     f'{html.escape(name[:15])}</text>')
+                     f'<text x="{left + s * room:.0f}" y="{H - 6}" fill="{colour}">&#9679; '
+                     f'{html.escape(name[:15])}<title>{html.escape(name)}</title></text>')
     return (f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="11" '
             f'style="background: white">{"".join(parts)}</svg>')
 

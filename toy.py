@@ -556,22 +556,21 @@ def encode_cache(folder, encoders, pairs="cross", mask=0.0):
 
 def training_samples(folder, pairs):
     """The clips of a folder of render_cache as Samples."""
-    samples, captions = [], load_cached(folder / "captions.txt")
+    clips, captions, samples = [], load_cached(folder / "captions.txt"), []
     views = VIEWS if pairs == "cross" else IN_PAIR_VIEWS
+    for name in ("one", "two"):
+        clips += zip(*load_cached(folder / f"{name}.safetensors", ("video", "refs")).values())
+    if len(clips) != len(captions):
+        raise damaged(folder / "captions.txt", f"{len(captions)} lines for {len(clips)} clips")
 
     def reader(stored):
         return lambda: from_bytes(stored)
-    for name in ("one", "two"):
-        clips = load_cached(folder / f"{name}.safetensors", ("video", "refs"))
-        for video, refs in zip(clips["video"], clips["refs"]):
-            people = [{view: reader(person[VIEWS.index(view)]) for view in views} for person in refs]
-            cross = [dict.fromkeys(views, pairs == "cross") for _ in people]
-            samples.append(Sample("", "", "", reader(video), people, cross))
-    if len(samples) != len(captions):
-        raise damaged(folder / "captions.txt", f"{len(captions)} lines for {len(samples)} clips")
-    names = [f"{n % 100:02d}-{n:06d}" for n in range(len(samples))]  # a hundred folders
-    return [sample._replace(name=name, source=f"clip {name}", caption=words)
-            for name, words, sample in zip(names, captions, samples)]
+    for n, ((video, refs), words) in enumerate(zip(clips, captions)):
+        name = f"{n % 100:02d}-{n:06d}"  # a hundred folders
+        people = [{view: reader(person[VIEWS.index(view)]) for view in views} for person in refs]
+        cross = [dict.fromkeys(views, pairs == "cross") for _ in people]
+        samples.append(Sample(name, f"clip {name}", words, reader(video), people, cross))
+    return samples
 
 
 def damaged(path, cause):
@@ -592,6 +591,7 @@ def load_cached(path, names=()):
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark
+@functools.cache
 def benchmark_cases():
     """The 100 fixed cases, 60 with one person and 40 with two, who all sweep: [(Clip, identity indices)]."""
     cases = []
@@ -603,6 +603,7 @@ def benchmark_cases():
     return cases
 
 
+@functools.cache
 def benchmark_people():
     """The 52 held-out identities."""
     return draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED)

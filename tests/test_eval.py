@@ -200,12 +200,12 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
 
 @pytest.fixture(scope="module")
 def measured(tiny, tmp_path_factory):
-    """The command that measured four cases, its folder, what it printed, and the lines of its cases.jsonl."""
+    """The command that measured four cases, its folder, what it printed, and the lines that it wrote."""
     folder = tmp_path_factory.mktemp("eval")
     command = ["eval.py", "--ckpt", tiny / "out" / "tiny", "--limit", 4, "--steps", 1, "--out", "ev"]
     command += ["--settings", "none", "all", "none", "--precision", "bf16"]
     printed = call(*command, cwd=folder)
-    return command, folder / "ev", printed, (folder / "ev" / "cases.jsonl").read_text().splitlines()
+    return command, folder / "ev", printed, (folder / "ev" / "measured.jsonl").read_text().splitlines()
 
 
 def table_of(printed):
@@ -240,7 +240,7 @@ def test_in_described_the_caption_tells_the_looks_and_nothing_is_given(measured,
         return [toy.benchmark_truth(job.seed, frames, 32) for job in jobs]
     monkeypatch.setattr(evaluation, "generate", generate)
     plan = evaluation.Plan([0, 99], ["none", "described"], evaluation.SAMPLE_RECIPES["toy"], 1)
-    evaluation.evaluate(measured[0][2], plan, tmp_path / "cases.jsonl")
+    evaluation.evaluate(measured[0][2], plan, tmp_path / "measured.jsonl")
     for number, (plain, described) in zip((0, 99), (asked[:2], asked[2:]), strict=True):
         clip, cast = toy.benchmark_cases()[number]
         assert plain.references == described.references == [{} for _ in cast]
@@ -251,14 +251,14 @@ def test_in_described_the_caption_tells_the_looks_and_nothing_is_given(measured,
 
 @pytest.fixture
 def again(measured, tmp_path):
-    """A function that runs the command on a cases.jsonl with other bytes -> what it printed, its lines."""
+    """A function that runs the command on a measured.jsonl with other bytes -> what it printed, its lines."""
     command, *_ = measured
 
     def run_again(text, *more):
         (tmp_path / "ev").mkdir(exist_ok=True)
-        (tmp_path / "ev" / "cases.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (tmp_path / "ev" / "measured.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
         printed = call(*command, *more, cwd=tmp_path)
-        return printed, (tmp_path / "ev" / "cases.jsonl").read_text(errors="replace").split("\n")
+        return printed, (tmp_path / "ev" / "measured.jsonl").read_text(errors="replace").split("\n")
     return run_again
 
 
@@ -287,7 +287,7 @@ def test_a_restart_measures_what_is_missing_in_the_same_batches(measured, again,
     '{"run": "RUN", "case": [], "loss": null, "checksum": "0"}', '{"run": ["RUN"], "checksum": {}}',
     '{"run": "RUN", "x": "\\ud800"}', b"\xff\xfe\x00", "\u2028", "CHANGED",
 ])
-def test_junk_in_cases_jsonl_is_passed_over(measured, again, junk):
+def test_junk_in_measured_jsonl_is_passed_over(measured, again, junk):
     _, _, before, lines = measured
     if junk == "CHANGED":  # a result that somebody edited, with a script in its picture
         junk, lines = re.sub('"strip": ".', '"strip": "<script>', lines[0]), lines[1:]
@@ -365,12 +365,12 @@ def test_the_script_ends_with_one_line(tmp_path):
     assert error.startswith("eval.py: no checkpoint")
 
 
-@pytest.mark.parametrize("name", ["cases.jsonl", "report.html", "yaw.svg"])
+@pytest.mark.parametrize("name", ["measured.jsonl", "report.html", "yaw.svg"])
 def test_a_folder_in_an_outputs_place_is_refused_before_any_work(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name} is (a folder|not a file)"):
         evaluation.main(["--ckpt", str(ROOT / "assets" / "toy"), "--out", str(tmp_path)])
-    assert not (tmp_path / "cases.jsonl").is_file()
+    assert not (tmp_path / "measured.jsonl").is_file()
 
 
 def test_two_evaluations_never_share_a_folder(tmp_path):

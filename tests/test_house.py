@@ -29,7 +29,7 @@ FILES = {
     "importers": (430, "manifest pictures rope checkpoint"),
     "curate": (400, "manifest pictures faces rope checkpoint"),
     "faces": (540, "checkpoint"),
-    "eval": (600, "sample toy data parallel report benchmark cases curate pictures rope checkpoint"),
+    "eval": (600, "sample toy data parallel report benchmark cases curate faces pictures rope checkpoint"),
     "report": (250, "pictures checkpoint"),
     "benchmark": (560, "report cases curate faces pictures checkpoint"),
     "cases": (230, "manifest rope checkpoint"),

@@ -298,13 +298,13 @@ def test_eval_over_ranks_gives_the_same_table(tmp_path):
     """Four batches for two ranks, of which one was measured before; and nothing is missing for three."""
     flags = [*CKPT, "--limit", "4", "--settings", "front", "--batch", "1", "--steps", "1", "--out"]
     whole = call("eval.py", *flags, "one", cwd=tmp_path).splitlines()
-    lines = (tmp_path / "one" / "cases.jsonl").read_text().splitlines()
+    lines = (tmp_path / "one" / "measured.jsonl").read_text().splitlines()
     (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "cases.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
+    (tmp_path / "two" / "measured.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
     said, nothing = ranks(2, scripts(tmp_path, [(evaluation.main, [*flags, "two"])]))
     assert nothing == [[]]
     assert table_of(said[0]) == table_of(whole)
-    again = (tmp_path / "two" / "cases.jsonl").read_text().splitlines()
+    again = (tmp_path / "two" / "measured.jsonl").read_text().splitlines()
     assert sorted(again) == sorted([*lines, lines[2][:50]])
     one, two = (tmp_path / name / "report.html" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
