@@ -37,7 +37,7 @@ class UserError(ValueError):
     """A wrong input. Scripts print its message as their one line and exit with 1."""
 
 
-def run_script(main, less_memory=""):
+def run_script(main, less_memory="a smaller job"):
     """Run main(); turn what a user can cause into one line that begins with the script's name.
     less_memory  what to try where memory ran out"""
     script = Path(sys.argv[0]).name
@@ -46,7 +46,6 @@ def run_script(main, less_memory=""):
         line = " ".join(str(message).split())
         print(f"{script}: {line if len(line) < 1500 else line[:1500] + ' ...'}", file=sys.stderr)
         sys.exit(code)
-    advice = f"; try {less_memory}" if less_memory else ""
     try:
         for argument in sys.argv[1:]:
             if not is_text(argument):
@@ -60,12 +59,12 @@ def run_script(main, less_memory=""):
         fail("stopped", 130)
     except (MemoryError, torch.OutOfMemoryError) as error:
         cause = ". ".join(str(error).split(". ")[:2])
-        fail(f"out of memory{cause and f' ({cause})'}{advice}")
+        fail(f"out of memory{cause and f' ({cause})'}; try {less_memory}")
     except (UserError, OSError, safetensors.SafetensorError) as error:
         fail(error)
     except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "bad_alloc" in str(error):  # how torch says it on a CPU
-            fail(f"out of memory{advice}")
+        if re.search("can't allocate memory|bad_alloc|out of memory|ALLOC_FAILED", str(error)):
+            fail(f"out of memory; try {less_memory}")  # torch's words, on a CPU and on a card
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
         fail("another process of this run has ended: its own message says why")
@@ -123,8 +122,7 @@ def is_seed(value):
 def uses_bf16(device, precision="auto"):
     """Are matmuls in bf16? auto: what the environment variable HARMOVIEW_PRECISION says ("bf16" or "fp32"),
     else yes on GPUs and on CPUs that multiply it in hardware (1.5x a step)."""
-    if precision == "auto":
-        precision = os.environ.get("HARMOVIEW_PRECISION", "auto")
+    precision = os.environ.get("HARMOVIEW_PRECISION", "auto") if precision == "auto" else precision
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"HARMOVIEW_PRECISION={precision}: expected bf16 or fp32")
     if precision == "auto":
@@ -284,6 +282,8 @@ def as_user_error(path):
         yield
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except torch.OutOfMemoryError:  # of the card that tensors go to: the file is sound
+        raise
     except Exception as error:  # safetensors, zipfile and pickle raise a dozen kinds
         cause = re.split(r"\. |\n", str(error))[0][:120]  # torch goes on with advice
         raise UserError(f"{path} cannot be read: cut short, damaged or no such file format "

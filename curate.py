@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, fraction,
-                        frame_rate, in_range, is_text, lock, nonempty, not_negative, probe_writable,
-                        read_lines, run_script, save_tensors, sha256_of)
+from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, frame_rate, in_range,
+                        is_text, lock, nonempty, not_negative, probe_writable, read_lines, run_script,
+                        save_tensors, sha256_of)
 from faces import Faces, align, crop_faces, iou
 from manifest import PEOPLE
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
@@ -53,7 +53,7 @@ EXTRACT = {  # flag: type, default, meaning; rows are made anew where one change
     "fps": (frame_rate, 16, "frames a second of a clip"),
     "frames": (in_range(int, 5, 10001, "5 to 10001 frames"), 81, "of a clip, 4n+1"),
     "short-side": (in_range(int, 32, 4320, "32 to 4320 pixels"), 720, "larger videos are shrunk to it"),
-    "score": (fraction, 0.65, "least score of a detection"),
+    "score": (in_range(float, 0.5, 1, "0.5 to 1"), 0.65, "least score of a detection"),
     "face-side": (not_negative, 128, "least face side in pixels at 480p, a track's median"),
     "sharpness": (not_negative, 40, "least variance of a face's Laplacian, a track's median"),
     "pitch": (degrees, 35, "largest |pitch| of a reference"),
@@ -69,7 +69,7 @@ GROUP = {
     "side-similarity": (cosine, 0.35, "the same for left and right views"),
     "near-copy": (cosine, 0.97, "a track that is more alike is a copy of this take: no cross-pair"),
 }
-ROWS = 3  # to be raised where a change of the code changes rows
+ROWS = 4  # to be raised where a change of the code changes rows
 STEP = 4  # frames from one detection to the next, so that windows of 4n+1 frames begin and end on one
 GAP = 2  # detections that a track may miss in a row: half a second, as long as a hand before a face
 IOU = 0.3  # least overlap of a face with itself a quarter of a second before
@@ -229,7 +229,7 @@ def keep_best(track, face, others, picture, mask, args):
     view = view_of(face, args)
     if not view:
         return
-    turned = math.cos(math.radians(face.yaw - MIDDLE.get(view, face.yaw)))
+    turned = math.cos(math.radians(face.yaw - MIDDLE[view]))
     quality = face.sharpness * turned**2
     if view in track.best and quality <= track.best[view][0]:
         return
@@ -252,9 +252,7 @@ def view_of(face, args):
         return None
     if yaw < args.front:
         return "front"
-    if yaw < args.side:
-        return "spare"
-    if yaw <= args.side_end:
+    if args.side <= yaw <= args.side_end:
         return "left" if face.yaw < 0 else "right"
     return "back" if yaw > BACK else None
 
@@ -369,7 +367,7 @@ def group(names, folders, args, captions):
     if entries:  # else what an earlier run made stays
         publish(args.out / "clips", clips)
         publish(args.out / "refs", images)
-    failed = ask_captions(entries, args) if args.caption_url else {}
+    failed = ask_captions(entries, args)
     kinds = collections.Counter(reason.split(" (")[0] for reason in reasons.values())
     report = {
         "videos": funnel(len(rows), kinds), "tracks": funnel(first, lost),
@@ -470,7 +468,7 @@ def cluster(tracks, least, cells=2**24, device="cpu"):
 
 def alike_pairs(means, least, cells, most=8):
     """Rows i < j whose product is at least `least`, the `most` best of each i -> values, i, j."""
-    found, height = [], max(1, cells // len(means))
+    found, height = [], max(64, cells // len(means))  # a flatter product waits for memory
     for i in range(0, len(means), height):
         alike = means[i:i + height] @ means[i:].T
         n = len(alike)
@@ -545,15 +543,15 @@ def read_captions(folder, names):
 
 
 def ask_captions(entries, args):
-    """Fill missing captions by a vision endpoint. captions.jsonl keeps the answers, so that none is asked for
-    again. Returns {clip: why it has none}; ten failures in a row end the asking."""
+    """Fill missing captions from captions.jsonl, which keeps all answers, or by a vision endpoint, if there
+    is one. Returns {clip: why it has none}; ten failures in a row end the asking."""
     store, failed, in_a_row = args.out / "captions.jsonl", {}, 0
     known = {line["video"]: line["caption"] for line in read_lines(store)
              if is_text(line.get("video")) and is_text(line.get("caption"))}
-    for entry in tqdm(entries, desc="captions", unit=" clips", disable=None):
+    for entry in tqdm(entries, desc="captions", unit=" clips", disable=None if args.caption_url else True):
         video = entry["video"]
         entry["caption"] = entry["caption"] or known.get(video) or ""
-        if entry["caption"] or in_a_row == 10:
+        if entry["caption"] or in_a_row == 10 or not args.caption_url:
             continue
         try:
             entry["caption"], in_a_row = ask_caption(args.out / video, len(entry["identities"]), args), 0
@@ -656,7 +654,9 @@ def read_arguments(argv):
     add("--videos", required=True, type=Path, help="folder of videos, searched in depth")
     add("--out", required=True, type=Path, help="folder to write to")
     add("--faces", required=True, type=Path, help="folder with the weights that faces.py names")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    cards = torch.cuda.device_count()
+    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % cards}" if cards else "cpu"
+    add("--device", default=own, help="cpu, cuda:0, cuda:1, ... (default: one for each process)")
     add("--shard", default="0/1", help="i/n, from 0/n to n-1/n: extract every n-th video, from the i-th on")
     add("--front-only", action="store_true", help="also keep clips of people without a side view")
     add("--caption-url", type=nonempty, help="OpenAI-compatible endpoint for clips without a caption")
@@ -678,9 +678,8 @@ def read_arguments(argv):
             raise UserError(f"--{flag} {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
         raise UserError(f"--device {args.device[:40]}: expected cpu, cuda or cuda:0, cuda:1, ...")
-    if args.device != "cpu" and int(args.device[5:] or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {args.device}: this machine has {torch.cuda.device_count()} usable GPUs; "
-                        "expected cpu" + " or one of them" * torch.cuda.is_available())
+    if args.device != "cpu" and int(args.device[5:] or 0) >= cards:
+        raise UserError(f"--device {args.device}: expected cpu or one of this machine's {cards} usable GPUs")
     check_folders(args.videos, args.out)
     return args
 
@@ -736,8 +735,10 @@ def main(argv=None, detector=None):
     folders = [args.out / "rows" / row for row in row_names(names, args)]
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = list(zip(names, folders))[args.shard[0] * ranks + rank::args.shard[1] * ranks]
+    worked = False
     for name, folder in tqdm(mine, desc="extract", unit=" videos", disable=None):
         if read_row(folder) is None:
+            worked = True
             detector = detector or Faces(args.faces, args.device)
             try:
                 with atomic_folder(folder) as build:
@@ -748,6 +749,7 @@ def main(argv=None, detector=None):
     missing = sum(not folder.exists() for folder in folders)
     if missing:
         print(f"{missing} of {len(names)} videos are left to other shards; the last of them groups all")
+    if missing or not worked and rank:  # where nobody had work the first process groups
         return
     with lock(args.out, wait=True):
         report = group(names, folders, args, captions)

@@ -5,8 +5,8 @@ Module trees carry the key names of the released files; depths and widths are re
   ArcFace      a face as a unit vector; IResNet-50 or -100
   SixDRepNet   the head's rotation; RepVGG-B1g2 as deployed
   CLIP         a picture as a vector: the image tower of CLIP, for Aesthetic
-  Faces        all three from one folder: detect, embed and pose are all that curation and metrics see, so
-               another detector is another object with these three
+  Faces        the first three from one folder: detect, embed and pose are all that curation and metrics
+               see, so another detector is another object with these three
   Aesthetic    how well a picture looks, by people's votes; of no face at all
 
 Pictures are RGB in -1..1, [B, 3, H, W]. Boxes and landmarks are in pixels, x to the right and y down.

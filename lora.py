@@ -104,7 +104,7 @@ KEY = re.compile(rf"(?:{PREFIXES})*(?P<layer>.+?)\.(?P<kind>{'|'.join(map(re.esc
 
 @torch.no_grad()
 def apply_lora(model, path, scale=1.0):
-    """Merge a LoRA file for Wan into model's weights, in place and one after the other.
+    """Merge a LoRA file for Wan into model's weights, in place, weight by weight.
 
     Keys may be in Wan's, diffusers', PEFT's or kohya's style. A pair adds scale * alpha / rank * up @ down,
     where alpha is the pair's own, or the one of all pairs that diffusers or PEFT noted, or else the rank.

@@ -36,9 +36,8 @@ from pictures import Job, contact_sheet, picture_size, read_jobs, read_reference
 from rope import VIEWS
 
 SOLVERS = ("unipc", "dpm++", "euler")
-# Defaults by kind of checkpoint; a pair of guidance scales is for high and low noise, and guide_refs None is
-# the caption's scale: two forwards a step, not three. The toy's were chosen on its benchmark (LOG.md), Wan's
-# are its authors'.
+# Defaults by kind of checkpoint: of two guidance scales the first is for high noise, and guide_refs None is
+# the caption's scale. The toy's were chosen on its benchmark (LOG.md), Wan's are its authors'.
 SAMPLE_RECIPES = {
     "toy": dict(steps=4, shift=100.0, solver="euler", guide_text=(1.0,), guide_refs=1.0, fps=4, negative=""),
     "wan2.1": dict(steps=50, shift=5.0, solver="unipc", guide_text=(5.0,), guide_refs=None, fps=16,
@@ -354,6 +353,7 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
             model = on_meta(network).to(dtype)
             load_wan(model, network)
         model.eval().requires_grad_(False)
+        model = model if offload else model.to(device)  # where LoRAs are merged
         for file, scale, only in loras:
             if only in (None, role):
                 changed, unknown = apply_lora(model, file, scale)
@@ -365,7 +365,7 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
             model.compile_blocks()
         if offload:
             stream_blocks(model, device)
-        return model if offload else model.to(device)
+        return model
     experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, ROLES)]
     return Experts(experts, found.config, device, found.boundary, precision), encoders
 
