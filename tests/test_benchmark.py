@@ -573,10 +573,16 @@ def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
     assert "3 cases that all systems measured" in printed and "results: ours 4, theirs 3" in printed
     (mvrc,) = (line for line in printed.splitlines() if line.startswith("1 person, 3 cases: mvrc "))
     assert "1.00 [1.00, 1.00]" in mvrc and "0.33 [" in mvrc and "-0.67 [" in mvrc
+    assert "*" not in mvrc  # three cases decide nothing
     page = (made.folder / "both/compare.html").read_text()
     assert "theirs - ours" in page and page.count("<svg") == 2
     made.run("ours", "--fps", "8", lines=made.lines[:1])
     made.run("blurry", "--fps", "4", lines=made.lines[:1])
+    with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
+        compare(made, "ours", "blurry")
+    made.run("ours", "--fps", "4", lines=made.lines[:1])
+    compare(made, "ours", "blurry")
+    made.run("ours", "--fps", "8", lines=made.lines[:1])  # it is known, and what counts again
     with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
         compare(made, "ours", "blurry")
 

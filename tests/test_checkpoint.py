@@ -24,6 +24,7 @@ import checkpoint
 from checkpoint import (
     Parser,
     UserError,
+    as_user_error,
     atomic_file,
     atomic_folder,
     check_files,
@@ -85,7 +86,7 @@ def names(folder):
 
 
 # -------------------------------------------------------------------------------------- errors and arguments
-def error_line(main, monkeypatch, capsys, *arguments, less_memory=""):
+def error_line(main, monkeypatch, capsys, *arguments, less_memory="less"):
     """run_script(main) -> the exit status and its one line."""
     monkeypatch.setattr(sys, "argv", ["/somewhere/draw.py", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -107,6 +108,7 @@ def error_line(main, monkeypatch, capsys, *arguments, less_memory=""):
         (MemoryError("Cannot allocate 9 TiB"), 1, "out of memory (Cannot allocate 9 TiB); try --batch 1"),
         (torch.OutOfMemoryError("CUDA. 3 GB. Much more"), 1, "out of memory (CUDA. 3 GB); try --batch 1"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; try --batch 1"),
+        (RuntimeError("CUDA error: out of memory"), 1, "out of memory; try --batch 1"),
     ],
     ids=repr,
 )
@@ -118,9 +120,14 @@ def test_what_a_user_can_cause_is_one_line(error, code, line, monkeypatch, capsy
     assert found == (code, f"draw.py: {line}")
 
 
+def test_a_full_card_is_no_damaged_file():
+    with pytest.raises(torch.OutOfMemoryError), as_user_error("model.safetensors"):
+        raise torch.OutOfMemoryError("CUDA. 3 GB. Much more")
+
+
 def test_a_tensor_larger_than_memory_is_one_line(monkeypatch, capsys):
     status, line = error_line(lambda: torch.empty(2**60), monkeypatch, capsys)
-    assert (status, line) == (1, "draw.py: out of memory")
+    assert (status, line) == (1, "draw.py: out of memory; try less")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ZeroDivisionError(), ValueError("x")])

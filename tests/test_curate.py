@@ -670,6 +670,8 @@ def test_an_endpoint_captions_what_has_none(tmp_path, monkeypatch, capsys):
     assert [row["caption"] for row in manifest] == ["mine", "caption 3", "caption 7"]
     run(videos, tmp_path / "out", truth, *url)
     assert len(Endpoint.asked) == 7  # none is asked twice
+    manifest, _ = run(videos, tmp_path / "out", truth)  # answers are kept where nobody can be asked
+    assert [row["caption"] for row in manifest] == ["mine", "caption 3", "caption 7"]
     server.shutdown()
     server.server_close()
 
@@ -682,7 +684,7 @@ def test_bad_lines_of_captions_jsonl_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(curate, "ask_caption", lambda *_: "asked")
     entries = [{"video": f"{name}.mp4", "caption": "", "identities": []} for name in "abc"]
     args = curate.read_arguments(["--videos", str(tmp_path), "--faces", ".", "--out", f"{tmp_path}-out"])
-    args.out = tmp_path
+    args.out, args.caption_url = tmp_path, "http://x"
     assert curate.ask_captions(entries, args) == {}
     assert [entry["caption"] for entry in entries] == ["asked", "asked", "known"]
 
