@@ -603,7 +603,6 @@ def benchmark_cases():
     return cases
 
 
-@functools.cache
 def benchmark_people():
     """The 52 held-out identities."""
     return draw_identities(BENCHMARK_IDENTITIES, BENCHMARK_SEED)
