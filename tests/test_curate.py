@@ -568,7 +568,7 @@ def test_fuzzed_videos_survive_with_reasons(tmp_path):
     (("--same-identity", "nan"), "a cosine"),
     (("--out", "videos/out"), "lies in --videos"), (("--margin", "-1"), "a number from 0"),
     (("--device", "foo"), "--device foo: expected cpu, cuda or"),
-    (("--device", "cuda:99"), "--device cuda:99: this machine has"),
+    (("--device", "cuda:99"), "--device cuda:99: expected cpu or one of this machine"),
     (("--faces", "none"), "--faces none: no such folder"),
     (("--faces", "file"), "--faces file: not a folder"),
 ])
