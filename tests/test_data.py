@@ -759,7 +759,7 @@ def of_steps(dataset, first_step, rank=0, size=1, micro=4, steps=12):
     """Tensors of what train.py's micro-steps get from first_step on, sample by sample: [step][sample]."""
     args = Namespace(batch=4, steps=[steps] * 4, seed=3, micro_batch=micro)
     world, found = World(rank, size, torch.device("cpu")), []
-    for _, step in train.micro_batches(STAGES[4], 4, first_step, args, dataset, VIEWS, world):
+    for _, step in train.micro_batches(STAGES[4], 4, first_step, args, dataset, world):
         found.append([])
         for (x0, text, refs, vit), generators in step:
             for i, generator in enumerate(generators):
