@@ -315,7 +315,11 @@ def test_flags_that_only_begin_alike_are_passed_on(monkeypatch, tmp_path):
     """--steps begins as --stage does, --clip as --clips: none of them is claims.py's."""
     passed = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(claims, "train", lambda name, seed, args, out: passed.append(args.train))
+
+    def train(name, seed, args, out):
+        passed.append(args.train)
+        out.mkdir(parents=True)
+    monkeypatch.setattr(claims, "train", train)
     monkeypatch.setattr(claims, "evaluate", lambda *_: evaluation.Evaluation([], {}, 6, 32))
     claims.main(["full", "--seeds", "1", "--train=--steps 1 --clip 2 --clips 4 4"])
     assert passed == [["--steps", "1", "--clip", "2", "--clips", "4", "4"]]
