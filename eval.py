@@ -458,6 +458,7 @@ def sample_cases(cases, args, world):
     probe_writable(folder)
     weights = [read_meta(network)["sha256"] for network in found.networks]
     bf16 = uses_bf16(world.device, args.precision)
+    code = source_hash("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "toy")
     model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
                            need_vit=found.config.vit_dim > 0)
 
@@ -471,7 +472,7 @@ def sample_cases(cases, args, world):
                       for views in case.refs]
         files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
         note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16, args.wan,
-                           source_hash(*CODE)])
+                           code])
         shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
         return Job(case.prompt, references, case.seed, shape, note=hashlib.sha256(note.encode()).hexdigest())
     checked, todo = [], []
