@@ -183,7 +183,7 @@ def make_cases(argv):
     p.add_argument("--n", type=count, default=100, help="cases; a smaller number keeps the proportions (100)")
     p.add_argument("--out", required=True, type=Path, help="the .jsonl file; pictures are copied beside it")
     p.add_argument("--training", nargs="+", type=Path, default=[], help="manifests whose people are left "
-                   "out: by clip, and by id, which two sets curated apart do not share")
+                   "out: by clip, and by id; in sets that were curated apart one id is two people")
     p.add_argument("--seed", type=seed_number, default=0)
     args = p.parse_args(argv)
     if not args.out.name:
