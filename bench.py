@@ -243,8 +243,8 @@ def main(argv=None):
                        ("references", "time forwards with joint and one-way references")):
         speed = what.add_parser(name, help=help).add_argument
         speed("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS")
-        speed("--frames", type=count, help="frames of a clip (default: as in training)")
-        speed("--size", type=picture_size, help="HEIGHTxWIDTH of a clip (default: as in training)")
+        speed("--frames", type=count, help="of a clip (default: the toy's; for Wan 17)")
+        speed("--size", type=picture_size, help="HEIGHTxWIDTH (default: the toy's; for Wan 256x256)")
         speed("--batch", type=count, default=1, help="samples of a forward")
         for flag in ("--recompute", "--compile", "--no-fused"):
             speed(flag, action="store_true", help="as in train.py")
@@ -254,15 +254,15 @@ def main(argv=None):
     dry = what.add_parser("dry-run", help="memory and FLOPs of sample.py at Wan's sizes").add_argument
     dry("--ckpt", type=nonempty, default="1.3b", help="a preset of model.CONFIGS, or a folder of Wan's size")
     dry("--refs", nargs="+", action="append", help="one person's views, as a_front.png; not read")
-    dry("--frames", type=count, help="frames (default 81)")
-    dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default 480x832)")
+    dry("--frames", type=count, help="frames (default: 81)")
+    dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default: 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")
     dry("--tile", type=count, help="as in sample.py")
-    dry("--reference-attention", choices=CHOICES["reference_attention"], help="default: --ckpt's own")
+    dry("--reference-attention", choices=CHOICES["reference_attention"], help="(default: --ckpt's own)")
     how = what.add_parser("plan", help="memory and FLOPs of train.py at Wan's sizes").add_argument
     how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan])
     how("--frames", type=count, default=81, help="frames of a clip")
-    how("--size", type=picture_size, default=(480, 832), help="HEIGHTxWIDTH in pixels")
+    how("--size", type=picture_size, default="480x832", help="HEIGHTxWIDTH in pixels")
     how("--people", type=in_range(int, 1, 2, "1 or 2"), default=1, help="in the clip, with four views each")
     how("--rank", type=count, default=32, help="of --train lora")
     args = p.parse_args(argv)

@@ -31,9 +31,9 @@ from checkpoint import UserError, sha256_of, source_hash
 from curate import EXTRACT, MIDDLE, ask, find_faces, follow
 from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align
 from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder
-from report import align as in_columns
-from report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure, interval,
-                    mean, one, per_frame, plot, read_results, show, table, write_page)
+from report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
+                    in_columns, interval, mean, one, per_frame, plot, read_results, show, table, wrap,
+                    write_page)
 
 LEAST = Namespace(score=EXTRACT["score"][1])  # of a detection
 SHORT_SIDE = 720  # larger videos are shrunk to it
@@ -245,7 +245,7 @@ def measure_person(k, case, refs, targets, faces, length):
     def nearest_given(face):
         if math.isnan(face.yaw):
             return None
-        return min(MIDDLE, key=lambda view: abs((face.yaw - MIDDLE[view] + 180) % 360 - 180)) in case.refs[k]
+        return min(MIDDLE, key=lambda view: abs(wrap(face.yaw - MIDDLE[view]))) in case.refs[k]
     yaws = by_picture(lambda face: number(face.yaw))
     person = {"face": [f in faces for f in range(length)], "yaw": yaws, "seen": by_picture(nearest_given),
               "alike": None, "best": None, "crossed": None, "next": None,
@@ -275,7 +275,7 @@ def coverage(yaws, seen, asked):
 def is_copy(face, refs):
     """Does a face show a reference's own pose and pixels; None where no reference has a face with a pose."""
     def apart(ref):
-        return math.hypot((face.yaw - ref.yaw + 180) % 360 - 180, face.pitch - ref.pitch)
+        return math.hypot(wrap(face.yaw - ref.yaw), face.pitch - ref.pitch)
 
     def alike(ref):
         return float(face.pixels @ ref.pixels)

@@ -180,10 +180,10 @@ def make_cases(argv):
     p = Parser(prog="eval.py make-cases", description="cases for the real benchmark, of people of a curated "
                "set that training never saw: for 100 cases 52 people, 60 cases with one and 40 with two")
     p.add_argument("--data", required=True, type=Path, help="folder with a manifest.jsonl")
-    p.add_argument("--n", type=count, default=100, help="cases; a smaller number keeps the proportions (100)")
+    p.add_argument("--n", type=count, default=100, help="cases; a smaller number keeps the proportions")
     p.add_argument("--out", required=True, type=Path, help="the .jsonl file; pictures are copied beside it")
-    p.add_argument("--training", nargs="+", type=Path, default=[], help="manifests whose people are left "
-                   "out: by clip, and by id; in sets that were curated apart one id is two people")
+    p.add_argument("--training", nargs="+", type=Path, default=[], help="manifests of training: who has a "
+                   "clip or an id in them is left out (sets curated apart give two people one id)")
     p.add_argument("--seed", type=seed_number, default=0)
     args = p.parse_args(argv)
     if not args.out.name:

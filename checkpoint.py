@@ -75,12 +75,19 @@ def is_text(value):
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names a flag's default, where its help does not."""
+
+    def _get_help_string(self, action):
+        own = action.default in ([], None) or action.default is False or "(default" in action.help
+        return action.help if own else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a UserError of one line and flags must be written out in full."""
 
     def __init__(self, **options):
-        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
-        super().__init__(**options)
+        super().__init__(**{"formatter_class": Help, "allow_abbrev": False} | options)
 
     def error(self, message):
         raise UserError(message.removeprefix("argument "))
@@ -212,9 +219,9 @@ def lock(folder, wait=False):
         except BlockingIOError:
             file.seek(0)
             if not wait:
-                raise UserError(f"{folder} is in use by process {file.read()}: "
+                raise UserError(f"{folder} is in use by process {file.read() or '?'}: "
                                 "wait for it, or choose another folder") from None
-            print(f"waiting for process {file.read()}, which uses {folder}", flush=True)
+            print(f"waiting for process {file.read() or '?'}, which uses {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
@@ -391,6 +398,7 @@ def original_name(name):
 
 # folders of Wan2.2's two experts, the one for high noise first: Wan's own names, and diffusers'
 EXPERTS = ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")
+ROLES = ("high", "low")  # by the noise that each works at
 
 
 def expert_folders(path):

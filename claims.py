@@ -29,7 +29,7 @@ from report import Estimate, Metric, by_case, interval, mean, show
 import toy
 import torch
 
-MV2ID = "--pairs in --proxy-tokens 0 --no-mfi"
+IN_PAIR = "--pairs in --proxy-tokens 0 --no-mfi"
 ABLATIONS = {  # row: flags of train.py
     "full": "", "no-mfi": "--no-mfi",
     "no-proxies": "--proxy-tokens 0",
@@ -37,9 +37,9 @@ ABLATIONS = {  # row: flags of train.py
     "before": "--rope-layout before", "one-way": "--reference-attention one-way",
     "direct": "--no-curriculum", "front-only": "--front-only",
     "phantom": "--rope-layout append --proxy-tokens 0 --no-mfi",
-    "mv2id-base": f"{MV2ID} --rope-layout append", "mv2id-rd": f"{MV2ID} --rope-layout rd",
-    "mv2id-mask": f"{MV2ID} --rope-layout append --mask 0.6",
-    "mv2id-both": f"{MV2ID} --rope-layout rd --mask 0.6",
+    "mv2id-base": f"{IN_PAIR} --rope-layout append", "mv2id-rd": f"{IN_PAIR} --rope-layout rd",
+    "mv2id-mask": f"{IN_PAIR} --rope-layout append --mask 0.6",
+    "mv2id-both": f"{IN_PAIR} --rope-layout rd --mask 0.6",
 }
 BASE = "base"  # the row that is not trained: the base model itself, which was never shown a reference
 GIVEN, FEW = ("front", "front+left", "all"), ("front", "front+left")  # FEW: not every frame has a reference
@@ -80,6 +80,7 @@ CLAIMS = [
     Claim("several views beat one at large yaw", "full", "front-only", "side", 1, ("all",), ("front",)),
     Claim("one-way references cost nothing", "one-way", "full", "psnr", 1, GIVEN, None, 0.15),
     Claim("region masking lowers copy-paste", "mv2id-both", "mv2id-rd", "copied", -1, FEW),
+    Claim("region masking lowers copy-paste, append", "mv2id-mask", "mv2id-base", "copied", -1, FEW),
     Claim("region masking costs a little similarity", "mv2id-rd", "mv2id-both", "psnr", 1, FEW),
     Claim("RD-RoPE makes motion more natural", "mv2id-rd", "mv2id-base", "jitter", -1, FEW),
 ]

@@ -662,7 +662,7 @@ def read_arguments(argv):
     add("--caption-url", type=nonempty, help="OpenAI-compatible endpoint for clips without a caption")
     add("--caption-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
     for flag, (kind, default, meaning) in (EXTRACT | GROUP).items():
-        add(f"--{flag}", type=kind, default=default, help=f"{meaning} ({default})")
+        add(f"--{flag}", type=kind, default=default, help=meaning)
     args = p.parse_args(argv)
     if args.frames % STEP != 1:
         raise UserError(f"--frames {args.frames}: expected 4n+1, for example {args.frames // 4 * 4 + 1}")

@@ -58,6 +58,11 @@ def noise_of(shape, generators):
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
+def shifted(sigma, shift):
+    """Noise levels in 0..1 after the timestep shift: more than 1 moves them to more noise."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
 class NoiseLevels(NamedTuple):
     """How sigma is drawn for a training sample: logit-normal or uniform, then shifted. An expert's slice of
     the shifted levels, low <= sigma < high, is cut out: what lies outside is drawn again, so that inside it
@@ -70,15 +75,16 @@ class NoiseLevels(NamedTuple):
     def draw(self, generator):
         while True:
             u = (torch.rand if self.kind == "uniform" else torch.randn)((), generator=generator)
-            u = u if self.kind == "uniform" else u.sigmoid()
-            sigma = self.shift * u / (1 + (self.shift - 1) * u)
+            sigma = shifted(u if self.kind == "uniform" else u.sigmoid(), self.shift)
             if self.low <= sigma < self.high:
                 return sigma
 
-    def share(self, sigma=None):
-        """Share of all draws that the slice holds; with sigma, that lie below it."""
-        if sigma is None:
-            return self.share(min(self.high, 1)) - self.share(self.low)
+    def share(self):
+        """Share of all draws that the slice holds."""
+        return self.below(min(self.high, 1)) - self.below(self.low)
+
+    def below(self, sigma):
+        """Share of all draws, the slice's or not, that lie below sigma."""
         u = sigma / (self.shift - (self.shift - 1) * sigma)
         if self.kind == "uniform" or u in (0, 1):
             return u
@@ -86,9 +92,9 @@ class NoiseLevels(NamedTuple):
 
     def quantile(self, q):
         """The sigma below which a share q of the slice's draws lies."""
-        p = self.share(self.low) + q * self.share()
+        p = self.below(self.low) + q * self.share()
         u = p if self.kind == "uniform" else 1 / (1 + math.exp(-NormalDist().inv_cdf(p)))
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        return shifted(u, self.shift)
 
 
 # ------------------------------------------------------------------------------------------------ the dataset
@@ -115,8 +121,9 @@ class Dataset:
             v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
         with as_user_error(sample_path(self.folder, "empty")):
             self.empty = self.load("empty", ["text"])["text"]
-        # samples drawn of each group of members, whatever the views: those that all have share one order
-        self.taken, self.checked, self.broken = collections.Counter(), set(), set()
+        # samples drawn so far by group (a tuple of numbers); views that the same samples have share one order
+        self.taken = collections.Counter()
+        self.checked, self.broken = set(), set()
 
     def draw(self, stage, progress, rng, batch, seed):
         """What one step trains on: its views, as from draw_views, and the numbers of `batch` samples of one
@@ -249,16 +256,15 @@ def prefetch(items):
 def main(argv=None):
     p = Parser(description=__doc__)
     what = p.add_subparsers(dest="what", required=True, metavar="import|encode|show")
-    add = what.add_parser("encode", help="encode a manifest's clips; restartable, spread by torchrun")
-    add = add.add_argument
+    add = what.add_parser("encode", help="a manifest's clips; restartable, spread by torchrun").add_argument
     add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
     add("--wan", required=True, type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: its encoders")
     add("--out", type=nonempty, help="folder of the encoded set (default: encoded, in --data)")
     add("--size", type=picture_size, nargs="+", default=[(480, 832)], help="HEIGHTxWIDTH; of several, the "
-        "nearest in shape is a clip's")
-    add("--frames", type=count, nargs="+", default=[81], help="4n+1; of several, the most that a clip has")
+        "nearest in shape is a clip's (default: 480x832)")
+    add("--frames", type=count, nargs="+", default=[81], help="4n+1; of several, the most that a clip has (default: 81)")
     add("--fps", type=frame_rate, default=16, help="frames per second")
-    add("--mask", type=fraction, default=0.0, help="region masking: fraction of each reference (Mv2ID: 0.6)")
+    add("--mask", type=fraction, default=0.0, help="region masking: share of a reference hidden (Mv2ID: 0.6)")
     add("--mask-variants", type=in_range(int, 1, 100, "1 to 100"), default=4, help="masked versions of each")
     add("--offload", action="store_true", help="umT5 stays in CPU memory, block by block on the GPU")
     add("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")

@@ -21,7 +21,8 @@ from rope import VIEWS
 
 # An encoded set is a folder: settings.json, index.jsonl with a line a sample, and a file each, which holds
 # "latents" [C, T, H, W], "text" [S, E] at its true length, and for person k "refs.k.VIEW" [variants, C, h,
-# w] and, of the frontal view, "vit.k" [variants, levels, tokens, width]. The sample "empty" is no caption.
+# w] and, of the frontal view, "vit.k" [variants, levels, tokens, width]. The sample "empty" has the text of
+# an empty caption. A line's "views" are, for each person, {view: is it from another clip}.
 VERSION = 2
 
 

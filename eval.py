@@ -40,8 +40,8 @@ from curate import check_url
 from faces import Faces, RetinaFace
 from parallel import World
 from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, write_video
-from report import (BIN_NAMES, Metric, align, append, by_yaw, column, estimate, figure, interval, mean, one,
-                    per_frame, plot, read_results, show, strip, table, write_page)
+from report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval, mean,
+                    one, per_frame, plot, read_results, show, strip, table, wrap, write_page)
 from rope import VIEWS
 from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, find, frames_and_size, generate,
                     load, make_round, override, recipe_flags)
@@ -60,11 +60,6 @@ CODE = ("data", "encode", "encoders", "eval", "kernels", "lora", "model", "pictu
 
 
 # -------------------------------------------------------------------------------------------------- measuring
-def wrap(degrees):
-    """Degrees into -180..180."""
-    return (degrees + 180) % 360 - 180
-
-
 def square(picture, k):
     """Person k's part of toy pictures [..., S, W]."""
     S = picture.shape[-2]
@@ -333,8 +328,11 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
     model, encoders = load(found, precision=plan.precision)
     frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
     run = run_key(model, found, plan)
-    lines = [line for line in read_results(path) if line.get("run") == run]
-    results = {(line["case"], line.get("setting")): line for line in lines}
+
+    def stored():
+        lines = [line for line in read_results(path) if line.get("run") == run]
+        return {(line["case"], line.get("setting")): line for line in lines}
+    results = stored()
     batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
     for numbers in tqdm(batches, "evaluating", unit=" batches", disable=None):
         for setting in (*plan.settings, None):
@@ -347,7 +345,7 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
                     append(path, results[n, setting])
     if world.size > 1:  # now all is in the file, as it is for a restart
         world.barrier()
-        return evaluate(ckpt, plan, path)
+        results = stored()
     # in this order, since a restart measures in another one
     in_order = [results[n, setting] for n in plan.cases for setting in sorted(plan.settings)]
     return Evaluation(in_order, {n: results[n, None]["loss"] for n in plan.cases}, frames, size)
@@ -404,8 +402,8 @@ def benchmark_flags(add, settings=USUAL):
     case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
     add("--limit", type=case_count, default=CASES, help="for a quick look: so many cases, spread over all")
     add("--settings", nargs="+", choices=SETTINGS, default=list(settings), help="views given; described: "
-        "none, but the caption tells the looks (for a base model)")
-    add("--batch", type=case_count, default=20, help="cases sampled together, on one process of torchrun's")
+        f"none, but the caption tells the looks, for a base model (default: {' '.join(settings)})")
+    add("--batch", type=case_count, default=20, help="cases that share a forward")
     recipe_flags(add)
 
 
@@ -430,14 +428,14 @@ def run_toy(args, world):
         settings = [s for s in plan.settings if s == "none"]
         evaluations["its stage 1"] = evaluate(first, plan._replace(settings=settings), path, world)
     results = evaluations["this checkpoint"].results
-    print(align(table_of(results, HEADLINE)))
+    print(in_columns(table_of(results, HEADLINE)))
     for metrics in (DETAILS, ("colour", *ATTRIBUTES)):
-        print(align(table_of(results, metrics, with_interval=False)))
+        print(in_columns(table_of(results, metrics, with_interval=False)))
     lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
     for name, evaluation in evaluations.items():
         rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
         lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
-    print(align(lines))
+    print(in_columns(lines))
     if world.rank == 0:
         how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"
         report(page, f"{ckpt}: {how}", evaluations)
@@ -545,7 +543,7 @@ def arguments(argv):
     add("--cases", type=Path, help="file of cases; see cases.py and make-cases")
     add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
     add("--faces", type=Path, help="folder with the weights that faces.py names")
-    add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at (8)")
+    add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at")
     add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model, for `natural`")
     add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
     add("--compare", nargs="+", type=Path, metavar="DIR", help="--out folders of earlier calls, side by side")

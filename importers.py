@@ -50,14 +50,14 @@ def import_set(kind, root, out, mirror=False):
     held = {f.name for f in out.iterdir() if f.name[0] != "."} if out.is_dir() else set()
     others = sorted(held - {"manifest.jsonl", "refs", "source", "encoded"})
     if others or (held and (out / "source").resolve() != outer):
-        what = others[0] if others else "something else than"
-        raise UserError(f"--out {out} holds {what}, not only an import of {root}: choose another")
+        what = others[0] if others else "what is from elsewhere"
+        raise UserError(f"--out {out} holds {what}, expected nothing or an import of {root}: choose another")
     with lock(out):
         if not held:
             os.symlink(outer, out / "source", target_is_directory=True)
         try:
             return write_manifest(kind, root, out, mirror)
-        except BaseException:
+        except Exception:  # not Ctrl-C: what is made serves the next start
             if not held:  # else the right --root would be refused
                 remove(out / "refs")
                 remove(out / "source")

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import UserError, as_user_error, original_name, read_weights
+from checkpoint import ROLES, UserError, as_user_error, original_name, read_weights
 
 
 NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan
@@ -214,7 +214,7 @@ def read_lora_argument(text):
     """A type for add_argument: "[high=|low=]FILE[:SCALE]" -> path, scale (1 without one), and its expert:
     "high", "low" or None. What follows a colon and is no number is part of the path."""
     role, equals, path = text.partition("=")
-    if not equals or role not in ("high", "low"):
+    if not equals or role not in ROLES:
         role, path = None, text
     file, colon, number = path.rpartition(":")
     try:

@@ -64,8 +64,8 @@ class DiTConfig:
         for field in fields(self):
             value, most = getattr(self, field.name), 1000 if field.name == "num_layers" else 2**18
             if type(value) is not field.type or field.type is int and not 0 <= value <= most:
-                raise UserError(f"config {field.name} is {str(value)[:40]}; expected {field.type.__name__}, "
-                                f"at most {most}")
+                expected = f"int from 0 to {most}" if field.type is int else field.type.__name__
+                raise UserError(f"config {field.name} is {str(value)[:40]!r}; expected {expected}")
         if not self.num_heads or not self.dim or self.dim % (2 * self.num_heads):
             raise UserError(f"dim {self.dim} is not a multiple of 2 x {self.num_heads} heads: "
                             "rotary rotates pairs")
@@ -169,10 +169,10 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim))
 
-    def forward(self, x, time, context, rope, kept=None, keep=False):
-        """x float32 [B, L, D], time float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D], and what
+    def forward(self, x, time6, context, rope, kept=None, keep=False):
+        """x float32 [B, L, D], time6 float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D], and what
         self-attention keeps. kept: that of one-way references, which x reads too."""
-        modulation = (self.modulation.float() + time).chunk(6, dim=1)  # [B, 1, D] each
+        modulation = (self.modulation.float() + time6).chunk(6, dim=1)  # [B, 1, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype, norm3 = context.dtype, self.norm3
         h = modulate(x, shift_sa, scale_sa, norm3.eps).to(dtype)
@@ -454,9 +454,10 @@ class HarmoView(nn.Module):
                 first = latent if first is None else first
                 if view not in VIEWS:
                     raise UserError(f"unknown view {view!r}; expected one of {', '.join(VIEWS)}")
-                if latent.ndim != 4 or latent.shape[:2] != x.shape[:2] or latent.shape != first.shape:
-                    raise UserError(f"reference {view!r} is {list(latent.shape)}; expected "
-                                    f"[{B}, {c.in_dim}, h, w], the same h and w for every reference")
+                if (latent.ndim != 4 or latent.shape[:2] != x.shape[:2] or latent.shape != first.shape
+                        or latent.shape[2] % PATCH or latent.shape[3] % PATCH):
+                    raise UserError(f"reference {view!r} is {list(latent.shape)}; expected [{B}, {c.in_dim}, "
+                                    "h, w], the same even h and w for every reference")
         for features in vit or ():
             expected = [B, c.vit_levels, c.vit_dim]
             if features is not None and self.mfi and [*features.shape[:2], *features.shape[3:]] != expected:
@@ -488,6 +489,9 @@ def wan_on_meta(path):
                            text_dim=shapes["text_embedding.0.weight"][1], **WAN)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is not a Wan transformer: {error} among its {len(shapes)} tensors") from None
+    if not config.is_wan:  # image-to-video, or Wan2.2's 5B
+        raise UserError(f"{path} works on latents of {in_dim} channels, expected 16: take Wan2.1's or "
+                        "Wan2.2-A14B's text-to-video")
     with torch.device("meta"):
         model = HarmoView(config)
     check_fit(model, file, new_names(model))
@@ -525,7 +529,7 @@ def load_base(model, base, dtype=None):
     if not base["sha256"]:
         return fill(model, read_wan(path), dtype)
     if not path.is_dir() or read_meta(path)["sha256"].get("ema.safetensors") != base["sha256"]:
-        raise UserError(f"{path}, which was trained further, is not there any more or was trained again")
+        raise UserError(f"the frozen network under these adapters, {path}, is gone or was trained again")
     check_files(path, "ema.safetensors")
     return fill(model, read_weights(path / "ema.safetensors"), dtype)
 

@@ -22,7 +22,7 @@ from rope import VIEWS
 
 GIB = 2**30
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of a validation, of the law that training draws from
-CASES = 4  # clips of each kind
+VALID_CLIPS = 4  # of each kind, in a validation
 GIVEN = {"no references": ((),)} | {f"{n} view{'s' * (n > 1)}": (VIEWS[:n],) for n in range(1, 5)}
 GIVEN |= {"two people": (("front",), ("front",))}
 
@@ -71,12 +71,9 @@ class Metrics:
     def count(self, x0, refs):
         """The work of a forward and backward: tokens, and FLOPs without recomputation."""
         B, _, T, H, W = x0.shape
-        frame = (H // PATCH) * (W // PATCH)
-        video, references = T * frame, 0
+        video, references = T * H * W // PATCH**2, 0
         for views in refs:
-            for latent in views.values():
-                frame = (latent.shape[2] // PATCH) * (latent.shape[3] // PATCH)
-                references += frame
+            references += sum(latent.shape[2] * latent.shape[3] // PATCH**2 for latent in views.values())
             references += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
         self.tokens += B * (video + references)
         self.flops += self.passes * B * self.model.flops(video, references)
@@ -95,15 +92,11 @@ class Metrics:
             print(json.dumps(without_nan(line)), file=self.file, flush=True)
 
 
-def without_nan(line):
-    """A dict as JSON can hold it: None for what is not finite."""
-    found = {}
-    for name, value in line.items():
-        if isinstance(value, dict):
-            found[name] = without_nan(value)
-        else:
-            found[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-    return found
+def without_nan(value):
+    """A value as JSON can hold it: None for what is not finite, in dicts too."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Validation:
@@ -118,7 +111,7 @@ class Validation:
             by_shape = self.dataset.having(views, False)
             if by_shape and set(views[0]) <= set(available):
                 members = max(by_shape.values(), key=len)
-                self.cases[given] = views, members[::max(1, len(members) // CASES)][:CASES]
+                self.cases[given] = views, members[::max(1, len(members) // VALID_CLIPS)][:VALID_CLIPS]
         if not self.cases:
             raise UserError(f"{folder} holds no clip of one or two people: give another --valid")
 
@@ -128,7 +121,7 @@ class Validation:
         which makes every size-th case. Where there are fewer cases than processes, some are made twice, since
         sharded weights need all processes in every forward."""
         sigmas = [levels.quantile(q) for q in QUANTILES]
-        found = torch.zeros(len(self.cases), len(sigmas), CASES, dtype=torch.float64)
+        found = torch.zeros(len(self.cases), len(sigmas), VALID_CLIPS, dtype=torch.float64)
         for g, (views, numbers) in enumerate(self.cases.values()):
             for first in range(0, len(numbers), self.world.size):
                 case = first + self.world.rank
@@ -173,10 +166,11 @@ def averaged(model, weights, averages):
 COLOURS = ("#4477aa", "#cc6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee8866", "#777777")
 
 
-def draw_losses(out):
-    """Write loss.png of a run: training's loss and the validations', over all steps of all stages."""
+def draw_losses(out, stage):
+    """Write loss.png of a run: training's loss and the validations', over all steps up to this stage's (later
+    ones, if there are any, grew from what is trained anew)."""
     curves, edges, start = {}, [], 0
-    for path in sorted(Path(out).glob("stage*/metrics.jsonl")):
+    for path in [Path(out, f"stage{number}", "metrics.jsonl") for number in range(1, stage + 1)]:
         lines = [line for line in read_lines(path) if isinstance(line.get("step"), int)]
         if not lines:
             continue

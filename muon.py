@@ -43,15 +43,12 @@ def orthogonalize(x, iterations=5):
 
 def make_optimizers(model, args):
     """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
-    matrices = matrices if args.optimizer == "muon" else []
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in trained if id(p) not in chosen]
-    rest = {"params": rest, "peak_lr": args.adamw_lr}
-    adamw = torch.optim.AdamW([rest], args.adamw_lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
-                              fused=True)
+    matrices = [p for p in model.blocks.parameters()
+                if p.ndim == 2 and p.requires_grad and args.optimizer == "muon"]
+    chosen = set(map(id, matrices))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    adamw = torch.optim.AdamW([{"params": rest, "peak_lr": args.adamw_lr}], args.adamw_lr, betas=(0.9, 0.95),
+                              weight_decay=args.weight_decay, fused=True)
     if not matrices:
         return [adamw]
-    matrices = {"params": matrices, "peak_lr": args.muon_lr}
-    return [adamw, Muon([matrices], args.muon_lr, args.weight_decay)]
+    return [adamw, Muon([{"params": matrices, "peak_lr": args.muon_lr}], args.muon_lr, args.weight_decay)]

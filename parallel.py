@@ -96,8 +96,8 @@ class World:
 
     @contextmanager
     def one_voice(self):
-        """Around what all ranks do, but one should tell: rank 0. The others print nothing, and wait with an
-        error, which may be rank 0's too: then torchrun ends them as soon as rank 0 has said it."""
+        """Only rank 0 prints. Another rank's error waits PATIENCE seconds: rank 0 mostly has the same one and
+        says it, and torchrun ends the others."""
         if self.rank == 0:
             yield
             return

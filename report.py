@@ -34,6 +34,11 @@ class Metric(NamedTuple):
     percent: bool = False  # a rate, shown in per cent
 
 
+def wrap(degrees):
+    """Degrees into -180..180."""
+    return (degrees + 180) % 360 - 180
+
+
 def one(key):
     return lambda p: [p.get(key)]
 
@@ -125,7 +130,7 @@ def table(corner, groups, metrics, with_interval=True):
     return lines
 
 
-def align(lines):
+def in_columns(lines):
     """Lines of cells as text in columns."""
     first, *others = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (Parser, UserError, atomic_file, autocast, check_files, check_outputs, count,
+from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, check_files, check_outputs, count,
                         expert_folders, find_checkpoint, frame_rate, in_range, nonempty, probe_writable,
                         read_meta, run_script, save_checkpoint, seed_number, uses_bf16)
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
@@ -45,7 +45,6 @@ SAMPLE_RECIPES = {
     "wan2.2": dict(steps=40, shift=12.0, solver="unipc", guide_text=(4.0, 3.0), guide_refs=None, fps=16,
                    negative=NEGATIVE_PROMPT),
 }
-ROLES = ("high", "low")  # of two networks
 BOUNDARY = 0.875  # where Wan2.2's experts change, as a share of t's range
 ROUND = 16  # videos that are made together, one network after the other, and written before the next ones
 
@@ -55,7 +54,7 @@ def schedule(steps, shift, solver):
     """Noise levels [steps + 1], the last one 0, and times [steps] in 0..1000, both float64.
     UniPC and DPM++ ask the network at whole times, as Wan's do."""
     sigma = torch.linspace(0.999 if solver == "unipc" else 1, 0, steps + 1, dtype=torch.float64)
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    sigma = data.shifted(sigma, shift)
     times = 1000 * sigma[:-1]
     return sigma, times if solver == "euler" else times.floor()
 
@@ -64,7 +63,7 @@ def solve(velocity, x, steps, shift, solver):
     """Integrate dx/dsigma = velocity from noise x at sigma 1 to x0 at sigma 0.
 
     velocity  function (x, t) -> noise - x0, t a float32 scalar tensor in 0..1000
-    shift     sigma -> shift * sigma / (1 + (shift - 1) * sigma): more than 1 spends more steps at high noise
+    shift     as data.shifted: more than 1 spends more steps at high noise
     solver    "euler"; "dpm++", DPM-Solver++(2M) (Lu et al. 2022); "unipc", UniPC of order 2 with
               B(h) = e^h - 1 (Zhao et al. 2023): the predictor of dpm++, then a corrector that uses the
               network's answer at the predicted point. Both work on x0 over lambda = log((1 - sigma) / sigma),
@@ -126,7 +125,7 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
     v = v(-, -) + guide_text * (v(text, -) - v(-, -)) + guide_refs * (v(text, refs) - v(text, -)), where "no
     references" is every view missing and "no caption" the text tokens no_text. Written as one weighted
     sum, terms of weight 0 cost nothing. Of two scales in guide_text the first is for t >= 1000 * boundary.
-    Without a single reference, or with refs None (plain Wan), the second term gets weight 0: Wan's guidance.
+    Without a single reference, or with refs None (plain Wan), v(text, -) gets weight 0: Wan's guidance.
     """
     no_refs = None if refs is None else [{} for _ in refs]
     no_vit = None if vit is None else [None for _ in vit]
@@ -178,15 +177,12 @@ def encode_references(encoders, batches, with_vit, device):
         return [(None, None) for _ in batches]
     # of each batch: one {view: pictures [B, 3, h, w]} per person
     stacked = [default_collate([job.references for job in jobs]) for jobs in batches]
-    refs, vit = [], []
-    for people in stacked:
-        refs.append([])
-        for views in people:
-            latents = {view: encoders.encode(p[:, :, None])[:, :, 0] for view, p in views.items()}
-            refs[-1].append({view: latent.to(device) for view, latent in latents.items()})
-    for people in stacked:
-        vit.append([encoders.features(views["front"]).to(device) if with_vit and "front" in views else None
-                    for views in people])
+
+    def latents(pictures):
+        return encoders.encode(pictures[:, :, None])[:, :, 0].to(device)
+    refs = [[{view: latents(p) for view, p in views.items()} for views in people] for people in stacked]
+    vit = [[encoders.features(views["front"]).to(device) if with_vit and "front" in views else None
+            for views in people] for people in stacked]
     return list(zip(refs, vit))
 
 
@@ -427,7 +423,7 @@ def recipe_flags(add):
     """Flags that override SAMPLE_RECIPES; eval.py has them too."""
     add("--steps", type=count, help="solver steps")
     add("--shift", type=time_shift, help="timestep shift: more than 1 spends more steps at high noise")
-    add("--guide-refs", type=guidance, help="guidance towards the references; 1 is none")
+    add("--guide-refs", type=guidance, help="guidance to the references (default for Wan: --guide-text's)")
     add("--guide-text", type=guidance, nargs="+", help="the same for the caption; two: at high and low noise")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
 
@@ -450,18 +446,18 @@ def arguments(argv=None):
     what("--views", nargs="+", choices=VIEWS, help="toy, without --refs: the views that are given")
     what("--swap", action="store_true", help="again with two people's references exchanged, same noise")
     what("--ckpt", type=nonempty, help="a checkpoint, a run or a Wan release (default: out/toy, else ours)")
-    what("--wan", type=nonempty, help="folder of umT5, VAE and ViT (default: that --ckpt is or started from)")
-    what("--out", default="out/sample", help="where to write, without suffix (default out/sample)")
+    what("--wan", type=nonempty, help="folder of umT5, VAE and ViT (default: --ckpt's own)")
+    what("--out", default="out/sample", help="where to write, without suffix")
     how = p.add_argument_group("how (defaults by kind of checkpoint: SAMPLE_RECIPES)").add_argument
     how("--frames", type=count, help="frames, for Wan 4n+1 (default: as trained; Wan 81)")
     how("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default: as trained; Wan 480x832)")
     how("--fps", type=frame_rate, help="frames per second of the MP4")
-    how("--solver", choices=SOLVERS)
+    how("--solver", choices=SOLVERS, help="of the path from noise to video")
     recipe_flags(how)
     how("--negative", help="what the video should not be")
     how("--lora", type=read_lora_argument, action="append", default=[], metavar="FILE[:SCALE]",
         help="a Wan LoRA to merge; once per file; high=FILE or low=FILE for one of two experts")
-    how("--seed", type=seed_number, default=0)
+    how("--seed", type=seed_number, default=0, help="of the noise")
     how("--export", metavar="DIR", type=nonempty, help="write the checkpoint there in bf16, and stop")
     card = p.add_argument_group("speed and memory").add_argument
     card("--offload", action="store_true", help="weights stay in CPU memory, block by block on the GPU")
@@ -537,9 +533,7 @@ def write_round(jobs, recipe, frames, ckpt, videos, sheet):
     """Write these jobs' videos and their contact sheet; each file tells how its video was made."""
     info = PngInfo()
     for n, (job, path) in enumerate(zip(jobs, videos), 1):
-        refs = []
-        for files in job.files:
-            refs.append([Path(view_of(file)[1]).name for file in files])
+        refs = [[Path(view_of(file)[1]).name for file in files] for files in job.files]
         how = {"prompt": job.prompt, "seed": job.seed, "refs": refs, "frames": frames, "size": job.size,
                "ckpt": Path(os.path.abspath(ckpt)).name, **recipe}  # not this machine's folders
         how = json.dumps(how, ensure_ascii=False)

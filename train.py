@@ -37,15 +37,15 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (EXPERTS, Parser, UserError, as_user_error, autocast, check_replaceable, compare,
-                        count, delete_checkpoint, expert_folders, find_checkpoint, find_valid, fraction,
-                        in_range, load_tensors, lock, nonempty, not_negative, pack_optimizers, parent_of,
-                        positive, probe_writable, read_meta, run_script, save_checkpoint, seed_number,
-                        sha256_of, steps_in, temporary_name, unpack_optimizers, uses_bf16)
+from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autocast, check_replaceable,
+                        compare, count, delete_checkpoint, expert_folders, find_checkpoint, find_valid,
+                        fraction, in_range, load_tensors, lock, nonempty, not_negative, pack_optimizers,
+                        parent_of, positive, probe_writable, read_meta, run_script, save_checkpoint,
+                        seed_number, sha256_of, steps_in, temporary_name, unpack_optimizers, uses_bf16)
 from kernels import use_fused
 from lora import TRAINS, set_trained
 from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
-from monitor import CASES, Metrics, Validation, averaged, draw_losses
+from monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses
 from muon import make_optimizers
 from parallel import (CORES, TORCHRUN, World, gathered, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
@@ -92,7 +92,7 @@ def arguments(argv=None):
     run = p.add_argument_group("run").add_argument
     run("--stage", default="all", choices=[*map(str, STAGES), "all"], help="one stage, or all (default)")
     run("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS and its recipe")
-    run("--out", type=nonempty, help="folder of the run (default out/CONFIG)")
+    run("--out", type=nonempty, help="folder of the run (default: out/CONFIG)")
     run("--data", type=nonempty, default="cache", help="an encoded set (`python data.py encode`), or the "
         "folder to render and encode the toy in")
     run("--clips", type=count, nargs=2, metavar=("ONE", "TWO"),
@@ -100,11 +100,11 @@ def arguments(argv=None):
     run("--wan", type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: the first stage trained "
         "starts from its transformer, and sampling takes its encoders (the toy's default: assets/base)")
     run("--scratch", action="store_true", help="start the toy from random weights instead")
-    run("--expert", choices=("high", "low"), help="train this one of Wan2.2's experts, on its own noise "
+    run("--expert", choices=ROLES, help="train this one of Wan2.2's experts, on its own noise "
         "levels; sample.py expects both in one folder, as high_noise_model and low_noise_model")
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
     run("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
-    run("--seed", type=seed_number, default=0)
+    run("--seed", type=seed_number, default=0, help="of all that is random")
     opt = p.add_argument_group("optimization").add_argument
     opt("--train", choices=TRAINS, default="all", help="all; new: proxies and MFI; lora: these and adapters "
         "of the blocks' matrices, on a frozen network")
@@ -119,15 +119,14 @@ def arguments(argv=None):
     opt("--lr-span", type=not_negative, nargs=2, metavar=("START", "END"), help="factors of the peak "
         "learning rates at every stage's start and end (default: those of STAGES)")
     opt("--warmup", type=count, default=30, help="steps of linear warm-up per stage")
-    opt("--weight-decay", type=not_negative, default=0.01)
+    opt("--weight-decay", type=not_negative, default=0.01, help="of both optimizers")
     opt("--clip", type=positive, default=1.0, help="largest gradient norm")
     opt("--ema", type=fraction, default=0.995, help="decay of the averaged weights, reached gradually")
     opt("--timesteps", choices=("logit-normal", "uniform"), default="logit-normal",
         help="how noise levels are drawn, before the shift")
     opt("--shift", type=positive, help="timestep shift: more than 1 trains more on noisy steps")
     opt("--boundary", type=fraction, default=0.875, help="shifted noise level where the experts meet, 0..1")
-    opt("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="matmuls under autocast; auto: bf16 if fast here")
+    opt("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
     opt("--shard", action="store_true", help="FSDP2: split weights, averages and optimizer over processes")
     opt("--recompute", action="store_true",
         help="activation checkpointing: store attention's output only, recompute the rest of a block")
@@ -135,7 +134,7 @@ def arguments(argv=None):
     opt("--compile", action="store_true", help="torch.compile every block (needs a C++ compiler or a GPU)")
     method = p.add_argument_group("method").add_argument
     method("--no-mfi", action="store_true", help="without Multi-level Feature Injection")
-    method("--rope-layout", choices=LAYOUTS, help="positions of references (default jump)")
+    method("--rope-layout", choices=LAYOUTS, help="positions of references (default: jump)")
     method("--rope-jump", type=count, help="Jump-RoPE's gap between identities, in frames")
     method("--proxy-tokens", type=in_range(int, 0, 10**4, "0 to 10000"),
            help="learnable tokens for a missing view; 0 leaves it out")
@@ -154,8 +153,7 @@ def arguments(argv=None):
     method("--mv2id", action="store_true", help=f"Mv2ID's recipe: {MV2ID}, and no step that asks for "
            "references from other clips; an encoded set must be masked already")
     log = p.add_argument_group("logging").add_argument
-    log("--save-every", type=count, default=500,
-        help="steps between checkpoints; the stage's last step is always saved")
+    log("--save-every", type=count, default=500, help="steps between checkpoints; also at a stage's end")
     log("--keep", type=count, default=2, help="checkpoints kept per stage")
     log("--log-every", type=count, default=10, help="steps between lines of metrics.jsonl")
     log("--valid", type=nonempty, metavar="DIR", help="an encoded set of people that training does not see "
@@ -163,8 +161,7 @@ def arguments(argv=None):
     log("--valid-every", type=count, default=500, help="steps between validations; also at a stage's end")
     log("--sample-prompts", type=nonempty, metavar="FILE", help="jobs of sample sheets, as sample.py's "
         "--prompts (default: for the toy people it never saw, for Wan none)")
-    log("--sample-saves", action="store_true", help="a sample sheet at every checkpoint, not only at a "
-        "stage's end")
+    log("--sample-saves", action="store_true", help="sheets at all checkpoints, not only a stage's last")
     log("--no-samples", action="store_true", help="no sample sheets")
     args = p.parse_args(argv)
     if args.mv2id:  # what is given beside it comes later and wins
@@ -229,6 +226,8 @@ def resolve(args, world):
                         f"--micro-batch {args.micro_batch}")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
+    if args.expert and args.sample_prompts:
+        raise UserError("--sample-prompts needs both experts, and this run trains one: leave it out")
     if config.is_wan and not (args.wan and encoded_data(args)):
         raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
                         "DIR, a set that `python data.py encode` made; "
@@ -266,7 +265,7 @@ def check_existing(stages, args):
         for step in range(args.save_every, args.steps[number - 1] + args.save_every, args.save_every):
             check_replaceable(folder / f"step-{min(step, args.steps[number - 1]):06d}")
         if args.resume and later and (own is None or read_meta(own)["step"] < args.steps[number - 1]):
-            raise UserError(f"{later} started from stage {number} before its {args.steps[number - 1]} steps: "
+            raise UserError(f"{later} grew from fewer steps of stage {number} than {args.steps[number - 1]}: "
                             "give the --steps it had, or --overwrite, or another --out")
         later = own or later
 
@@ -315,8 +314,7 @@ def prepare(number, args, config, world):
         compare(before, meta["config"], asdict(config))
     elif number > 1 and not args.wan:
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
-                        f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}` "
-                        "first")
+                        f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}`")
     start = before or args.wan  # a released Wan has no fingerprint
     parent = parent_of(start) if start and Path(start, "checkpoint.json").is_file() else None
     if own:
@@ -392,8 +390,7 @@ def add_to_base(base, folder, args, config):
 
 
 def loss_of(model, batch, sigma, noise):
-    """Mean squared error of the velocity noise - x0 at x_t = (1 - sigma) x0 + sigma noise,
-    sigma [B] in 0..1."""
+    """Mean squared error of velocity noise - x0 at x_t = (1 - sigma) x0 + sigma noise; sigma [B] in 0..1."""
     x0, text, refs, vit = batch
     s = sigma.view(-1, 1, 1, 1, 1)
     return F.mse_loss(model((1 - s) * x0 + s * noise, 1000 * sigma, text, refs, vit), noise - x0)
@@ -450,9 +447,8 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
         if not world.all(all(bool(local(p).isfinite().all()) for p in [*trained.values(), *ema.values()])):
             raise UserError(f"stage {number} step {step}: the weights are no longer finite and not saved; "
                             "try smaller learning rates")
-        meta = {"config": asdict(model.config), "preset": args.config,
-                "world": {k: toy.WORLDS[args.config][k] for k in ("size", "frames")}, "stage": number,
-                "name": stage.name, "step": step, "finished": step == steps, "command": " ".join(sys.argv),
+        meta = {"config": asdict(model.config), "preset": args.config, "stage": number, "name": stage.name,
+                "step": step, "finished": step == steps, "command": " ".join(sys.argv),
                 "flags": step_flags(args, number), "parent": parent}
         if base:
             meta["base"] = base
@@ -460,6 +456,8 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             meta["expert"] = {"role": args.expert, "boundary": args.boundary, "share": args.levels.share()}
         if model.config.is_wan:
             meta["wan"] = str(wan_root(args))
+        else:
+            meta["world"] = {name: toy.WORLDS[args.config][name] for name in ("size", "frames")}
         shards, tensors = None, {"model": trained, "ema": ema, "optimizer": pack_optimizers(optimizers)}
         if args.shard:
             shards = Path(world.agree(str(temporary_name(folder / "shards"))))
@@ -528,7 +526,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
         if (step + 1) % args.save_every == 0 or last or stopping:
             save(step + 1)
             if world.rank == 0:
-                draw_losses(args.out)
+                draw_losses(args.out, number)
                 if (last or args.sample_saves) and not stopping:
                     write_samples(folder, step + 1, last, args, model.config)
             world.barrier()
@@ -541,8 +539,8 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
 
 
 def write_samples(folder, step, last, args, config):
-    """What a user would run on the newest checkpoint of a stage, as a process of its own: sample.py is above
-    this file. Without prompts there is none for Wan, and none of sharded weights before the stage's end."""
+    """What a user would run on the newest checkpoint of a stage, as a process of its own: sample.py does not
+    belong to training. Without prompts there is none for Wan, nor of sharded weights before a stage's end."""
     if args.no_samples or config.is_wan and not args.sample_prompts or args.shard and not last:
         return
     prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
@@ -578,7 +576,7 @@ def choose_expert(wan, expert):
     """That expert's folder in a Wan2.2 checkpoint; where --wan is one network, that."""
     folders = expert_folders(wan)
     if folders:
-        return folders[0 if expert == "high" else 1]
+        return folders[ROLES.index(expert)]
     (own_high, own_low), (_, diffusers_low) = EXPERTS  # any single network of diffusers is a `transformer`
     if Path(wan).name in ((own_low, diffusers_low) if expert == "high" else (own_high,)):
         raise UserError(f"--expert {expert} with --wan {wan}: that is the other expert")
@@ -610,8 +608,8 @@ def load_data(args, config, world):
                             "train a base for it, as README.md says")
         folder, files = toy.encode_cache(clips, encoders, args.pairs, args.mask), encoders.files
         if not valid:
-            held_out = toy.render_cache(args.data, size, frames, (CASES, CASES), seed=toy.VALID_SEED)
-            valid = toy.encode_cache(held_out, encoders)
+            clips = toy.render_cache(args.data, size, frames, (VALID_CLIPS,) * 2, seed=toy.VALID_SEED)
+            valid = toy.encode_cache(clips, encoders)
         torch.set_num_threads(threads)
     dataset = data.Dataset(folder, front_only=args.front_only)
     dataset.check(config)
@@ -647,7 +645,8 @@ def main(argv=None):
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
                 for number in reversed(stages):
                     for step in reversed(steps_in(args.out / f"stage{number}")):
-                        delete_checkpoint(step)  # and nothing else, which may be the user's
+                        delete_checkpoint(step)  # and nothing else, which may be the user's, but its log
+                    (args.out / f"stage{number}" / "metrics.jsonl").unlink(missing_ok=True)
         world.barrier()
         dataset, valid, files = loaded if world.rank == 0 else load_data(args, config, world)
         stop = stop_on_signal(world)

@@ -46,7 +46,7 @@ OVER = {
     "parallel": (260, "one-way references under Ulysses"),
     "toy": (695, "captions that describe people, for a base model"),
     "claims": (315, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (610, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (618, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (280, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows"),
