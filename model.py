@@ -65,7 +65,7 @@ class DiTConfig:
             value, most = getattr(self, field.name), 1000 if field.name == "num_layers" else 2**18
             if type(value) is not field.type or field.type is int and not 0 <= value <= most:
                 expected = f"int from 0 to {most}" if field.type is int else field.type.__name__
-                raise UserError(f"config {field.name} is {str(value)[:40]!r}; expected {expected}")
+                raise UserError(f"config {field.name} is {str(value)[:40]}; expected {expected}")
         if not self.num_heads or not self.dim or self.dim % (2 * self.num_heads):
             raise UserError(f"dim {self.dim} is not a multiple of 2 x {self.num_heads} heads: "
                             "rotary rotates pairs")

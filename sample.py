@@ -74,15 +74,19 @@ def solve(velocity, x, steps, shift, solver):
         raise UserError(f"unknown solver {solver!r}; expected one of {', '.join(SOLVERS)}")
     if steps < 1:
         raise UserError(f"{steps} steps; expected at least 1")
-    sigma, times = schedule(steps, shift, solver)
-    times = times.float().to(x.device)
-    if solver == "euler":
-        for now, then, t in zip(sigma.tolist(), sigma[1:].tolist(), times):
-            x = x + (then - now) * velocity(x, t)
-        return x
+    solution = solving(x, steps, shift, solver)
+    x, t = next(solution)
+    while t is not None:
+        x, t = solution.send(velocity(x, t))
+    return x
 
+
+def solving(x, steps, shift, solver):
+    """`solve` as a generator, so that several videos can take turns: yields (x, t), is sent the velocity
+    there, and ends with (x0, None)."""
+    sigma, times = schedule(steps, shift, solver)
     lam = ((1 - sigma) / sigma).log().tolist()  # -inf at sigma 1, inf at 0
-    sigma = sigma.tolist()
+    sigma, times = sigma.tolist(), times.float().to(x.device)
 
     def step(x, i, x0, slope):
         """From level i to i + 1 where x0 is expected to move by `slope`: exact for a constant x0 + slope."""
@@ -90,13 +94,17 @@ def solve(velocity, x, steps, shift, solver):
         return sigma[i + 1] / sigma[i] * x - growth * (x0 + slope)
     older = old = before = None  # x0 at levels i - 2 and i - 1, x at level i - 1
     for i in range(steps):
-        x0 = x - sigma[i] * velocity(x, times[i])
+        velocity = yield x, times[i]
+        if solver == "euler":
+            x = x + (sigma[i + 1] - sigma[i]) * velocity
+            continue
+        x0 = x - sigma[i] * velocity
         if i and solver == "unipc":
             x = step(before, i - 1, old, corrector(i - 1, lam, older, old, x0))
         slope = 0 if i in (0, steps - 1) else (x0 - old) * ((lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1]) / 2)
         older, old, before = old, x0, x
         x = step(x, i, x0, slope)
-    return x
+    yield x, None
 
 
 def corrector(i, lam, older, old, new):
@@ -199,24 +207,24 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     encoded = encode_references(encoders, parts, model.config.vit_dim > 0, model.device)
     shape = encoders.latent_shape(frames, jobs[0].size)
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs]).to(model.device)
-    # parts step together, so that each expert loads once; but one by one where each has a large cache
-    caches = model.config.reference_attention == "one-way" and jobs[0].references is not None
-    together = 1 if caches else len(parts)
-    total = len(jobs) * recipe["steps"]
-    with tqdm(total=total, desc="sampling", unit=" steps", disable=None, leave=None) as bar:
-        def denoise(i):
-            """The latents of `together` parts from the i-th on; their caches go when it ends."""
-            velocities = [guided(model, tokens, no_text, refs, vit, recipe["guide_text"],
-                                 recipe["guide_refs"], model.boundary)
-                          for tokens, (refs, vit) in list(zip(text, encoded))[i:i + together]]
+    solutions = [solving(x, recipe["steps"], recipe["shift"], recipe["solver"]) for x in noise.split(batch)]
+    states = [next(solution) for solution in solutions]  # x and t of each part
+    bar = tqdm(total=len(jobs) * recipe["steps"], desc="sampling", unit=" steps", disable=None, leave=None)
 
-            def velocity(x, t):
-                bar.update(len(x))
-                return torch.cat([one(part, t) for one, part in zip(velocities, x.split(batch))])
-            x = noise[i * batch:(i + together) * batch]
-            return solve(velocity, x, recipe["steps"], recipe["shift"], recipe["solver"])
-        with autocast(model.device, model.precision):
-            latents = torch.cat([denoise(i) for i in range(0, len(parts), together)]).cpu()
+    def denoise(i, expert):
+        """The steps of part i that an expert makes; what references keep for them goes when it ends."""
+        velocity = guided(model, text[i], no_text, *encoded[i], recipe["guide_text"], recipe["guide_refs"],
+                          model.boundary)
+        x, t = states[i]
+        while t is not None and int(t < 1000 * model.boundary) == expert:
+            x, t = solutions[i].send(velocity(x, t))
+            bar.update(len(x))
+        states[i] = x, t
+    with bar, autocast(model.device, model.precision):
+        for expert in range(len(model.load)):  # each loads once
+            for i in range(len(parts)):
+                denoise(i, expert)
+    latents = torch.cat([x for x, _ in states]).cpu()
     if not isinstance(encoders, toy.ToyEncoders):
         model.drop()  # room for the VAE
     videos = [encoders.decode(latent[None])[0].cpu() for latent in latents]
@@ -573,19 +581,17 @@ def main(argv=None):
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
     writes = world.rank == 0 or not ulysses
-    for n, sheet in enumerate(sheets):
-        if n % ranks != world.rank % ranks:
-            continue
+    for n in range(world.rank % ranks, len(sheets), ranks):
         start, part = time.perf_counter(), slice(n * per_round, (n + 1) * per_round)
         with world.one_voice():
             make_round(model, encoders, jobs[part], recipe, frames)
             if writes:
-                write_round(jobs[part], recipe, frames, args.ckpt, videos[part], sheet)
+                write_round(jobs[part], recipe, frames, args.ckpt, videos[part], sheets[n])
         for job in jobs[part]:
             job.video = None  # 10,000 videos do not fit into memory
         took = time.perf_counter() - start
         if writes:
-            print(f"{', '.join(videos[part])} and {sheet} in {took:.1f} s, "
+            print(f"{', '.join(videos[part])} and {sheets[n]} in {took:.1f} s, "
                   f"{took / len(jobs[part]) / recipe['steps']:.3g} seconds a step", flush=True)
     world.leave()
 
