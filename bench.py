@@ -260,7 +260,8 @@ def main(argv=None):
     dry("--tile", type=count, help="as in sample.py")
     dry("--reference-attention", choices=CHOICES["reference_attention"], help="(default: --ckpt's own)")
     how = what.add_parser("plan", help="memory and FLOPs of train.py at Wan's sizes").add_argument
-    how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan])
+    how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan],
+        help="a preset of model.CONFIGS")
     how("--frames", type=count, default=81, help="frames of a clip")
     how("--size", type=picture_size, default="480x832", help="HEIGHTxWIDTH in pixels")
     how("--people", type=in_range(int, 1, 2, "1 or 2"), default=1, help="in the clip, with four views each")

@@ -184,7 +184,7 @@ def make_cases(argv):
     p.add_argument("--out", required=True, type=Path, help="the .jsonl file; pictures are copied beside it")
     p.add_argument("--training", nargs="+", type=Path, default=[], help="manifests of training: who has a "
                    "clip or an id in them is left out (sets curated apart give two people one id)")
-    p.add_argument("--seed", type=seed_number, default=0)
+    p.add_argument("--seed", type=seed_number, default=0, help="of the choice of clips")
     args = p.parse_args(argv)
     if not args.out.name:
         raise UserError(f"--out {args.out}: expected the name of a file, such as cases.jsonl")

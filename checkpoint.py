@@ -572,10 +572,10 @@ def read_meta(folder):
     return meta
 
 
-def check_files(folder, *names):
-    """UserError where one of these files of a checkpoint is not what was written there."""
+def check_files(folder, names=None):
+    """UserError where one of these files of a checkpoint, or of all, is not what was written there."""
     sha256 = read_meta(folder)["sha256"]
-    for name in names or sha256:
+    for name in sha256 if names is None else names:
         path = Path(folder) / name
         if Path(name).name != name or not path.is_file() or sha256_of(path) != sha256.get(name):
             raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): "
@@ -584,7 +584,7 @@ def check_files(folder, *names):
 
 def load_tensors(folder, name):
     """One tensor file of a checkpoint folder, checked against the sha256 that was written with it."""
-    check_files(folder, f"{name}.safetensors")
+    check_files(folder, [f"{name}.safetensors"])
     path = Path(folder) / f"{name}.safetensors"
     with as_user_error(path):
         return safetensors.torch.load_file(path)

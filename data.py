@@ -262,7 +262,7 @@ def main(argv=None):
     add("--out", type=nonempty, help="folder of the encoded set (default: encoded, in --data)")
     add("--size", type=picture_size, nargs="+", default=[(480, 832)], help="HEIGHTxWIDTH; of several, the "
         "nearest in shape is a clip's (default: 480x832)")
-    add("--frames", type=count, nargs="+", default=[81], help="4n+1; of several, the most that a clip has (default: 81)")
+    add("--frames", type=count, nargs="+", default=[81], help="4n+1; the largest that fits (default: 81)")
     add("--fps", type=frame_rate, default=16, help="frames per second")
     add("--mask", type=fraction, default=0.0, help="region masking: share of a reference hidden (Mv2ID: 0.6)")
     add("--mask-variants", type=in_range(int, 1, 100, "1 to 100"), default=4, help="masked versions of each")

@@ -530,13 +530,13 @@ def load_base(model, base, dtype=None):
         return fill(model, read_wan(path), dtype)
     if not path.is_dir() or read_meta(path)["sha256"].get("ema.safetensors") != base["sha256"]:
         raise UserError(f"the frozen network under these adapters, {path}, is gone or was trained again")
-    check_files(path, "ema.safetensors")
+    check_files(path, ["ema.safetensors"])
     return fill(model, read_weights(path / "ema.safetensors"), dtype)
 
 
 def load_trained(model, folder, weights, dtype=None):
     """Fill what of model trains from a checkpoint that holds nothing else."""
-    check_files(folder, f"{weights}.safetensors")
+    check_files(folder, [f"{weights}.safetensors"])
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     load_weights(model, read_weights(Path(folder) / f"{weights}.safetensors"), dtype, may_lack=frozen)
 
@@ -552,7 +552,7 @@ def check_checkpoint(folder, weights="ema"):
             set_trained(model, base["train"], base["rank"])
     except (TypeError, KeyError, RuntimeError, UserError) as error:
         raise UserError(f"{folder}/checkpoint.json does not fit this version ({error})") from None
-    check_files(folder, *(name for name in meta["sha256"] if name.endswith((".model", ".json"))))
+    check_files(folder, [name for name in meta["sha256"] if name.endswith((".model", ".json"))])
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     check_fit(model, read_weights(Path(folder) / f"{weights}.safetensors"), frozen)
     return model

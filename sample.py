@@ -267,7 +267,7 @@ def find(ckpt):
     if config.is_wan:
         return Found(ckpt, networks, config, "wan2.2" if pair else "wan2.1", meta, boundary)
     toy.check_config(config)
-    check_files(networks[0], toy.ToyEncoders.TOKENIZER)
+    check_files(networks[0], [toy.ToyEncoders.TOKENIZER])
     world = meta.get("world", {})
     known = [{name: row[name] for name in ("size", "frames")} for row in toy.WORLDS.values()]
     if world not in known or not all(type(value) is int for value in world.values()):

@@ -17,6 +17,8 @@ from tqdm import tqdm
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # before anything imports torch: then a script computes the same bits in this process and in its own
 os.environ["OMP_NUM_THREADS"] = "1"
+# float32 on a GPU is then float32, not TF32, as the tolerances expect
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 # tqdm's own lock is shared with forked processes, and one that a test kills may hold it for ever
 tqdm.set_lock(threading.RLock())
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 def run(*command, cwd, fails=False):
     """Run a script of the repository in `cwd`; where it must fail, return its one line of error."""
     command = [sys.executable, *(str(c) for c in command)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
     if not fails:
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -50,6 +52,15 @@ def call(script, *arguments, cwd):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return said.getvalue()
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Hide the GPUs, which a forked process cannot use once this one has."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,14 @@ def fetch_weights(folder):
     """{name: tensor} of the package's identity network. Skips the test where it cannot be fetched."""
     if not shutil.which("npm"):
         pytest.skip("no npm to fetch an identity network with")
-    done = subprocess.run(["npm", "pack", PACKAGE], cwd=folder, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"{PACKAGE} cannot be fetched")
+    command = ["npm", "pack", PACKAGE]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        reason = (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    if reason:
+        pytest.skip(f"{PACKAGE} cannot be fetched: {reason}")
     with tarfile.open(next(folder.glob("vladmandic-face-api-*.tgz"))) as package:
         stem = "package/model/face_recognition_model"
         manifest = json.load(package.extractfile(f"{stem}-weights_manifest.json"))

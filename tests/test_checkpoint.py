@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import errno
+import fcntl
+import importlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -172,6 +176,75 @@ def test_a_wrong_argument_is_one_line_that_names_it(arguments, says, monkeypatch
         parser.parse_args(arguments)
     status, line = error_line(lambda: parser.parse_args(arguments), monkeypatch, capsys)
     assert status == 1 and line.startswith("draw.py: ") and len(line) < 200
+
+
+def help_of(parser, action):
+    """One flag's lines of --help, without any white space, as lines may break anywhere."""
+    formatter = parser._get_formatter()
+    formatter.add_argument(action)
+    return "".join(formatter.format_help().split())
+
+
+def test_help_names_a_default_once(capsys):
+    parser = Parser(prog="draw.py", description="Draw.\n  two  lines")
+    defaults = {"--size": 64, "--scale": 0.0, "--out": Path("out/x"), "--views": ["left", "back"],
+                "--prompt": None, "--lora": []}
+    for flag, value in defaults.items():
+        parser.add_argument(flag, default=value, help="what it is")
+    parser.add_argument("--fast", action="store_true", help="what it is")
+    parser.add_argument("--wan", default="none", help="a folder (default: the checkpoint's)")
+    parser.add_argument("--words", default="a b", help="given as %(default)s, no more")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    said = capsys.readouterr().out
+    assert "Draw.\n  two  lines\n" in said  # a script's first lines stay as they are
+    assert re.findall(r"(--\w+) .*?what it is(.*)", said) == [
+        ("--size", " (default: 64)"), ("--scale", " (default: 0.0)"), ("--out", " (default: out/x)"),
+        ("--views", " (default: ['left', 'back'])"), ("--prompt", ""), ("--lora", ""), ("--fast", "")]
+    assert "a folder (default: the checkpoint's)\n" in said and "given as a b, no more\n" in said
+
+
+PARSERS = {  # of each script, the function that makes its parser
+    "bench": "main", "cases": "make_cases", "claims": "main", "curate": "read_arguments", "data": "main",
+    "eval": "arguments", "kernels": "main", "sample": "arguments", "toy": "main", "train": "arguments"}
+
+
+def flags_of(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from flags_of(part)
+        else:
+            yield parser, action
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_flags_help_names_its_default(script, monkeypatch):
+    made = []
+
+    def parse(parser, arguments):
+        made.append(parser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parser, "parse_args", parse)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(importlib.import_module(script), PARSERS[script])([])
+    silent, named = [], 0
+    for parser, action in flags_of(made[0]):
+        said = help_of(parser, action)
+        own, value = (action.help or "").count("(default"), action.default
+        if value is None or value is False or value in ([], argparse.SUPPRESS) or own:
+            assert said.count("(default") == own
+        elif said.endswith("".join(f"(default: {value})".split())):
+            named += 1
+        else:
+            silent.append(f"{parser.prog.split()[-1]} {action.option_strings[0]}")
+    assert not silent and named
+
+
+def test_no_scripts_help_is_forgotten():
+    scripts = {path.stem for path in ROOT.glob("*.py") if " = Parser(" in path.read_text()}
+    assert scripts == set(PARSERS)
 
 
 NUMBER_TEXTS = ("nan", "inf", "-inf", "-1", "0", "1e400", "", "x", str(10**20), "9" * 5000, "1", "0.5", "٣")
@@ -351,15 +424,14 @@ def test_a_lock_spares_what_a_running_script_writes_without_one(tmp_path):
         assert not names(tmp_path)
 
 
-def hold(folder, seconds, wait=False):
-    with lock(folder, wait):
+def hold(folder):
+    with lock(folder):
         (folder / "held").touch()
-        time.sleep(seconds)
-        (folder / "held").unlink()
+        hang()
 
 
 def test_a_second_process_is_told_who_holds_the_folder_until_that_is_killed(tmp_path):
-    process = fork(hold, tmp_path, 60)
+    process = fork(hold, tmp_path)
     wait_for((tmp_path / "held").exists)
     with pytest.raises(UserError, match=f"in use by process {process.pid}: wait for it") as caught:
         lock(tmp_path).__enter__()
@@ -369,11 +441,26 @@ def test_a_second_process_is_told_who_holds_the_folder_until_that_is_killed(tmp_
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
-def test_a_lock_can_be_waited_for(tmp_path, capsys):
-    process = fork(hold, tmp_path, 0.5, True)
+def hold_until_somebody_waits(folder, waits):
+    with lock(folder, wait=True):
+        (folder / "held").touch()
+        wait_for(waits.exists)
+        (folder / "held").unlink()
+
+
+def test_a_lock_can_be_waited_for(tmp_path, monkeypatch, capsys):
+    waits, flock = tmp_path / "waits", fcntl.flock
+    process = fork(hold_until_somebody_waits, tmp_path, waits)
     wait_for((tmp_path / "held").exists)
+
+    def noted(file, how):
+        if how == fcntl.LOCK_EX:  # what it waits in
+            waits.touch()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
     with lock(tmp_path), lock(tmp_path, wait=True):  # a run and a cache in one folder do not meet
-        assert not (tmp_path / "held").exists()
+        assert waits.exists() and not (tmp_path / "held").exists()
     process.join()
     assert capsys.readouterr().out == f"waiting for process {process.pid}, which uses {tmp_path}\n"
 
@@ -474,9 +561,9 @@ def test_every_file_of_a_checkpoint_is_checked(name, damage, tmp_path):
         meta = read_meta(folder)
         del meta["sha256"][name]
         (folder / "checkpoint.json").write_text(json.dumps(meta))
-    for asked in ([name],) if damage == "not in the list" else ([name], []):
+    for asked in ([name],) if damage == "not in the list" else ([name], None):
         with pytest.raises(UserError, match=f"{name} is missing or damaged .*use another checkpoint"):
-            check_files(folder, *asked)
+            check_files(folder, asked)
     if name == "ema.safetensors":
         with pytest.raises(UserError, match="missing or damaged"):
             load_tensors(folder, "ema")
@@ -610,9 +697,16 @@ def save_for_ever(folder):
 
 def test_a_kill_while_saving_leaves_one_whole_checkpoint(tmp_path):
     folder = save(tmp_path / "step-000001")
+
+    def written():
+        with contextlib.suppress(FileNotFoundError):  # between the two renames
+            return (folder / "checkpoint.json").stat().st_mtime_ns
+
     for delay in (0.02, 0.05, 0.11):
-        process = fork(save_for_ever, folder)
+        before, process = written(), fork(save_for_ever, folder)
+        wait_for(lambda before=before: written() not in (before, None))
         time.sleep(delay)
+        assert process.is_alive()
         kill(process)
         with lock(tmp_path):
             check_files(find_checkpoint(tmp_path))

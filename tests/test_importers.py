@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from helpers import content, write_sound
 from PIL import Image
 from test_checkpoint import names
 
@@ -476,13 +477,7 @@ def test_a_bad_row_is_left_out_with_its_reason(trainers, tmp_path, row, reason, 
     (trainers / "cut.mp4").write_bytes((trainers / "a.mp4").read_bytes()[:700])
     (trainers / "cut_front.png").write_bytes((trainers / "x/left.png").read_bytes()[:45])
     (trainers / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{trainers}/a.mp4'\n")
-    with av.open(str(trainers / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        for _ in range(4):
-            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            sound.sample_rate = 8000
-            container.mux(stream.encode(sound))
-        container.mux(stream.encode())
+    write_sound(trainers / "sound.mp4")
     text = row if isinstance(row, str) else json.dumps(row)
     good = {"video": "a.mp4", "caption": "one", "refs": ["x/front.png"]}
     (trainers / "metadata.jsonl").write_text(f"{json.dumps(good)}\n{text}")
@@ -660,6 +655,31 @@ def test_an_import_that_fails_leaves_the_folder_to_the_right_root(one):
     assert len(lines(one / "out")) == 1 and (one / "out/source").is_symlink()
 
 
+def test_ctrl_c_in_a_first_import_keeps_what_is_made_for_the_next_start(videos, tmp_path, monkeypatch):
+    """What is made is not made again, and a start from another root is refused."""
+    root, out, middle_frame = tmp_path / "root", tmp_path / "out", importers.middle_frame
+    mead_tree(videos, root, ["front"], [f"sad/level_1/{n:03d}" for n in range(3)])
+    importers.import_set("mead", root, tmp_path / "whole")
+
+    def stopped(*arguments):
+        if len(list((out / "refs").iterdir())) == 2:
+            raise KeyboardInterrupt
+        return middle_frame(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importers, "middle_frame", stopped)
+        importers.import_set("mead", root, out)
+    assert (out / "source").resolve() == root and not (out / "manifest.jsonl").exists()
+    made = {path: path.stat().st_mtime_ns for path in (out / "refs").iterdir()}
+    assert len(made) == 2
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="holds what is from elsewhere, expected nothing or an import of"):
+        importers.import_set("mead", tmp_path / "other", out)
+    assert importers.import_set("mead", root, out) == 3
+    assert content(out) == content(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+
+
 def test_a_video_without_a_reference_is_left_out(one, capsys):
     os.link(one / "root/a.mp4", one / "root/b.mp4")
     (one / "root/b.txt").write_text("b")
@@ -709,7 +729,8 @@ def test_other_folders_are_refused(one):
     fails("one lies in the other", out="root/out")
     fails("one lies in the other", out=".")
     fails("calibration says", kind="nersemble", mirror=True)
-    fails("cannot write to", out="root/../file/out") if (one / "file").write_text("x") else None
+    (one / "file").write_text("x")
+    fails("cannot write to", out="root/../file/out")
     for kind in importers.KINDS:
         (one / "empty").mkdir(exist_ok=True)
         fails("no video of .* is of use, 0 rows are left out", root="empty", out=f"out_{kind}", kind=kind)
@@ -718,9 +739,10 @@ def test_other_folders_are_refused(one):
     fails("holds letter.txt", out="mine")
     (one / "other").mkdir()
     importers.import_set("folders", one / "root", one / "out")
-    fails("holds something else", root="other")
+    elsewhere = "holds what is from elsewhere, expected nothing or an import of"
+    fails(f"{elsewhere} {one}/other: choose another$", root="other")
     (one / "out/letter.txt").write_text("dear")
-    fails("holds letter.txt, not only an import of")
+    fails(f"holds letter.txt, expected nothing or an import of {one}/root: choose another$")
     assert names(one / "mine") == ["letter.txt"] and len(lines(one / "out")) == 1
 
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import one_line
 from PIL import Image
 from test_pictures import damage, encode, gradient, noise
 
@@ -39,10 +40,6 @@ def folder(tmp_path):
 def write(folder, *lines, end="\n"):
     text = end.join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / "manifest.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
-
-
-def one_line(error):
-    return "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 # --------------------------------------------------------------------------------------- which lines are used
@@ -306,7 +303,7 @@ def test_show_counts_people_of_any_name(tmp_path, capsys):
     ("new as out", "new.png lies in .*, among the set's own files"),
     ("source as out", "b.png lies in .*source, among the set's own files"),
     ("text as out", "x.png: expected a file name that ends in .png")])
-def test_what_cannot_be_shown_is_one_line_that_names_it(kind, says, tmp_path, capsys):
+def test_what_cannot_be_shown_is_one_line_that_names_it(kind, says, tmp_path):
     world, linked = tmp_path / "world", tmp_path / "linked"
     videos(world, a=(17, 64, 64))
     linked.mkdir()

@@ -1,14 +1,23 @@
-"""README.md's commands, run in its order on the tiny preset, and its picture and file names looked up."""
+"""README.md's commands, run in its order on the tiny preset or at least parsed; its tables beside what is
+printed; its picture and file names looked up."""
 
+import itertools
 import re
 import shlex
 import shutil
 
 from conftest import ROOT, call, run
+from torch.distributed.run import parse_args as parse_torchrun
 
-from checkpoint import find_checkpoint
+import bench
+import curate
+from checkpoint import Parser, UserError, find_checkpoint
+from encoders import NEGATIVE_PROMPT
+from rope import VIEWS
+from sample import BOUNDARY, SAMPLE_RECIPES, Found
 
 README = (ROOT / "README.md").read_text()
+CLAIMS = (ROOT / "CLAIMS.md").read_text()
 TINY = {
     # a stage's sample sheet is a process of its own, tested in test_train.py
     "train.py": ["--config", "tiny", "--out", "out/toy", "--no-samples"],
@@ -18,16 +27,80 @@ TINY = {
 }
 
 
+def blocks(page, tag):
+    """The code blocks of a page that bear this tag, "" for none. A fence that closes one looks like a fence
+    that opens one without a tag, so this goes line by line."""
+    found, block = [], None
+    for line in page.splitlines():
+        if not line.startswith("```"):
+            block is None or block[1].append(line)
+        elif block is None:
+            block = line[3:], []
+        else:
+            assert line == "```", f"{line} in a block"
+            found += ["\n".join(block[1])] * (block[0] == tag)
+            block = None
+    assert block is None, "a block without an end"
+    return found
+
+
 def commands():
     """Every command in the README's bash blocks that starts one of our scripts, in order."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(README, "bash")).replace("\\\n", " ").splitlines()
     return [
         part.strip()
         for line in lines
         for part in line.split("  #")[0].split("&&")
         if re.search(r"\b\w+\.py\b", part)
     ]
+
+
+def untagged_commands():
+    """The words of every command for one of our scripts in a block without a tag, or in a sentence."""
+    inline = re.findall(r"`(python \w+\.py [^`]+)`", "\n".join([README, CLAIMS]))
+    found = [command.split() for command in inline if not command.endswith("--help")]
+    for block in [*blocks(README, ""), *blocks(CLAIMS, "")]:
+        variables = {}
+        for line in block.replace("\\\n", " ").splitlines() if ".py" in block else ():
+            line = re.sub(r"\$(\w+)", lambda match: variables[match[1]], line)
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="&;")
+            lexer.whitespace_split = True
+            for separates, words in itertools.groupby(lexer, lambda word: word in ("&&", ";")):
+                words = [] if separates else list(words)
+                variables |= dict(word.split("=", 1) for word in words[:1] if "=" in word)
+                if any(word.endswith(".py") for word in words):
+                    choices = [word.split("|") if re.fullmatch(r"\w+(\|\w+)+", word) else [word]
+                               for word in words]
+                    found += map(list, itertools.product(*choices))
+    return found
+
+
+def test_every_other_command_is_one_that_its_script_takes(tmp_path, monkeypatch):
+    """These need weights, data, cards or hours, so they are parsed only, also what is torchrun's own."""
+    class Parsed(Exception):
+        pass
+
+    def parse(parser, *given, parse_args=Parser.parse_args):
+        parse_args(parser, *given)
+        raise Parsed
+    monkeypatch.setattr(Parser, "parse_args", parse)
+    scripts, wrong = set(), {}
+    for words in untagged_commands():
+        assert words[0] in ("python", "torchrun"), words
+        script, *rest = words[1:]
+        if words[0] == "torchrun":
+            given = parse_torchrun(words[1:])
+            script, rest = given.training_script, given.training_script_args
+        scripts.add(script)
+        try:
+            call(script, *rest, cwd=tmp_path)
+            wrong[" ".join(words)] = "it was not parsed"
+        except UserError as error:
+            wrong[" ".join(words)] = str(error)
+        except Parsed:
+            pass
+    assert not wrong
+    assert {"claims.py", "curate.py", "data.py", "eval.py", "sample.py", "train.py"} <= scripts
 
 
 def test_the_two_commands_stand_in_the_first_screen():
@@ -65,6 +138,111 @@ def test_the_first_table_is_the_one_beside_the_toy_that_comes_with_the_code():
     assert "\n".join(table) in README
 
 
+# ---------------------------------------------------------------------------------------------------- numbers
+def table(page, start):
+    """The cells of a page's first table that begins like this: those of its head, and of its rows."""
+    lines = page[page.index(f"\n{start}") + 1:].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return rows[0], rows[2:]
+
+
+def test_wans_defaults_are_those_of_the_code():
+    one, two = SAMPLE_RECIPES["wan2.1"], SAMPLE_RECIPES["wan2.2"]
+    found = Found("", [], None, "", {})
+    (height, width), (high, low) = found.size, two["guide_text"]
+    assert (f"UniPC, {one['steps']} steps, shift {one['shift']:g}, guidance {one['guide_text'][0]:g} (A14B: "
+            f"{two['steps']} steps, shift {two['shift']:g}, guidance {high:g} above the boundary {BOUNDARY} "
+            f"and {low:g} below it), {height}x{width}, {found.frames} frames, its negative prompt"
+            ) in " ".join(README.split())
+    assert one["solver"] == two["solver"] == "unipc" and one["negative"] == two["negative"] == NEGATIVE_PROMPT
+
+
+def test_the_thresholds_are_the_defaults_of_curate(tmp_path):
+    for name in ("videos", "faces"):
+        (tmp_path / name).mkdir()
+    args = vars(curate.read_arguments([word for name in ("videos", "faces", "out")
+                                       for word in (f"--{name}", str(tmp_path / name))]))
+    _, rows = table(README, "| flag | default | what it does |")
+    said = {}
+    for flags, values, _ in rows:
+        flags = re.findall(r"--([\w-]+)", flags)
+        said |= zip(flags, map(float, re.findall(r"[\d.]+", values)), strict=True)
+    assert said == {flag: args[flag.replace("-", "_")] for flag in curate.EXTRACT | curate.GROUP}
+
+
+SMALL_WAN = ["--ckpt", "1.3b", "--size", "480x832", "--frames", "81"]
+DRY_RUNS = {  # each row of README's table, and the command that prints it
+    "1.3B, 480x832, 81 frames": SMALL_WAN,
+    "the same with `--offload --tile 256`": [*SMALL_WAN, "--offload", "--tile", "256"],
+    "14B or one expert, two people with three views": ["--ckpt", "14b"] + [
+        word for person in "ab" for word in ("--refs", *(f"{person}_{view}.png" for view in VIEWS[:3]))],
+}
+
+
+def test_the_memory_of_sampling_is_what_the_dry_run_prints(tmp_path):
+    (_, *columns), rows = table(README, "| GiB | umT5 | references |")
+    phases = ["VAE encode" if column == "references" else column for column in columns]
+    assert [name for name, *_ in rows] == list(DRY_RUNS)
+    for name, *cells in rows:
+        said = call("bench.py", "dry-run", *DRY_RUNS[name], cwd=tmp_path)
+        printed = dict(re.findall(r"^  ([\w ]+), \w+ +([\d.]+) GiB$", said, re.M))
+        assert cells == [printed[phase] for phase in phases], name
+
+
+def test_the_memory_of_training_is_what_plan_prints(tmp_path):
+    (_, *columns), rows = table(README, "| | 1 card | 2 cards, `--shard` |")
+    columns = [re.match(r"\d+|TFLOP", column)[0] for column in columns]
+    said = {config: call("bench.py", "plan", "--config", config, cwd=tmp_path) for config in ("1.3b", "14b")}
+    for name, *cells in rows:
+        config, what = re.fullmatch(r"(\S+), `--train (\w+)`", name).groups()
+        assert "81 frames of 480x832, 1 person(s) of four views" in said[config]
+        (printed,) = re.findall(rf"^{what} +\S+ +(.*)$", said[config], re.M)
+        printed = dict(zip(("TFLOP", "1", *map(str, bench.SHARDS)), printed.split(), strict=True))
+        assert cells == [printed[column] for column in columns], name
+    assert len(rows) == 4
+
+
+FROM, PLAIN = "<!-- toy-from-base -->", "<!-- toy-from-base-plain -->"  # the tables of CLAIMS.md
+CROSSTALK = "Jump-RoPE lowers crosstalk"
+CLAIMED = {  # each row of README's table, and the rows of CLAIMS.md that it tells of, in its order
+    "MFI raises identity": [(FROM, "MFI raises identity", "psnr"), (PLAIN, "MFI raises identity", "psnr")],
+    "proxies unify one to four views": [
+        (FROM, "proxies unify one to four views", "psnr"), (PLAIN, "proxies unify one to four views", "psnr"),
+        (FROM, "proxies unify one to four views, append", "psnr")],
+    "proxies help where the generated view has no reference": [
+        (FROM, "proxies help where the generated view has no reference", "unseen")],
+    CROSSTALK: [(FROM, CROSSTALK, "margin"), (FROM, CROSSTALK, "swaps %")],
+    "... without proxies": [(FROM, f"{CROSSTALK}, without proxies", "margin")],
+    "(ours) Jump-RoPE is better than all references at one time before the video": [
+        (FROM, "Jump-RoPE is better than one time before the video", "psnr")],
+    "the curriculum beats direct training": [(FROM, "the curriculum beats direct training", "psnr")],
+    "the curriculum keeps the prior": [(FROM, "the curriculum keeps the prior better", "loss")],
+    "several views beat one at large yaw": [(FROM, "several views beat one at large yaw", "side")],
+    "region masking lowers copy-paste": [(FROM, "region masking lowers copy-paste", "copied %")],
+    "RD-RoPE makes motion more natural": [(FROM, "RD-RoPE makes motion more natural", "jitter")],
+    "(ours) one-way references cost nothing": [(FROM, "one-way references cost nothing", "psnr")],
+}
+
+
+def test_the_claims_are_those_of_claims_md():
+    measured = {}
+    for base in (FROM, PLAIN):
+        _, rows = table(CLAIMS[CLAIMS.index(base):], "| claim | rows compared |")
+        measured |= {(base, claim, metric): (verdict, in_favour.split()[0])
+                     for claim, _, verdict, metric, in_favour, _ in rows}
+    _, rows = table(README, "| claim | verdict | in favour |")
+    assert [claim for claim, *_ in rows] == list(CLAIMED)
+    for claim, verdict, in_favour in rows:
+        verdicts, figures = zip(*(measured[row] for row in CLAIMED[claim]))
+        assert tuple(re.findall("holds|does not hold|no effect|not decided", verdict)) == verdicts, claim
+        for said, figure in zip(re.findall(r"[+-]?\d+(?:\.\d+)?", in_favour), figures, strict=True):
+            places = len(said.partition(".")[2])  # one without a sign is said in words to be more or less
+            figure = f"{float(figure):+.{places}f}" if said[0] in "+-" else f"{abs(float(figure)):.{places}f}"
+            assert said == figure, claim
+
+
+# ------------------------------------------------------------------------------------------------------ names
 def test_every_file_is_named_and_every_named_file_exists():
     ours = {p.name for p in ROOT.glob("*.py")}
     assert ours <= set(re.findall(r"\b\w+\.py\b", README))

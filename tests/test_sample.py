@@ -109,8 +109,11 @@ def test_multistep_solvers_converge_faster_than_euler(solver):
 
 
 def test_wan22_switches_experts_where_its_authors_do():
-    _, times = sample.schedule(40, 12.0, "unipc")
-    assert int((times >= 875).sum()) == 26 and times[0] == 999 and torch.equal(times, times.floor())
+    recipe, boundary = sample.SAMPLE_RECIPES["wan2.2"], sample.BOUNDARY
+    how = recipe["steps"], recipe["shift"], recipe["solver"]
+    _, times = sample.schedule(*how)
+    assert len(times) == 40 and times[0] == 999 and torch.equal(times, times.floor())
+    assert int((times >= 875).sum()) == int((times >= 1000 * boundary).sum()) == 26
     called = []
 
     class Network:
@@ -128,12 +131,12 @@ def test_wan22_switches_experts_where_its_authors_do():
         alive.add(network)
         return network
 
-    experts = sample.Experts([lambda: load("high"), lambda: load("low")], None, torch.device("cpu"), 0.875)
-    velocity = sample.guided(
-        experts, torch.ones(1, 1, 1), torch.zeros(1, 1, 1), None, None, (4.0, 3.0), 0.0, 0.875
-    )
+    loads = [lambda: load("high"), lambda: load("low")]
+    experts = sample.Experts(loads, None, torch.device("cpu"), boundary)
+    velocity = sample.guided(experts, torch.ones(1, 1, 1), torch.zeros(1, 1, 1), None, None,
+                             recipe["guide_text"], recipe["guide_refs"], boundary)
     said = []
-    sample.solve(lambda x, t: said.append(velocity(x, t)) or said[-1], torch.zeros(1), 40, 12.0, "unipc")
+    sample.solve(lambda x, t: said.append(velocity(x, t)) or said[-1], torch.zeros(1), *how)
     assert [name for name, *_ in called] == 52 * ["high"] + 28 * ["low"]  # two forwards a step
     assert {held for *_, held in called} == {1}  # one expert in memory at a time
     assert [float(v) for v in said] == 26 * [4.0] + 14 * [3.0]  # each with its own guidance
@@ -233,7 +236,7 @@ def test_a_video_does_not_depend_on_its_batch(tiny, precision, near):
 
 
 @pytest.mark.parametrize("name", ["t2v", "harmony"])  # the first stage has both names: see --no-curriculum
-def test_who_has_never_seen_references_is_shown_none(name, tiny, monkeypatch):
+def test_who_has_never_seen_references_is_shown_none(name, tiny):
     found = sample.find(tiny / "out" / "tiny" / "stage1")
     found = replace(found, meta=found.meta | {"name": name})
     jobs = sample.make_jobs(sample.arguments([]), found, 3, (32, 32))
@@ -307,21 +310,22 @@ def test_text_to_video_from_a_wan_folder(wan, tmp_path):
     assert b == first and first not in others
 
 
-def wan_by_hand(folder, prompt, negative, seed, steps):
+def wan_by_hand(folder, prompt, negative, seed, steps, device):
     """Text-to-video of one 5-frame 32x48 clip, in the order of Wan's paper, nothing shared with sample.py but
     the networks and the solver."""
-    encoders = WanEncoders(folder, torch.device("cpu"))
-    text, no_text = encoders.text([prompt]), encoders.text([negative])
+    encoders = WanEncoders(folder, device)
+    text, no_text = (encoders.text([words]).to(device) for words in (prompt, negative))
     network = wan_on_meta(folder)
     load_wan(network, folder)
-    x = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(seed))
+    network.to(device)
+    x = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(seed)).to(device)
 
     def velocity(x, t):
         unguided = network(x, t[None], no_text)
         return unguided + 5 * (network(x, t[None], text) - unguided)
 
     with torch.no_grad():
-        return encoders.decode(sample.solve(velocity, x, steps, 5.0, "unipc"))[0]
+        return encoders.decode(sample.solve(velocity, x, steps, 5.0, "unipc"))[0].cpu()
 
 
 def test_the_whole_pipeline_is_its_parts(wan):
@@ -331,7 +335,7 @@ def test_the_whole_pipeline_is_its_parts(wan):
     jobs = [Job(prompt, None, seed, (32, 48)) for seed, prompt in enumerate(prompts)]
     videos = sample.generate(model, encoders, jobs, sample.SAMPLE_RECIPES[found.kind] | {"steps": 3}, 5)
     for job, video in zip(jobs, videos, strict=True):
-        truth = wan_by_hand(wan / "2.1", job.prompt, NEGATIVE_PROMPT, job.seed, 3)
+        truth = wan_by_hand(wan / "2.1", job.prompt, NEGATIVE_PROMPT, job.seed, 3, model.device)
         assert video.shape == (3, 5, 32, 48)
         torch.testing.assert_close(video, truth, atol=1e-4, rtol=0)
     assert not torch.allclose(*videos, atol=0.01)
@@ -342,12 +346,77 @@ def test_two_experts_each_make_their_part(wan, tmp_path):
     found = sample.find(wan / "2.2")
     model, _ = sample.load(found, precision="fp32")
     assert found.kind == "wan2.2" and model.boundary == 0.875
-    x, text = torch.randn(1, 16, 2, 4, 4), torch.zeros(1, 3, 32)
+    x, text = torch.randn(1, 16, 2, 4, 4).to(model.device), torch.zeros(1, 3, 32, device=model.device)
     for part, t in (("high_noise_model", 875.0), ("low_noise_model", 874.0)):
-        network = wan_on_meta(wan / "2.2" / part)
+        network, t = wan_on_meta(wan / "2.2" / part), torch.tensor([t], device=model.device)
         load_wan(network, wan / "2.2" / part)
         with torch.no_grad():
-            assert torch.equal(model(x, torch.tensor([t]), text), network(x, torch.tensor([t]), text))
+            assert torch.equal(model(x, t, text), network.to(model.device)(x, t, text))
+
+
+HEAD = "head.head.weight"  # what the LoRA below changes
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """Its two halves, which are in x.safetensors."""
+    g = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 128, generator=g), torch.randn(64, 2, generator=g)
+    layer = HEAD.removesuffix(".weight")
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, tmp_path / "x.safetensors")
+    return down, up
+
+
+def test_a_lora_is_merged_before_the_first_step(lora, wan, tmp_path):
+    """The same as from a folder whose weights were changed by hand."""
+    down, up = lora
+    shutil.copytree(wan / "2.1", tmp_path / "merged")
+    file = tmp_path / "merged" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {HEAD: tensors[HEAD] + 0.7 * up @ down}, file)
+    sheets = {}
+    for name, flags in {"plain": [wan / "2.1"], "merged": ["merged"],
+                        "lora": [wan / "2.1", "--lora", "x.safetensors:0.7"]}.items():
+        call("sample.py", "--ckpt", *flags, *SMALL, "--precision", "fp32", "--prompt", "x", "--out", name,
+             cwd=tmp_path)
+        with Image.open(tmp_path / f"{name}.png") as sheet:
+            sheets[name] = torch.tensor(list(sheet.tobytes()))
+            note = json.loads(sheet.text["video 1"])
+        assert note["lora"] == (["x.safetensors:0.7"] if name == "lora" else [])
+    assert (sheets["lora"] - sheets["merged"]).abs().max() <= 1  # merged in another order, then rounded
+    assert (sheets["lora"] - sheets["plain"]).abs().max() > 20
+
+
+@pytest.mark.parametrize("only, changed", [("", [True, True]), ("high=", [True, False]),
+                                           ("low=", [False, True])])
+@pytest.mark.usefixtures("lora")
+def test_a_lora_changes_both_experts_or_the_one_that_is_named(only, changed, wan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Asked(Exception):
+        pass
+
+    def generate(model, *_):
+        for load, part, change in zip(model.load, ("high_noise_model", "low_noise_model"), changed):
+            before = load_file(wan / "2.2" / part / "diffusion_pytorch_model.safetensors")
+            now = load().cpu().state_dict()
+            assert [name for name in before if not torch.equal(before[name], now[name])] == [HEAD] * change
+        raise Asked
+    monkeypatch.setattr(sample, "generate", generate)
+    with pytest.raises(Asked):
+        sample.main(["--ckpt", str(wan / "2.2"), *SMALL, "--precision", "fp32", "--prompt", "x", "--out", "x",
+                     "--lora", f"{only}x.safetensors"])
+
+
+@pytest.mark.parametrize("only", ["", "high=", "low="])
+def test_a_lora_that_fits_nothing_is_refused_before_the_first_step(only, wan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "generate", None)
+    save_file({"blocks.9.self_attn.q.diff": torch.ones(128, 128)}, "x.safetensors")
+    with pytest.raises(UserError, match="x.safetensors: none of its 1 keys fits: .*expected a LoRA for Wan"):
+        sample.main(["--ckpt", str(wan / "2.2"), *SMALL, "--prompt", "x", "--out", "x",
+                     "--lora", f"{only}x.safetensors"])
+    assert [path.name for path in Path().iterdir()] == ["x.safetensors"]
 
 
 def test_plain_wan22_loads_each_expert_once_for_all_videos(wan):
@@ -358,6 +427,35 @@ def test_plain_wan22_loads_each_expert_once_for_all_videos(wan):
     jobs = [Job("x", None, seed, (32, 48)) for seed in range(3)]
     sample.generate(model, encoders, jobs, sample.SAMPLE_RECIPES[found.kind] | {"steps": 4}, 5)
     assert loaded == [0, 1]
+
+
+def test_two_experts_load_once_for_all_videos_with_references_too(tiny):
+    """Both are the same network here, so that the videos are those of one."""
+    found = sample.find(tiny / "out" / "tiny")
+    one, encoders = sample.load(found, precision="fp32")
+    loaded, caches = [], []
+
+    class Watched:
+        def __init__(self, network):
+            self.network = network
+
+        def __call__(self, *inputs):
+            out = self.network(*inputs)
+            if not any(cache is inputs[-1] for cache in caches):
+                caches.append(inputs[-1])
+            return out
+
+    def load(role):
+        loaded.append(role)
+        return Watched(one.load[0]())
+    loads = [lambda role=role: load(role) for role in (0, 1)]
+    two = sample.Experts(loads, found.config, one.device, 0.9, "fp32")
+    jobs = [job for job in toy.held_out(("front",), found.frames, found.size[0]) if len(job.references) == 1]
+    recipe = sample.SAMPLE_RECIPES["toy"] | {"steps": 6, "shift": 5.0, "solver": "unipc"}
+    expected, videos = (sample.generate(model, encoders, jobs, recipe, found.frames) for model in (one, two))
+    assert len(jobs) > 1 and loaded == [0, 1]
+    assert len(caches) == 2 * len(jobs)  # one for each video and expert: what references keep is never mixed
+    assert all(torch.equal(a, b) for a, b in zip(expected, videos))
 
 
 def test_prompts_from_a_file(wan, tmp_path):
@@ -406,7 +504,7 @@ def test_an_incomplete_wan_folder(file, wan, tmp_path):
         sample.load(sample.find(tmp_path / "wan"))
 
 
-def test_an_export_is_the_same_network_in_bf16(tiny, tmp_path, monkeypatch):
+def test_an_export_is_the_same_network_in_bf16(tiny, tmp_path):
     run_folder, out = tiny / "out" / "tiny", tmp_path / "small"
     call("sample.py", "--ckpt", run_folder, "--export", out, cwd=tmp_path)
     whole, small = (sample.load(sample.find(folder))[0].load[0]() for folder in (run_folder, out))
@@ -421,12 +519,14 @@ def test_an_export_is_the_same_network_in_bf16(tiny, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="exists: remove it or choose another"):
             sample.main(["--ckpt", str(run_folder), "--export", str(folder)])
         assert list(folder.iterdir()) == before
-    # what a command without --ckpt takes: a run in out/ before the toy that comes with the code
+
+
+def test_without_a_checkpoint_a_run_in_out_comes_before_the_toy_of_the_code(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sample.default_checkpoint() == str(ROOT / "assets" / "toy")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "toy").symlink_to(run_folder)
-    assert sample.default_checkpoint() == "out/toy"
+    assert sample.arguments([]).ckpt == sample.default_checkpoint() == str(ROOT / "assets" / "toy")
+    Path("out").mkdir()
+    Path("out/toy").symlink_to(tiny / "out" / "tiny")
+    assert sample.arguments([]).ckpt == sample.default_checkpoint() == "out/toy"
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -601,24 +701,27 @@ def cut(name):
     return lambda folder: os.truncate(folder / name, 300)
 
 
-@pytest.mark.parametrize("release, damage, flags", [
-    ("2.1", cut("Wan2.1_VAE.pth"), ""),
-    ("2.1", cut("models_t5_umt5-xxl-enc-bf16.pth"), ""),
-    ("2.1", cut("google/umt5-xxl/spiece.model"), ""),
-    ("2.2", cut("low_noise_model/diffusion_pytorch_model.safetensors"), ""),
-    ("2.2", lambda folder: shutil.rmtree(folder / "low_noise_model"), ""),
-    ("2.1", lambda folder: None, "--tile 20"),
-    ("2.1", lambda folder: None, "--out .."),
-    ("2.1", lambda folder: None, "--fps 2147483648"),
-    ("2.1", lambda folder: None, "--views front"),
-    ("2.1", lambda folder: None, "--swap"),
+@pytest.mark.parametrize("release, damage, flags, says", [
+    ("2.1", cut("Wan2.1_VAE.pth"), "", "wan/Wan2.1_VAE.pth cannot be read: cut short"),
+    ("2.1", cut("models_t5_umt5-xxl-enc-bf16.pth"), "", "enc-bf16.pth cannot be read: cut short"),
+    ("2.1", cut("google/umt5-xxl/spiece.model"), "", "umt5-xxl/spiece.model cannot be read: cut short"),
+    ("2.2", cut("low_noise_model/diffusion_pytorch_model.safetensors"), "",
+     "low_noise_model/diffusion_pytorch_model.safetensors cannot be read: cut short"),
+    ("2.2", lambda folder: shutil.rmtree(folder / "low_noise_model"), "",
+     "wan/low_noise_model: no such file"),
+    ("2.1", lambda folder: None, "--tile 20", "VAE tile 20: expected a multiple of 8 pixels, 32 or more"),
+    ("2.1", lambda folder: None, "--out ..", "--out '..': expected the name of a file to write"),
+    ("2.1", lambda folder: None, "--fps 2147483648", "--fps: got '2147483648', expected 1 to 240 frames"),
+    ("2.1", lambda folder: None, "--views front", "--views chooses among the toy's own references"),
+    ("2.1", lambda folder: None, "--swap", "--swap exchanges two people"),
 ])
-def test_all_of_wan_is_checked_before_the_first_step(release, damage, flags, wan, tmp_path, monkeypatch):
+def test_all_of_wan_is_checked_before_the_first_step(release, damage, flags, says, wan, tmp_path,
+                                                     monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "generate", None)
     shutil.copytree(wan / release, "wan")
     damage(Path("wan"))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(says)):
         sample.main(["--ckpt", "wan", *SMALL, "--prompt", "x", "--out", "x", *flags.split()])
 
 

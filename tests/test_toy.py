@@ -1,9 +1,10 @@
-import contextlib
 import hashlib
+import os
 import re
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import pytest
@@ -11,11 +12,12 @@ import safetensors.torch
 import torch
 from conftest import ROOT, call, run
 from PIL import Image
-from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
+from test_checkpoint import FULL_DISK, fork, hang, kill, names, wait_for
 
 import data
 import pictures
 import toy
+from checkpoint import read_lines
 from manifest import read_manifest
 from model import CONFIGS
 from pictures import from_bytes, read_picture, to_bytes, to_image
@@ -413,16 +415,32 @@ def test_a_cache_is_encoded_once_and_another_mask_is_another_set(tmp_path, monke
         toy.encode_cache(folder, encoders)
 
 
+def encode_some(folder, encoders, clips):
+    """encode_cache, but it never comes to an end of the clip after these."""
+    encode, left = encoders.encode, [None] * clips
+
+    def some(video):
+        if video.shape[2] > 1:  # a clip, no reference
+            left.pop() if left else hang()
+        return encode(video)
+
+    encoders.encode = some
+    toy.encode_cache(folder, encoders)
+
+
 def test_a_killed_encoding_goes_on(tmp_path):
     """And the next one leaves nothing behind of it."""
     folder = toy.render_cache(tmp_path, 32, 2, (60, 40))
     small = toy.ToyEncoders(folder, 32)
-    process = fork(toy.encode_cache, folder, small)
-    wait_for(lambda: len(list(folder.glob("toy-*/*/*.safetensors"))) > 20)
+    process = fork(encode_some, folder, small, 70)
+    wait_for(lambda: sum(len(read_lines(log)) for log in folder.glob("toy-*/done-*.jsonl")) == 70)
+    assert process.is_alive()
     kill(process)
     assert not list(folder.glob("toy-*/index.jsonl"))
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("toy-*/*/*") if path.stem != "empty"}
     result = toy.encode_cache(folder, small)
     assert len(data.Dataset(result).index) == 100
+    assert len(made) == 70 and all(path.stat().st_mtime_ns == when for path, when in made.items())
     there = names(result)
     assert len(there) == len(list(result.iterdir())) - 1 + 101  # folders and lists, a file a sample, "empty"
     assert not [name for name in there if "/." in name or name.startswith((".", "done"))]
@@ -542,31 +560,65 @@ def test_the_toys_own_manifest_may_be_written_again(manifest, tmp_path):
     assert (tmp_path / "manifest.jsonl").read_bytes() == manifest
 
 
-@pytest.mark.parametrize("place", range(0, 24, 5))
-def test_samples_never_overwrite_half_a_file(place, manifest, tmp_path, monkeypatch):
+WRITTEN = ["manifest.jsonl", "captions.txt", *PICTURES, *(f"clip{n}.mp4" for n in (1, 2, 3, 4))]  # in order
+
+
+@pytest.mark.parametrize("broken", ["captions.txt", "ann_front.png", "ben_left.png", "dan_back.png",
+                                    "clip1.mp4", "clip4.mp4"])
+def test_samples_never_overwrite_half_a_file(broken, tmp_path, monkeypatch):
     """The disk is full in the middle of a file: what was there stays, what came before is whole."""
-    for name in SAMPLES:
-        (tmp_path / name).write_text("old")
-    (tmp_path / "manifest.jsonl").write_bytes(manifest)
-    drawn = []
+    whole, folder = tmp_path / "whole", tmp_path / "out"
+    for place in (whole, folder):
+        place.mkdir()
+        toy.write_samples(place, 32, 3, 8)
+    for name in WRITTEN[1:]:
+        (folder / name).write_bytes(b"old")
+    write_text, save, write_video, broke = Path.write_text, Image.Image.save, toy.write_video, []
 
-    def full(picture, *size):
-        drawn.append(picture)
-        if len(drawn) > place:
+    def cut(path):
+        """Half of the broken file is there. A temporary name ends with its own."""
+        if path.name.endswith(broken):
+            os.truncate(path, path.stat().st_size // 2)
+            broke.append(path.name)
             raise FULL_DISK
-        return real(picture, *size)
 
-    real = to_image
-    for module in (pictures, toy):
-        monkeypatch.setattr(module, "to_image", full)
-    with pytest.raises(OSError, match="No space left"):
-        toy.main(["--out", str(tmp_path), "--size", "32", "--frames", "3"])
-    assert names(tmp_path) == SAMPLES
-    for name in SAMPLES:
-        if name.endswith(("mp4", "png")) and (tmp_path / name).read_bytes() != b"old":
-            opening = av.open(str(tmp_path / name)) if name.endswith("mp4") else Image.open(tmp_path / name)
-            with contextlib.closing(opening):
-                pass
+    def text(path, content):
+        write_text(path, content)
+        cut(path)
+
+    def picture(image, path):
+        save(image, path)
+        cut(path)
+
+    def video(path, frames, fps):
+        """The broken one is so long that much of it is in the file before the last frame is too much."""
+        def frame(*arguments):
+            if not left:
+                broke.append(path.name)
+                raise FULL_DISK
+            return left.pop()(*arguments)
+
+        left = [to_image] * (119 if path.name == broken else 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "to_image", frame)
+            write_video(path, frames.repeat(1, 40, 1, 1) if path.name == broken else frames, fps)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_text", text)
+        patch.setattr(Image.Image, "save", picture)
+        patch.setattr(toy, "write_video", video)
+        toy.write_samples(folder, 32, 3, 8)
+    assert len(broke) == 1 and names(folder) == SAMPLES
+    for name in WRITTEN[: WRITTEN.index(broken)]:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        if name.endswith("png"):
+            with Image.open(folder / name) as image:
+                image.load()
+        if name.endswith("mp4"):
+            with av.open(str(folder / name)) as container:
+                assert len(list(container.decode(video=0))) == 3
+    for name in WRITTEN[WRITTEN.index(broken):]:
+        assert (folder / name).read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(
