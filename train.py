@@ -193,9 +193,13 @@ def resolve(args, world):
         args.wan = choose_expert(args.wan, args.expert)
     args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
     of_toy = args.clips or args.described or not args.mv2id and (args.mask or args.pairs != "cross")
-    if encoded_data(args) and of_toy:
+    if encoded_set(args.data) and of_toy:
         raise UserError("--mask, --clips, --described and --pairs are for the toy; "
                         f"{args.data} was encoded with its own")
+    if args.valid:
+        asked, args.valid = args.valid, encoded_set(args.valid)
+        if not args.valid:
+            raise UserError(f"--valid {asked} holds no encoded set: `python data.py encode` makes one")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
     if args.adamw_lr is None and args.train != "all":
         args.adamw_lr = recipe.get("lora_lr")
@@ -228,11 +232,11 @@ def resolve(args, world):
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
     if args.expert and args.sample_prompts:
         raise UserError("--sample-prompts needs both experts, and this run trains one: leave it out")
-    if config.is_wan and not (args.wan and encoded_data(args)):
+    if config.is_wan and not (args.wan and encoded_set(args.data)):
         raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
                         "DIR, a set that `python data.py encode` made; "
                         f"came --wan {args.wan} --data {args.data}")
-    if (args.data / "manifest.jsonl").is_file() and not encoded_data(args):
+    if (args.data / "manifest.jsonl").is_file() and not encoded_set(args.data):
         raise UserError(f"--data {args.data} is not encoded yet: `python data.py encode` does it")
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
@@ -276,7 +280,7 @@ def step_flags(args, number):
              "shift", "timesteps", "expert", "boundary", "train", "rank", "shard", "precision", "clips",
              "pairs", "described", "mask", "no_curriculum", "front_only", "lr_span")
     flags = {name: getattr(args, name) for name in names} | {"steps": args.steps[number - 1]}
-    if folder := encoded_data(args):
+    if folder := encoded_set(args.data):
         flags["data"] = sha256_of(folder / "index.jsonl")[:16]
     return flags
 
@@ -317,10 +321,9 @@ def prepare(number, args, config, world):
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}`")
     start = before or args.wan  # a released Wan has no fingerprint
     parent = parent_of(start) if start and Path(start, "checkpoint.json").is_file() else None
-    if own:
-        if number == 1 and meta.get("parent") != parent:
-            raise UserError(f"{own} started from other weights: give the --wan that it had, or --scratch")
-        parent = meta.get("parent")
+    if own and number == 1 and meta.get("parent") != parent:
+        raise UserError(f"{own} started from other weights: give the --wan that it had, or --scratch")
+    parent = meta.get("parent") if own else parent
     torch.manual_seed(args.seed)  # for what is new in the model
     folder = None if own and args.shard else source  # load_shards reads the others
     if args.train == "all":
@@ -502,7 +505,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             if world.rank == 0:
                 tqdm.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
                            "step skipped, no weight changed")
-            if skipped == min(10, steps):
+            if skipped == min(10, steps - first_step):
                 raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
                                 f"last one {step + 1} with {', '.join(sorted(set(sources))[:20])}; try "
                                 "smaller learning rates, or leave out what is wrong")
@@ -583,15 +586,15 @@ def choose_expert(wan, expert):
     return wan
 
 
-def encoded_data(args):
-    """The folder of the encoded set that --data is or holds, or None."""
-    return next((f for f in (args.data, args.data / "encoded") if (f / "index.jsonl").is_file()), None)
+def encoded_set(folder):
+    """The encoded set that a folder is or holds, or None."""
+    return next((f for f in (Path(folder), Path(folder, "encoded")) if (f / "index.jsonl").is_file()), None)
 
 
 def load_data(args, config, world):
     """The Dataset, the Validation or None, and the files that sampling needs besides the network. The toy's
     are rendered and encoded where that was not done yet, by one process on all cores."""
-    folder, valid, files = encoded_data(args), args.valid, ()
+    folder, valid, files = encoded_set(args.data), args.valid, ()
     if not folder:
         size, frames = (toy.WORLDS[args.config][name] for name in ("size", "frames"))
         threads = torch.get_num_threads()

@@ -72,9 +72,14 @@ def torchrun(size, *command, cwd):
     """-> exit status, lines on stdout, the scripts' own lines on stderr (torchrun writes many more)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
                *map(str, command)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT)
-    said = [line for line in done.stderr.splitlines() if line.startswith(("sample.py:", "two.py:"))]
-    return done.returncode, done.stdout.splitlines(), said
+    with subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        try:
+            out, errors = process.communicate(timeout=TIMEOUT)
+        finally:
+            process.terminate()  # where it hangs: torchrun ends its processes too
+    said = [line for line in errors.splitlines() if line.startswith(("sample.py:", "two.py:"))]
+    return process.returncode, out.splitlines(), said
 
 
 # ------------------------------------------------------------------------------------- prompts over the ranks
@@ -351,5 +356,5 @@ world.leave()
         assert [machine.wait(TIMEOUT) for machine in machines] == [0, 0]
     finally:
         for machine in machines:
-            machine.kill()
+            machine.terminate()
     assert len(list(tmp_path.glob("done-*"))) == 2  # their counts of restarts may differ

@@ -440,6 +440,7 @@ def test_without_curriculum_and_with_the_front_only(fresh, monkeypatch):
         ("--stage all --resume --steps 3", "stage4.* grew from fewer steps of stage 3 than 3: give"),
         ("--stage 2 --resume --overwrite", "give one of them"),
         ("--stage 1 --out new --expert high --sample-prompts jobs", "--sample-prompts needs both experts"),
+        ("--stage 1 --out new --valid nowhere", "--valid nowhere holds no encoded set"),
         ("--stage 1 --out new --rope-jump 2", "rope jump 2 is smaller"),
         ("--stage 1 --out new --steps 1 2", f"--steps 1 2: expected one number, or {len(train.STAGES)}"),
         ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is not a multiple of"),
@@ -605,6 +606,16 @@ def test_a_stage_without_any_finite_step_is_not_finished(fresh, drawn, monkeypat
         call("train.py", *FAST, "--stage", 1, "--steps", 2, cwd=fresh)
     assert len(drawn) == 2 and f", the last one 2 with {drawn[1]}; try" in str(error.value)
     assert [line["loss"] for line in metrics(fresh / "out" / "tiny", 1)] == [None]
+
+
+def test_a_resumed_stage_without_any_finite_step_is_not_finished(fresh, monkeypatch):
+    flags = ["train.py", *FAST, "--stage", 1, "--steps", 4, "--save-every", 2]
+    call(*flags, cwd=fresh)
+    shutil.rmtree(fresh / "out" / "tiny" / "stage1" / "step-000004")
+    real = train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *args: real(*args) * float("nan"))
+    with pytest.raises(UserError, match="2 steps in a row without a finite gradient, the last one 4"):
+        call(*flags, "--resume", cwd=fresh)
 
 
 def test_weights_that_are_not_finite_are_never_saved(fresh, monkeypatch):
@@ -1016,7 +1027,7 @@ def test_a_toy_is_validated_on_a_set_that_is_given(fresh, monkeypatch):
 def test_wan_is_validated_only_on_a_set_that_is_given(small_wan, wan_set):
     one = [*small_wan, "--stage", "1", "--steps", "1", "--out"]
     train.main([*one, "none"])
-    train.main([*one, "given", "--valid", str(wan_set / "encoded")])
+    train.main([*one, "given", "--valid", str(wan_set)])  # the folder above it, as --data may be
     assert validations(Path("none"), 1) == []
     (given,) = validations(Path("given"), 1)
     assert "no references" in given and all(0 < loss < math.inf for loss in given.values())
@@ -1056,9 +1067,13 @@ def torchrun(processes, *arguments, cwd, script=ROOT / "train.py", restarts=0):
     """-> whether it ended well, and what it wrote to stderr, torchrun's own traceback included."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
                "--max-restarts", restarts, script, *arguments]
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=TIMEOUT)
-    return done.returncode == 0, done.stderr
+    with subprocess.Popen([str(part) for part in command], cwd=cwd, text=True, stderr=subprocess.PIPE,
+                          stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        try:
+            said = process.communicate(timeout=TIMEOUT)[1]
+        finally:
+            process.terminate()  # where it hangs: torchrun ends its processes too
+    return process.returncode == 0, said
 
 
 def in_one_group(folder, trainings, processes=2):
