@@ -76,9 +76,9 @@ def report_speed(step, model, shape, batch, passes, device, dtype):
 def set_up(args):
     """The network of --config with random weights, its device and dtype, and a clip's shape (C, T, H, W)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, world = CONFIGS[args.config], toy.WORLDS[args.config]
-    frames, size = args.frames or world["frames"], args.size or (world["size"], world["size"])
-    codec = WanEncoders if config.is_wan else toy.ToyCodec(world["size"])
+    config, default = CONFIGS[args.config], toy.WORLDS[args.config]
+    frames, size = args.frames or default["frames"], args.size or (default["size"], default["size"])
+    codec = WanEncoders if config.is_wan else toy.ToyCodec(default["size"])
     if config.is_wan:
         sample.check_wan_size(frames, size)
     elif not all(side and side % (PATCH * codec.stride) == 0 for side in size):

@@ -286,7 +286,7 @@ def run_key(model, found, plan):
     """A short name for all that a result depends on. Under bf16 a video depends in its last digits on those
     that it shares a forward with, so the cases and --batch count too."""
     precision = "bf16" if uses_bf16(model.device, model.precision) else "fp32"
-    parts = [found.meta["sha256"], found.meta["config"], found.meta["world"], plan.recipe, plan.cases,
+    parts = [found.meta["sha256"], found.meta["config"], found.frames, found.size, plan.recipe, plan.cases,
              plan.batch, model.device.type, precision, source_hash(*CODE)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -326,7 +326,7 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
     if found.kind != "toy":
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
     model, encoders = load(found, precision=plan.precision)
-    frames, size = found.meta["world"]["frames"], found.meta["world"]["size"]
+    frames, size = found.frames, found.size[0]
     run = run_key(model, found, plan)
 
     def stored():
