@@ -30,10 +30,9 @@ from cases import Case
 from checkpoint import UserError, sha256_of, source_hash
 from curate import EXTRACT, MIDDLE, ask, find_faces, follow
 from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align
-from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder
+from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder, wrap
 from report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
-                    in_columns, interval, mean, one, per_frame, plot, read_results, show, table, wrap,
-                    write_page)
+                    in_columns, interval, mean, one, per_frame, plot, read_results, show, table, write_page)
 
 LEAST = Namespace(score=EXTRACT["score"][1])  # of a detection
 SHORT_SIDE = 720  # larger videos are shrunk to it

@@ -217,7 +217,7 @@ def lock(folder, wait=False):
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
+            file.seek(0)  # it is still empty where the holder has only just come
             if not wait:
                 raise UserError(f"{folder} is in use by process {file.read() or '?'}: "
                                 "wait for it, or choose another folder") from None
@@ -573,7 +573,7 @@ def read_meta(folder):
 
 
 def check_files(folder, names=None):
-    """UserError where one of these files of a checkpoint, or of all, is not what was written there."""
+    """UserError where a file of a checkpoint is not what was written there. names: None for all of them."""
     sha256 = read_meta(folder)["sha256"]
     for name in sha256 if names is None else names:
         path = Path(folder) / name

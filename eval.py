@@ -39,9 +39,9 @@ from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, fi
 from curate import check_url
 from faces import Faces, RetinaFace
 from parallel import World
-from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, write_video
+from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, wrap, write_video
 from report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval, mean,
-                    one, per_frame, plot, read_results, show, strip, table, wrap, write_page)
+                    one, per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
 from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, find, frames_and_size, generate,
                     load, make_round, override, recipe_flags)
@@ -55,8 +55,9 @@ ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
 YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested yaw; the nearest one wins
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
-# what the numbers depend on
-CODE = ("data", "encode", "encoders", "eval", "kernels", "lora", "model", "pictures", "rope", "sample", "toy")
+# what a video depends on, and what the numbers do
+VIDEO_CODE = ("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "toy")
+CODE = (*VIDEO_CODE, "encode", "eval")
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -456,7 +457,7 @@ def sample_cases(cases, args, world):
     probe_writable(folder)
     weights = [read_meta(network)["sha256"] for network in found.networks]
     bf16 = uses_bf16(world.device, args.precision)
-    code = source_hash("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "toy")
+    code = source_hash(*VIDEO_CODE)
     model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
                            need_vit=found.config.vit_dim > 0)
 

@@ -51,7 +51,8 @@ def import_set(kind, root, out, mirror=False):
     others = sorted(held - {"manifest.jsonl", "refs", "source", "encoded"})
     if others or (held and (out / "source").resolve() != outer):
         what = others[0] if others else "what is from elsewhere"
-        raise UserError(f"--out {out} holds {what}, expected nothing or an import of {root}: choose another")
+        raise UserError(f"--out {out} holds {what}, expected nothing or an import of {root}: delete it, or "
+                        "choose another")
     with lock(out):
         if not held:
             os.symlink(outer, out / "source", target_is_directory=True)

@@ -529,7 +529,7 @@ def load_base(model, base, dtype=None):
     if not base["sha256"]:
         return fill(model, read_wan(path), dtype)
     if not path.is_dir() or read_meta(path)["sha256"].get("ema.safetensors") != base["sha256"]:
-        raise UserError(f"the frozen network under these adapters, {path}, is gone or was trained again")
+        raise UserError(f"the frozen network that this was trained on, {path}, is gone or was trained again")
     check_files(path, ["ema.safetensors"])
     return fill(model, read_weights(path / "ema.safetensors"), dtype)
 

@@ -43,8 +43,8 @@ def orthogonalize(x, iterations=5):
 
 def make_optimizers(model, args):
     """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest."""
-    matrices = [p for p in model.blocks.parameters()
-                if p.ndim == 2 and p.requires_grad and args.optimizer == "muon"]
+    muon = args.optimizer == "muon"
+    matrices = [p for p in model.blocks.parameters() if muon and p.ndim == 2 and p.requires_grad]
     chosen = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     adamw = torch.optim.AdamW([{"params": rest, "peak_lr": args.adamw_lr}], args.adamw_lr, betas=(0.9, 0.95),

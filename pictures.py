@@ -79,6 +79,11 @@ def read_picture(path, size, least=1):
     return from_bytes(torch.from_numpy(np.array(image))).permute(2, 0, 1)
 
 
+def wrap(degrees):
+    """Degrees into -180..180."""
+    return (degrees + 180) % 360 - 180
+
+
 def view_of(argument):
     """"left=path" or a path with one view's word in its name -> (view, path)."""
     view, equals, path = argument.partition("=")

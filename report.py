@@ -34,11 +34,6 @@ class Metric(NamedTuple):
     percent: bool = False  # a rate, shown in per cent
 
 
-def wrap(degrees):
-    """Degrees into -180..180."""
-    return (degrees + 180) % 360 - 180
-
-
 def one(key):
     return lambda p: [p.get(key)]
 

@@ -53,6 +53,10 @@ ROUND = 16  # videos that are made together, one network after the other, and wr
 def schedule(steps, shift, solver):
     """Noise levels [steps + 1], the last one 0, and times [steps] in 0..1000, both float64.
     UniPC and DPM++ ask the network at whole times, as Wan's do."""
+    if solver not in SOLVERS:
+        raise UserError(f"unknown solver {solver!r}; expected one of {', '.join(SOLVERS)}")
+    if steps < 1:
+        raise UserError(f"{steps} steps; expected at least 1")
     sigma = torch.linspace(0.999 if solver == "unipc" else 1, 0, steps + 1, dtype=torch.float64)
     sigma = data.shifted(sigma, shift)
     times = 1000 * sigma[:-1]
@@ -70,10 +74,6 @@ def solve(velocity, x, steps, shift, solver):
               at first order in the first and the last step, as in diffusers.
     Raises UserError for an unknown solver or less than one step.
     """
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}; expected one of {', '.join(SOLVERS)}")
-    if steps < 1:
-        raise UserError(f"{steps} steps; expected at least 1")
     solution = solving(x, steps, shift, solver)
     x, t = next(solution)
     while t is not None:
@@ -126,6 +126,11 @@ def guidance_weights(guide_text, guide_refs):
     return guide_refs, guide_text - guide_refs, 1 - guide_text
 
 
+def expert_at(t, boundary):
+    """Which of two networks works at time t: 0, the one for high noise, or 1."""
+    return int(float(t) < 1000 * boundary)
+
+
 def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, boundary=0.0):
     """velocity(x, t) with two guidance scales: from nothing to the caption, and from the caption to
     caption and references.
@@ -141,7 +146,7 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
     terms = (text, refs, vit, {}), (text, no_refs, no_vit, {}), (no_text, no_refs, no_vit, {})
 
     def velocity(x, t):
-        scale = guide_text[0] if t >= 1000 * boundary else guide_text[-1]
+        scale = guide_text[-expert_at(t, boundary)]
         weights = guidance_weights(scale, guide_refs if any(refs or ()) else None)
         return sum(weight * model(x, t.expand(len(x)), tokens.expand(len(x), -1, -1), *others)
                    for weight, (tokens, *others) in zip(weights, terms) if weight)
@@ -160,7 +165,7 @@ class Experts:
         self.current = self.network = None
 
     def __call__(self, x, t, text, refs=None, vit=None, cache=None):
-        needed = 0 if float(t[0]) >= 1000 * self.boundary else 1
+        needed = expert_at(t[0], self.boundary)
         if needed != self.current:
             self.drop()
             self.network, self.current = self.load[needed](), needed
@@ -216,9 +221,11 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
         velocity = guided(model, text[i], no_text, *encoded[i], recipe["guide_text"], recipe["guide_refs"],
                           model.boundary)
         x, t = states[i]
-        while t is not None and int(t < 1000 * model.boundary) == expert:
+        while t is not None and expert_at(t, model.boundary) == expert:
             x, t = solutions[i].send(velocity(x, t))
             bar.update(len(x))
+        if t is None:
+            solutions[i].close()  # it holds six latents
         states[i] = x, t
     with bar, autocast(model.device, model.precision):
         for expert in range(len(model.load)):  # each loads once
@@ -431,8 +438,8 @@ def recipe_flags(add):
     """Flags that override SAMPLE_RECIPES; eval.py has them too."""
     add("--steps", type=count, help="solver steps")
     add("--shift", type=time_shift, help="timestep shift: more than 1 spends more steps at high noise")
-    add("--guide-refs", type=guidance, help="guidance to the references (default for Wan: --guide-text's)")
-    add("--guide-text", type=guidance, nargs="+", help="the same for the caption; two: at high and low noise")
+    add("--guide-refs", type=guidance, help="guidance to the references, 1 is none (Wan: --guide-text's)")
+    add("--guide-text", type=guidance, nargs="+", help="guidance to the caption; two: at high, low noise")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
 
 
@@ -520,10 +527,8 @@ def output_files(args, jobs, per_round=ROUND):
     names = [out] if len(jobs) == 1 else [f"{out}-{n}" for n in range(1, len(jobs) + 1)]
     videos = [f"{name}.mp4" for name in names]
     sheets = [f"{name}.png" for name in (names[::per_round] if len(jobs) > per_round else [out])]
-    inputs = [args.prompts] if args.prompts else []
-    for job in jobs:
-        for files in job.files:
-            inputs += [path for _, path in map(view_of, files)]
+    inputs = [view_of(file)[1] for job in jobs for files in job.files for file in files]
+    inputs += [args.prompts] if args.prompts else []
     probe_writable(os.path.dirname(out))
     check_outputs([*videos, *sheets], inputs)
     return videos, sheets

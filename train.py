@@ -105,7 +105,7 @@ def arguments(argv=None):
     run("--resume", action="store_true", help="go on from the newest checkpoint of each stage")
     run("--overwrite", action="store_true", help="start the stages afresh where checkpoints exist")
     run("--seed", type=seed_number, default=0, help="of all that is random")
-    opt = p.add_argument_group("optimization").add_argument
+    opt = p.add_argument_group("optimization (defaults by --config: TRAIN_RECIPES)").add_argument
     opt("--train", choices=TRAINS, default="all", help="all; new: proxies and MFI; lora: these and adapters "
         "of the blocks' matrices, on a frozen network")
     opt("--rank", type=count, default=32, help="rank of the adapters")
@@ -542,8 +542,8 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
 
 
 def write_samples(folder, step, last, args, config):
-    """What a user would run on the newest checkpoint of a stage, as a process of its own: sample.py does not
-    belong to training. Without prompts there is none for Wan, nor of sharded weights before a stage's end."""
+    """What a user would run on the newest checkpoint of a stage, as a process of its own: train.py may not
+    import sample.py. Without prompts there is none for Wan, nor of sharded weights before a stage's end."""
     if args.no_samples or config.is_wan and not args.sample_prompts or args.shard and not last:
         return
     prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
@@ -648,7 +648,7 @@ def main(argv=None):
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
                 for number in reversed(stages):
                     for step in reversed(steps_in(args.out / f"stage{number}")):
-                        delete_checkpoint(step)  # and nothing else, which may be the user's, but its log
+                        delete_checkpoint(step)  # its log goes too; all else may be the user's
                     (args.out / f"stage{number}" / "metrics.jsonl").unlink(missing_ok=True)
         world.barrier()
         dataset, valid, files = loaded if world.rank == 0 else load_data(args, config, world)

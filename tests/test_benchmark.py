@@ -890,7 +890,7 @@ def test_help_says_what_every_column_means(capsys):
 
 
 # ----------------------------------------------------------------------------------------------- a real clip
-@pytest.mark.skipif("BENCHMARK_FULL" not in os.environ, reason="downloads; BENCHMARK_FULL=1 runs it")
+@pytest.mark.skipif("DOWNLOADS" not in os.environ, reason="downloads; DOWNLOADS=1 runs it")
 def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_factory):
     """176 x 144 pixels and 120 frames; MTCNN, and dlib's identity network, whose strangers are alike."""
     from identity import fetch_identity

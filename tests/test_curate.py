@@ -339,7 +339,7 @@ def test_a_track_that_shows_no_view_is_no_crash(tmp_path):
 
 # ------------------------------------------------------------------------------------------- restarts, shards
 def test_kills_leave_the_same_bytes(world, curated, tmp_path):
-    """Five kills: four in the first pass, when so many of the nine rows are there, and one in the second."""
+    """Kills when so many of the nine rows are there, so that the last one may come in the second pass."""
     rng, kills = random.Random(0), 0
     for rows in (1, 3, 5, 8, 9):
         process = fork(run, world[0], tmp_path / "out", world[1], "--device", "cpu")  # no GPU after a fork
@@ -721,7 +721,7 @@ def test_many_tracks_still_runs(capsys):
 
 
 # ------------------------------------------------------------------------------------------------ a real clip
-@pytest.mark.skipif("BENCHMARK_FULL" not in os.environ, reason="downloads; BENCHMARK_FULL=1 runs it")
+@pytest.mark.skipif("DOWNLOADS" not in os.environ, reason="downloads; DOWNLOADS=1 runs it")
 def test_one_real_man_is_one_track(tmp_path_factory):
     """176 x 144 pixels and 120 frames. MTCNN knows no identities and misses profiles."""
     folder = tmp_path_factory.mktemp("real")

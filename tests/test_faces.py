@@ -658,7 +658,7 @@ REAL = {
 }
 
 
-@pytest.mark.skipif("BENCHMARK_FULL" not in os.environ, reason="downloads; BENCHMARK_FULL=1 runs it")
+@pytest.mark.skipif("DOWNLOADS" not in os.environ, reason="downloads; DOWNLOADS=1 runs it")
 def test_mtcnn_is_a_second_backend_on_real_faces(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     net = fetch_mtcnn(folder)

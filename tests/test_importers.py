@@ -740,9 +740,9 @@ def test_other_folders_are_refused(one):
     (one / "other").mkdir()
     importers.import_set("folders", one / "root", one / "out")
     elsewhere = "holds what is from elsewhere, expected nothing or an import of"
-    fails(f"{elsewhere} {one}/other: choose another$", root="other")
+    fails(f"{elsewhere} {one}/other: delete it, or choose another$", root="other")
     (one / "out/letter.txt").write_text("dear")
-    fails(f"holds letter.txt, expected nothing or an import of {one}/root: choose another$")
+    fails(f"holds letter.txt, expected nothing or an import of {one}/root: delete it, or choose another$")
     assert names(one / "mine") == ["letter.txt"] and len(lines(one / "out")) == 1
 
 

@@ -186,10 +186,13 @@ def test_each_expert_keeps_what_its_one_way_references_computed(offload):
 
 
 def test_unknown_solver_and_no_steps():
-    with pytest.raises(UserError, match="unknown solver 'magic'"):
-        sample.solve(None, torch.zeros(1), 4, 1, "magic")
-    with pytest.raises(UserError, match="0 steps"):
-        sample.solve(None, torch.zeros(1), 0, 1, "euler")
+    """By both ways in: solve, and the generator that sampling takes."""
+    for ask in (lambda *how: sample.solve(None, torch.zeros(1), *how),
+                lambda *how: next(sample.solving(torch.zeros(1), *how))):
+        with pytest.raises(UserError, match="unknown solver 'magic'"):
+            ask(4, 1, "magic")
+        with pytest.raises(UserError, match="0 steps"):
+            ask(0, 1, "euler")
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
@@ -429,20 +432,33 @@ def test_plain_wan22_loads_each_expert_once_for_all_videos(wan):
     assert loaded == [0, 1]
 
 
-def test_two_experts_load_once_for_all_videos_with_references_too(tiny):
-    """Both are the same network here, so that the videos are those of one."""
+def test_two_experts_load_once_for_all_videos_with_references_too(tiny, monkeypatch):
+    """Both are the same network here, so that the videos are those of one. What references keep is in memory
+    for one video at a time, and nothing of denoising is when the videos are decoded."""
     found = sample.find(tiny / "out" / "tiny")
     one, encoders = sample.load(found, precision="fp32")
-    loaded, caches = [], []
+    loaded, kept, solvers, decode, solving = [], [], [], encoders.decode, sample.solving
+
+    def watched_solving(*how):
+        solvers.append(solving(*how))
+        return solvers[-1]
+
+    def watched_decode(latent):
+        assert solvers and all(solver.gi_frame is None for solver in solvers)
+        assert not any(keys() is not None for keys in kept)
+        return decode(latent)
+    monkeypatch.setattr(sample, "solving", watched_solving)
+    monkeypatch.setattr(encoders, "decode", watched_decode)
 
     class Watched:
         def __init__(self, network):
             self.network = network
 
         def __call__(self, *inputs):
-            out = self.network(*inputs)
-            if not any(cache is inputs[-1] for cache in caches):
-                caches.append(inputs[-1])
+            out, (keys, _) = self.network(*inputs), inputs[-1]["references"][0]
+            if not any(other() is keys for other in kept):
+                kept.append(weakref.ref(keys))
+            assert sum(other() is not None for other in kept) == 1
             return out
 
     def load(role):
@@ -454,7 +470,7 @@ def test_two_experts_load_once_for_all_videos_with_references_too(tiny):
     recipe = sample.SAMPLE_RECIPES["toy"] | {"steps": 6, "shift": 5.0, "solver": "unipc"}
     expected, videos = (sample.generate(model, encoders, jobs, recipe, found.frames) for model in (one, two))
     assert len(jobs) > 1 and loaded == [0, 1]
-    assert len(caches) == 2 * len(jobs)  # one for each video and expert: what references keep is never mixed
+    assert len(kept) == 2 * len(jobs)  # once for each video and expert
     assert all(torch.equal(a, b) for a, b in zip(expected, videos))
 
 

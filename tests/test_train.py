@@ -970,7 +970,7 @@ def test_on_a_frozen_base_only_what_is_added_trains(fresh, what, monkeypatch):
     sample.main(["--export", "alone", "--ckpt", "out/tiny"])
     assert load_checkpoint(Path("alone"))[0].state_dict().keys() == base.keys()
     shutil.rmtree("out/tiny/stage1")
-    with pytest.raises(UserError, match="network under these adapters, .*, is gone or was trained again"):
+    with pytest.raises(UserError, match="the frozen network .*, is gone or was trained again"):
         load_checkpoint(find_checkpoint("out/tiny/stage3"))
     sample.main(["--ckpt", "alone", "--steps", "1", "--out", "v"])
 
