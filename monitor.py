@@ -1,4 +1,4 @@
-"""How a training is doing: metrics.jsonl, validation on fixed cases, and loss.png.
+"""How a training is doing: metrics.jsonl, validation on fixed cases, loss.png, and sample sheets.
 
 A line of metrics.jsonl is of training (loss, gradient norm, seconds a step, tokens and TFLOP a second, peak
 memory, share of the time spent waiting for data) or of a validation (losses of the averaged weights).
@@ -6,6 +6,8 @@ memory, share of the time spent waiting for data) or of a validation (losses of 
 import contextlib
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 from checkpoint import UserError, atomic_file, autocast, read_lines
 from model import PATCH
+from parallel import TORCHRUN
 from rope import VIEWS
 
 GIB = 2**30
@@ -114,6 +117,11 @@ class Validation:
                 self.cases[given] = views, members[::max(1, len(members) // VALID_CLIPS)][:VALID_CLIPS]
         if not self.cases:
             raise UserError(f"{folder} holds no clip of one or two people: give another --valid")
+        for views, numbers in self.cases.values():
+            for number in numbers:
+                self.dataset.sample(number, views)
+        if self.dataset.broken:
+            raise UserError(f"{folder} holds damaged clips: encode it again, or give another --valid")
 
     @torch.no_grad()
     def losses(self, loss_of, model, levels, precision):
@@ -213,3 +221,19 @@ def draw_losses(out, stage):
         draw.text((826, 44 + 20 * k), f"{name} {10**curve[-1][1]:.3g}", colour, font)
     with atomic_file(Path(out) / "loss.png") as path:
         sheet.save(path, "PNG")
+
+
+# ----------------------------------------------------------------------------------------------------- sheets
+def write_samples(folder, step, last, args, config):
+    """What a user would run on the newest checkpoint of a stage, as a process of its own: train.py may not
+    import sample.py. Without prompts there is none for Wan, none of sharded weights before a stage's end, and
+    none of one expert alone."""
+    prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
+    if args.no_samples or args.expert or config.is_wan and not prompts or args.shard and not last:
+        return
+    name = folder / ("sample" if last else f"sample-{step:06d}")
+    alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    torch.cuda.empty_cache()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the other processes wait for an hour at most
+        subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
+                        "--out", name], check=False, env=alone, timeout=3000)

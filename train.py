@@ -6,8 +6,8 @@
   torchrun --nproc-per-node 8 train.py --stage all --config 14b --expert high --shard --recompute --compile
            --wan ckpts/Wan2.2-T2V-A14B --data DATA
 
-A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), and for each stage
-metrics.jsonl, loss.png and a sample sheet. Everything random in a step comes from (seed, stage, step,
+A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), for each stage
+metrics.jsonl and a sample sheet, and loss.png. Everything random in a step comes from (seed, stage, step,
 sample), so a resumed run repeats the uninterrupted one bit for bit, and any split of the global batch into
 ranks and micro-batches sees the same samples.
 """
@@ -18,7 +18,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -45,10 +44,11 @@ from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autoca
 from kernels import use_fused
 from lora import TRAINS, set_trained
 from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
-from monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses
+from monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, write_samples
 from muon import make_optimizers
-from parallel import (CORES, TORCHRUN, World, gathered, load_shards, local, replicate, save_shards, shard,
+from parallel import (CORES, World, gathered, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
+from pictures import read_jobs
 from rope import LAYOUTS
 
 
@@ -149,7 +149,7 @@ def arguments(argv=None):
            help="the last stage's clips and references from the first step on; steps as in the stages")
     method("--front-only", action="store_true", help="no view but the front is ever given")
     method("--mask", type=fraction, default=0.0,
-           help="region masking: fraction of each reference hidden (Mv2ID: 0.6)")
+           help="region masking: share of a reference hidden (Mv2ID: 0.6)")
     method("--mv2id", action="store_true", help=f"Mv2ID's recipe: {MV2ID}, and no step that asks for "
            "references from other clips; an encoded set must be masked already")
     log = p.add_argument_group("logging").add_argument
@@ -232,6 +232,8 @@ def resolve(args, world):
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
     if args.expert and args.sample_prompts:
         raise UserError("--sample-prompts needs both experts, and this run trains one: leave it out")
+    if args.sample_prompts:
+        read_jobs(Path(args.sample_prompts), args.seed)  # refused now, not after a stage
     if config.is_wan and not (args.wan and encoded_set(args.data)):
         raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
                         "DIR, a set that `python data.py encode` made; "
@@ -541,20 +543,6 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
               f"loss {float(total) / world.size:.4f}", flush=True)
 
 
-def write_samples(folder, step, last, args, config):
-    """What a user would run on the newest checkpoint of a stage, as a process of its own: train.py may not
-    import sample.py. Without prompts there is none for Wan, nor of sharded weights before a stage's end."""
-    if args.no_samples or config.is_wan and not args.sample_prompts or args.shard and not last:
-        return
-    prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
-    name = folder / ("sample" if last else f"sample-{step:06d}")
-    alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-    torch.cuda.empty_cache()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # the other processes wait for an hour at most
-        subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
-                        "--out", name], check=False, env=alone, timeout=3000)
-
-
 def stop_on_signal(world):
     """A function that says whether any rank was sent SIGTERM or Ctrl-C; all ranks must call it together."""
     received = []
@@ -659,6 +647,8 @@ def main(argv=None):
             start = None
             gc.collect()  # sharded networks hold references to themselves
             if stop():
+                if world.rank == 0:
+                    print(f"stopped: {find_checkpoint(args.out)} is saved, --resume goes on")
                 break
     world.leave()
 

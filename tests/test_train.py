@@ -441,6 +441,7 @@ def test_without_curriculum_and_with_the_front_only(fresh, monkeypatch):
         ("--stage 2 --resume --overwrite", "give one of them"),
         ("--stage 1 --out new --expert high --sample-prompts jobs", "--sample-prompts needs both experts"),
         ("--stage 1 --out new --valid nowhere", "--valid nowhere holds no encoded set"),
+        ("--stage 1 --out new --sample-prompts nowhere", "nowhere: "),
         ("--stage 1 --out new --rope-jump 2", "rope jump 2 is smaller"),
         ("--stage 1 --out new --steps 1 2", f"--steps 1 2: expected one number, or {len(train.STAGES)}"),
         ("--stage 1 --out new --batch 4 --micro-batch 3", "--batch 4 is not a multiple of"),
@@ -1031,6 +1032,24 @@ def test_wan_is_validated_only_on_a_set_that_is_given(small_wan, wan_set):
     assert validations(Path("none"), 1) == []
     (given,) = validations(Path("given"), 1)
     assert "no references" in given and all(0 < loss < math.inf for loss in given.values())
+
+
+def test_a_damaged_validation_set_is_refused_before_anything_is_deleted(fresh, tiny):
+    call("train.py", *FAST, "--stage", 1, cwd=fresh)
+    clips = toy.render_cache(fresh / "others", 32, 3, (4, 4), seed=5)
+    others = toy.encode_cache(clips, toy.ToyEncoders(clips, 32))
+    for file in others.glob("00/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    before = weights(fresh / "out" / "tiny")
+    with pytest.raises(UserError, match="damaged|no whole sample"):
+        call("train.py", *FAST, "--stage", 1, "--overwrite", "--valid", others, cwd=fresh)
+    assert_equal(before, weights(fresh / "out" / "tiny"))
+
+
+def test_one_expert_alone_makes_no_sample_sheet(fresh, monkeypatch):
+    monkeypatch.setattr(monitor.subprocess, "run", None)
+    flags = [flag for flag in FAST if flag != "--no-samples"]
+    call("train.py", *flags, "--stage", 1, "--expert", "high", cwd=fresh)
 
 
 def test_losses_of_later_stages_are_not_drawn(tmp_path):
