@@ -40,7 +40,7 @@ FILES = {
 OVER = {
     "model": (570, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep"),
-    "train": (660, "FSDP2, adapters, experts and a base beside the bare loop"),
+    "train": (657, "FSDP2, adapters, experts and a base beside the bare loop"),
     "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (260, "one-way references under Ulysses"),
