@@ -279,7 +279,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=in_range(int, 0, 100, "0 to 100"), default=3,
                    help="seeds of each row; 0: only the tables, of results that are there")
     p.add_argument("--config", default="toy", choices=("tiny", "toy", "toy64"), help="what to train")
-    p.add_argument("--train", default=[], type=shlex.split, metavar="FLAGS", help='as --train="--no-mfi"')
+    p.add_argument("--train", default=[], type=shlex.split, help='flags of train.py, as --train="--no-mfi"')
     p.add_argument("--base", type=nonempty, help="the base model that every row starts from, such as "
                    "assets/base (none: random weights); the row `base` measures it")
     p.add_argument("--out", type=nonempty, default="out/claims", help="folder of all trainings and results")

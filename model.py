@@ -488,7 +488,7 @@ def wan_on_meta(path):
                            freq_dim=shapes["time_embedding.0.weight"][1],
                            text_dim=shapes["text_embedding.0.weight"][1], **WAN)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path} is not a Wan transformer of {len(shapes)} tensors: {error}") from None
+        raise UserError(f"{path}, of {len(shapes)} tensors, is not a Wan transformer ({error})") from None
     if not config.is_wan:  # image-to-video, or Wan2.2's 5B
         raise UserError(f"{path} works on latents of {in_dim} channels, expected 16: take Wan2.1's or "
                         "Wan2.2-A14B's text-to-video")

@@ -117,7 +117,7 @@ class Validation:
                 self.cases[given] = views, members[::max(1, len(members) // VALID_CLIPS)][:VALID_CLIPS]
         if not self.cases:
             raise UserError(f"{folder} holds no clip of one or two people: give another --valid")
-        for views, numbers in self.cases.values():
+        for views, numbers in self.cases.values():  # damage is found now, not at the first validation
             for number in numbers:
                 self.dataset.sample(number, views)
         if self.dataset.broken:
@@ -175,8 +175,8 @@ COLOURS = ("#4477aa", "#cc6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#e
 
 
 def draw_losses(out, stage):
-    """Write loss.png of a run: training's loss and the validations', over all steps up to this stage's (later
-    ones, if there are any, grew from what is trained anew)."""
+    """Write loss.png of a run: training's loss and the validations', over all steps up to this stage's.
+    Those of later stages, if there are any, are an older run's."""
     curves, edges, start = {}, [], 0
     for path in [Path(out, f"stage{number}", "metrics.jsonl") for number in range(1, stage + 1)]:
         lines = [line for line in read_lines(path) if isinstance(line.get("step"), int)]
@@ -225,9 +225,9 @@ def draw_losses(out, stage):
 
 # ----------------------------------------------------------------------------------------------------- sheets
 def write_samples(folder, step, last, args, config):
-    """What a user would run on the newest checkpoint of a stage, as a process of its own: train.py may not
-    import sample.py. Without prompts there is none for Wan, none of sharded weights before a stage's end, and
-    none of one expert alone."""
+    """What a user would run on the newest checkpoint of a stage, as a process of its own, since training does
+    not import sample.py. There is none for Wan without prompts, none of sharded weights before a stage's end,
+    and none of one expert alone."""
     prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
     if args.no_samples or args.expert or config.is_wan and not prompts or args.shard and not last:
         return

@@ -275,12 +275,12 @@ def find(ckpt):
         return Found(ckpt, networks, config, "wan2.2" if pair else "wan2.1", meta, boundary)
     toy.check_config(config)
     check_files(networks[0], [toy.ToyEncoders.TOKENIZER])
-    shown = meta.get("world", {})
+    toy_world = meta.get("world", {})
     known = [{name: row[name] for name in ("size", "frames")} for row in toy.WORLDS.values()]
-    if shown not in known or not all(type(value) is int for value in shown.values()):
-        raise UserError(f"{networks[0]}/checkpoint.json: its world {shown!r:.60} is none of toy.WORLDS")
-    size = shown["size"], shown["size"]
-    return Found(ckpt, networks, config, "toy", meta, boundary, shown["frames"], size)
+    if toy_world not in known or not all(type(value) is int for value in toy_world.values()):
+        raise UserError(f"{networks[0]}/checkpoint.json: its world {toy_world!r:.60} is none of toy.WORLDS")
+    size = toy_world["size"], toy_world["size"]
+    return Found(ckpt, networks, config, "toy", meta, boundary, toy_world["frames"], size)
 
 
 def check_experts(networks):

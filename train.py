@@ -599,8 +599,8 @@ def load_data(args, config, world):
                             "train a base for it, as README.md says")
         folder, files = toy.encode_cache(clips, encoders, args.pairs, args.mask), encoders.files
         if not valid:
-            clips = toy.render_cache(args.data, size, frames, (VALID_CLIPS,) * 2, seed=toy.VALID_SEED)
-            valid = toy.encode_cache(clips, encoders)
+            held_out = toy.render_cache(args.data, size, frames, (VALID_CLIPS,) * 2, seed=toy.VALID_SEED)
+            valid = toy.encode_cache(held_out, encoders)
         torch.set_num_threads(threads)
     dataset = data.Dataset(folder, front_only=args.front_only)
     dataset.check(config)

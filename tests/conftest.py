@@ -25,10 +25,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+TIMEOUT = 600  # seconds for another process: far more than it needs, so that only one that hangs fails
+
+
+def torchrun(processes, *command, cwd, restarts=0):
+    """-> exit status, stdout, and stderr, to which torchrun adds a traceback of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
+               "--max-restarts", restarts, *command]
+    with subprocess.Popen([str(part) for part in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        try:
+            out, errors = process.communicate(timeout=TIMEOUT)
+        finally:
+            process.terminate()  # where it hangs: torchrun ends its processes too
+    return process.returncode, out, errors
+
+
 def run(*command, cwd, fails=False):
     """Run a script of the repository in `cwd`; where it must fail, return its one line of error."""
     command = [sys.executable, *(str(c) for c in command)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT)
     if not fails:
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -12,10 +12,11 @@ import traceback
 from dataclasses import replace
 
 import av
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, TIMEOUT, call
 
 import eval as evaluation
 import parallel
@@ -25,7 +26,6 @@ from model import CONFIGS, HarmoView
 from parallel import Ulysses, World
 
 CPU = torch.device("cpu")
-TIMEOUT = 600  # seconds for other processes: far more than they need, so that only those that hang fail
 CKPT = ["--ckpt", ROOT / "assets" / "toy", "--precision", "fp32"]
 PROMPTS = [
     ("a close-up of one person in a red shirt nods with the mouth closed, a grey wall", 0),
@@ -70,16 +70,9 @@ def ranks(size, work):
 
 def torchrun(size, *command, cwd):
     """-> exit status, lines on stdout, the scripts' own lines on stderr (torchrun writes many more)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
-               *map(str, command)]
-    with subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
-        try:
-            out, errors = process.communicate(timeout=TIMEOUT)
-        finally:
-            process.terminate()  # where it hangs: torchrun ends its processes too
+    status, out, errors = conftest.torchrun(size, *command, cwd=cwd)
     said = [line for line in errors.splitlines() if line.startswith(("sample.py:", "two.py:"))]
-    return process.returncode, out.splitlines(), said
+    return status, out.splitlines(), said
 
 
 # ------------------------------------------------------------------------------------- prompts over the ranks

@@ -1,7 +1,6 @@
 import functools
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -14,10 +13,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, WAN_SMALL, call, run
+from conftest import ROOT, TIMEOUT, WAN_SMALL, call, run
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +37,6 @@ from model import CHOICES, CONFIGS, DiTConfig, HarmoView, load_checkpoint, load_
 from rope import VIEWS
 
 FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
-TIMEOUT = 600  # seconds for another process: far more than it needs, so that only one that hangs fails
 
 
 @pytest.fixture
@@ -1084,15 +1083,8 @@ def test_losses_are_drawn(fresh, monkeypatch):
 # --------------------------------------------------------------------------------------------------- sharding
 def torchrun(processes, *arguments, cwd, script=ROOT / "train.py", restarts=0):
     """-> whether it ended well, and what it wrote to stderr, torchrun's own traceback included."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
-               "--max-restarts", restarts, script, *arguments]
-    with subprocess.Popen([str(part) for part in command], cwd=cwd, text=True, stderr=subprocess.PIPE,
-                          stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        try:
-            said = process.communicate(timeout=TIMEOUT)[1]
-        finally:
-            process.terminate()  # where it hangs: torchrun ends its processes too
-    return process.returncode == 0, said
+    status, _, said = conftest.torchrun(processes, script, *arguments, cwd=cwd, restarts=restarts)
+    return status == 0, said
 
 
 def in_one_group(folder, trainings, processes=2):
