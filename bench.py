@@ -103,7 +103,7 @@ def time_references(args):
     inputs, model = random_inputs(model.config, shape, args.batch, device, args.people), model.to(dtype)
     video, references = count_tokens(*shape[1:], args.people)
     print(f"{args.batch} x {video:,} tokens of video and {references:,} of references")
-    cache, rows = {}, []
+    cache, rows = [], []
     for words, attention, kept in (("joint", "joint", None), ("one-way", "one-way", None),
                                    ("one-way, kept", "one-way", cache)):
         model.config = replace(model.config, reference_attention=attention)
@@ -113,7 +113,7 @@ def time_references(args):
     for words, took, flops in rows:
         print(f"{words:14}{took:9.3g} s, {rows[0][1] / took:5.2f} x as fast as joint; "
               f"by FLOPs {rows[0][2] / flops:5.2f} x")
-    size = sum(x.numel() * x.element_size() for pair in cache["references"] for x in pair)
+    size = sum(x.numel() * x.element_size() for pair in cache for x in pair)
     print(f"kept: {size / 1e9:.3g} GB")
 
 

@@ -274,6 +274,11 @@ def read_lines(path):
     return [line for line in lines if isinstance(line, dict)]
 
 
+def fingerprint(*parts):
+    """A name for what these JSON-able parts say: equal parts, equal names, on any machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
 def source_hash(*modules):
     """A short hash of these files' text. It is a part of a cache's name, so changed code never reads an old
     cache."""
@@ -349,15 +354,20 @@ def check_fit(module, file, may_lack=()):
 
 def put_tensor(module, name, tensor, dtype=None, device=None):
     """Put a copy of tensor where module has `name`, cast and moved; module may be on the meta device.
-    dtype, device: None keeps the module's own (for meta, the CPU). A parameter is replaced, not written to:
-    load before an optimizer is built."""
+    dtype, device: None keeps the module's own (for meta, the CPU). Of a sharded module this process's part.
+    A parameter is replaced, not written to: load before an optimizer is built."""
     owner, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner)
     old = getattr(owner, leaf)
     if tensor.is_floating_point() != old.is_floating_point():
         raise UserError(f"{name!r} is {tensor.dtype}, expected {old.dtype}")
-    tensor = tensor.to(device or ("cpu" if old.is_meta else old.device),
-                       dtype if dtype and old.is_floating_point() else old.dtype, copy=True)
+    dtype = dtype if dtype and old.is_floating_point() else old.dtype
+    if hasattr(old, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        tensor = distribute_tensor(tensor.to(old.device_mesh.device_type, dtype, copy=True), old.device_mesh,
+                                   old.placements, src_data_rank=None)  # None: every process has the tensor
+    else:
+        tensor = tensor.to(device or ("cpu" if old.is_meta else old.device), dtype, copy=True)
     setattr(owner, leaf, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
 

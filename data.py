@@ -6,51 +6,165 @@
 
 Clips are encoded once, so the training loop reads latents only. The toy and Wan have the same encoded sets.
 """
+import array
 import collections
 import concurrent.futures
+import contextlib
 import functools
+import json
 import math
-import os
-import random
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
-import safetensors.torch
+import numpy as np
+import safetensors
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
 import importers
 import manifest
-from checkpoint import (Parser, UserError, as_user_error, count, fraction, frame_rate, in_range, nonempty,
-                        probe_writable, read_lines, run_script, sha256_of, uses_bf16)
-from encode import encode, is_sound, read_settings, sample_path, unpack
-from encoders import WanEncoders
-from pictures import picture_size
+from checkpoint import Parser, UserError, in_range, nonempty, run_script
+from encode import encode_flags, encode_manifest, read_sample, read_settings, sample_path, unpack
 from rope import VIEWS
 
+DAMAGE = (OSError, ValueError, safetensors.SafetensorError)  # what reading a damaged sample raises
 
-# ------------------------------------------------------------------------------------ which views a step gets
-def draw_views(stage, progress, rng, available=VIEWS):
-    """Which reference views each person of this step gets.
+# ---------------------------------------------------------------------------- which clips and views a step gets
+def draw_views(stage, progress, rng, available):
+    """Which reference views each person of a step gets.
 
     stage      a row of train.STAGES
     progress   0..1 through the stage, which moves the dropout from drop[0] to drop[1]
-    available  the views that the training set has
+    available  the views of each person that the step's clips have
     returns    one tuple of view names per person; all samples of a step share it, so shapes and work are
-               equal on all ranks. A person is without views only where all are (all_drop).
+               equal on all ranks. Dropout leaves everybody a view; in a share all_drop of the steps nobody
+               has any.
     """
-    if stage.views == "none" or rng.random() < stage.all_drop:
-        return ((),) * rng.choice(stage.people)
-    candidates = ("front",) if stage.views == "front" else available
+    if rng.random() < stage.all_drop:
+        return ((),) * len(available)
     drop = stage.drop[0] + (stage.drop[1] - stage.drop[0]) * progress
+    drawn = []
+    for views in available:
+        views = allowed(views, stage.views)
+        kept = tuple(v for v in views if rng.random() >= (stage.drop_front if v == "front" else drop))
+        if views and not kept:
+            kept = (rng.choice(views),)
+        drawn.append(kept)
+    return tuple(drawn)
 
-    def one_person():
-        views = tuple(v for v in candidates
-                      if rng.random() >= (stage.drop_front if v == "front" else drop))
-        return views or (rng.choice(candidates),)
-    return tuple(one_person() for _ in range(rng.choice(stage.people)))
+
+def allowed(views, kind):
+    """Of some views, those that a stage of this kind ("none", "front" or "all") gives."""
+    return tuple(view for view in views if kind == "all" or view == kind)
+
+
+class Bucket(NamedTuple):
+    """Clips of one shape that share steps."""
+    views: tuple  # of each person, those that all of the clips have
+    clips: np.ndarray  # their numbers in the set, in order
+
+
+class Sampler:
+    """Draws the clips of a step. Every clip with as many people as a stage shows is drawn equally often,
+    whatever the others have: a step takes one bucket, with a probability that is the bucket's size.
+
+    groups      {(shape, for each person ((view, is it from another clip), ...)): numbers of clips}
+    front_only  no other view is ever drawn
+    """
+
+    def __init__(self, groups, front_only=False):
+        self.groups = {key: np.array(numbers) for key, numbers in groups.items()}
+        self.front_only = front_only
+        self.views = {view for _, persons in groups for person in persons  # that are ever drawn
+                      for view in self.usable(dict(person), "all", False)}
+
+    def draw(self, stage, progress, rng, batch):
+        """-> the views of a step, as from draw_views, the numbers of its `batch` clips, and their Bucket.
+        stage: a row of train.STAGES; rng: a random.Random of this step's own"""
+        buckets = self.buckets(stage.views, stage.people, rng.random() < stage.cross, batch)
+        bucket, = rng.choices(buckets, [len(bucket.clips) for bucket in buckets])
+        places = range(len(bucket.clips))
+        places = rng.sample(places, batch) if batch <= len(places) else rng.choices(places, k=batch)
+        return draw_views(stage, progress, rng, bucket.views), bucket.clips[places].tolist(), bucket
+
+    @functools.cache
+    def buckets(self, kind, people, cross, batch):
+        """[Bucket] of a stage of this kind, for these numbers of people. cross: whoever has references from
+        other clips is given no others. A bucket with too few clips for a step joins one with fewer views; or
+        another small one, and their common views stay."""
+        parts, alone = {}, set()
+        for (shape, persons), numbers in self.groups.items():
+            if len(persons) in people:
+                key = shape, tuple(self.usable(dict(person), kind, cross) for person in persons)
+                parts.setdefault(key, []).append(numbers)
+        found = {key: np.concatenate(arrays) for key, arrays in parts.items()}
+        while small := [key for key in found if len(found[key]) < batch and key not in alone]:
+            key = max(small, key=count_views)
+            joint = {other: shared_views(key, other) for other in found if other != key}
+            fits = [other for other, shared in joint.items() if shared and (shared == other or other in small)]
+            if not fits:
+                alone.add(key)  # its steps have clips twice
+                continue
+            best = max(fits, key=lambda other: (count_views(joint[other]), len(found[other])))
+            arrays = [found.pop(key), found.pop(best)]
+            arrays += [found[joint[best]]] if joint[best] in found else []
+            found[joint[best]] = np.concatenate(arrays)
+        return [Bucket(views, np.sort(numbers)) for (_, views), numbers in found.items()]
+
+    def having(self, views):
+        """The largest Bucket of one shape with as many people and at least these views of each, or None."""
+        shapes = {}
+        for (shape, persons), numbers in self.groups.items():
+            if len(persons) == len(views) and all(
+                    set(names) <= set(self.usable(dict(person), "all", False))
+                    for names, person in zip(views, persons)):
+                shapes.setdefault(shape, []).append(numbers)
+        found = [np.sort(np.concatenate(parts)) for parts in shapes.values()]
+        return Bucket(views, max(found, key=len)) if found else None
+
+    def usable(self, person, kind, cross):
+        """Of a person's {view: is it from another clip}, the views that a step may give."""
+        views = [view for view in VIEWS if view in person and (view == "front" or not self.front_only)]
+        views = allowed(views, kind)
+        from_elsewhere = tuple(view for view in views if person[view])
+        return from_elsewhere if cross and from_elsewhere else views
+
+    def describe(self, stage, batch):
+        """In words, what a stage will draw: how often its rarest and its commonest clip come, and what share
+        of the steps gets which views, before dropout. UserError where it has no clip to draw."""
+        steps, clips = collections.Counter(), np.zeros(1 + max(map(np.max, self.groups.values())))
+        for cross, weight in ((True, stage.cross), (False, 1 - stage.cross)):
+            buckets = self.buckets(stage.views, stage.people, cross, batch)
+            total = sum(len(bucket.clips) for bucket in buckets)
+            for bucket in buckets:
+                steps[bucket.views] += weight * len(bucket.clips) / total
+                clips[bucket.clips] += weight * batch / total
+        drawn = 1000 * clips[clips > 0]
+        if not len(drawn):
+            raise UserError(f"stage {stage.name} shows {' or '.join(map(str, stage.people))} people, and the "
+                            "set has no clip of as many: leave the stage out")
+        shares = [f"{' / '.join('+'.join(views) or 'none' for views in persons)} {share:.1%}"
+                  for persons, share in steps.most_common(6)]
+        more = f" and {len(steps) - 6} others" if len(steps) > 6 else ""
+        return (f"{len(drawn):,} clips, each {drawn.min():.3g} to {drawn.max():.3g} times in 1,000 steps; "
+                f"views, of the steps: {', '.join(shares)}{more}")
+
+
+def count_views(key):
+    """Of a key of Sampler.buckets, how many references it gives."""
+    return sum(map(len, key[1]))
+
+
+def shared_views(a, b):
+    """The key of the clips of two keys of Sampler.buckets, or None where these cannot share a step, or where
+    somebody would keep no view."""
+    if a[0] != b[0] or len(a[1]) != len(b[1]):
+        return None
+    shared = tuple(tuple(view for view in x if view in y) for x, y in zip(a[1], b[1]))
+    lost = any((x or y) and not kept for x, y, kept in zip(a[1], b[1], shared))
+    return None if lost else (a[0], shared)
 
 
 def noise_of(shape, generators):
@@ -99,9 +213,9 @@ class NoiseLevels(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------ the dataset
 class Dataset:
-    """Batches from an encoded set. Samples are drawn in an order that (seed, epoch) decides, and all that is
-    random in one comes from a generator of its own, so batches are the same for any number of ranks and
-    micro-batches. A sample that cannot be read is named once, and the next one with its views stands in.
+    """Batches from an encoded set. All that is random in a sample comes from a generator of its own, so they
+    are the same for any number of ranks and micro-batches. index.jsonl stays on disk: in memory a clip is a
+    number. A sample that is damaged is named once, and the next one of its Bucket stands in.
 
     text_dropout  share of the samples that lose their caption
     front_only    no other view is ever drawn
@@ -110,104 +224,61 @@ class Dataset:
     def __init__(self, folder, text_dropout=0.1, front_only=False):
         self.folder, self.text_dropout = Path(folder), text_dropout
         self.settings = read_settings(self.folder)
-        lines = read_lines(self.folder / "index.jsonl")
-        self.index = [line for line in lines if is_sound(line) and "error" not in line]
-        if lost := len(lines) - len(self.index):
-            print(f"{folder}/index.jsonl: {lost} of {len(lines)} lines are damaged, left out: encode again")
-        if not self.index:
+        self.ids = set()  # who is in the clips, where that is known
+        groups, self.places, lost = {}, array.array("q", [0]), 0  # where each line begins, in bytes
+        with open(self.folder / "index.jsonl", "rb") as file:
+            for number, line in enumerate(file):
+                self.places.append(self.places[-1] + len(line))
+                try:
+                    entry = json.loads(line)
+                    persons = tuple(tuple(person.items()) for person in entry["views"])
+                    groups.setdefault((tuple(entry["shape"]), persons), array.array("q")).append(number)
+                    self.ids.update(name for name in entry["people"] if name is not None)
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    lost += 1
+        if lost:
+            print(f"{folder}/index.jsonl: {lost} of {len(self.places) - 1} lines are damaged, left out: "
+                  "encode again")
+        if not groups:
             raise UserError(f"{folder} holds no encoded sample: see the output of `python data.py encode`")
-        self.people = sorted({len(entry["views"]) for entry in self.index})
-        self.views = ["front"] if front_only else [
-            v for v in VIEWS if any(v in person for e in self.index for person in e["views"])]
-        with as_user_error(sample_path(self.folder, "empty")):
-            self.empty = self.load("empty", ["text"])["text"]
-        # samples drawn so far by group (a tuple of numbers); views that the same samples have share one order
-        self.taken = collections.Counter()
-        self.checked, self.broken = set(), set()
+        self.sampler, self.broken = Sampler(groups, front_only), set()
+        try:
+            self.empty = read_sample(self.folder, "empty", ["text"])["text"]
+        except DAMAGE as error:
+            raise UserError(f"{sample_path(self.folder, 'empty')} is damaged ({error}): delete it, and encode "
+                            "again") from None
 
-    def draw(self, stage, progress, rng, batch, seed):
-        """What one step trains on: its views, as from draw_views, and the numbers of `batch` samples of one
-        shape that have them. Call it for every step from a stage's first one on, in order.
+    def entry(self, number):
+        """A line of index.jsonl."""
+        with open(self.folder / "index.jsonl", "rb") as file:
+            file.seek(self.places[number])
+            return json.loads(file.readline())
 
-        stage  a row of train.STAGES; with probability stage.cross only samples are drawn whose references
-               are all from other clips, where there are any
-        """
-        views = draw_views(stage, progress, rng, self.views)
-        cross = rng.random() < stage.cross
-        by_shape = self.having(views, cross) or self.having(views, False)
-        if not by_shape:  # nobody has all of these: those that one sample has
-            entry = rng.choice([entry for entry in self.index if len(entry["views"]) == len(views)])
-            views = tuple(tuple(v for v in names if v in person)
-                          or tuple(v for v in self.views if v in person)
-                          for names, person in zip(views, entry["views"]))
-            by_shape = self.having(views, False)
-        shape = rng.choices(list(by_shape), [len(members) for members in by_shape.values()])[0]
-        members = by_shape[shape]
-        start = self.taken[members]
-        self.taken[members] += batch
-        return views, [shuffled(members, seed, n // len(members))[n % len(members)]
-                       for n in range(start, start + batch)]
-
-    @functools.lru_cache(maxsize=1000)
-    def having(self, views, cross):
-        """{shape: numbers} of the samples with as many people and at least these views of each, if cross
-        from other clips."""
-        def fits(person, names):
-            return all(view in person and (person[view] or not cross) for view in names)
-        by_shape = {}
-        for n, entry in enumerate(self.index):
-            if len(entry["views"]) == len(views) and all(map(fits, entry["views"], views)):
-                by_shape.setdefault(tuple(entry["shape"]), []).append(n)
-        return {shape: tuple(members) for shape, members in by_shape.items()}
-
-    def load(self, name, keys, sha256=None):
-        path = sample_path(self.folder, name)
-        if sha256 and sha256_of(path) != sha256:
-            raise ValueError("its sha256 is not the one in index.jsonl")
-        with safetensors.safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
-
-    def sample(self, number, views):
-        """The tensors of a sample that these views need, or of the next one where it is damaged."""
+    def sample(self, number, views, bucket):
+        """The tensors of a sample that these views need, or of the next one in its Bucket."""
         keys = ["latents", "text"]
         for k, names in enumerate(views):
             keys += [f"refs.{k}.{view}" for view in names]
             if "front" in names and self.settings["vit"]:
                 keys.append(f"vit.{k}")
-        while True:
-            entry = self.index[number]
+        clips, first = bucket.clips, int(np.searchsorted(bucket.clips, number))
+        for place in range(first, first + len(clips)):
+            number = int(clips[place % len(clips)])
+            if number in self.broken:
+                continue
+            entry = self.entry(number)
             try:
-                if number not in self.broken:
-                    sha256 = None if number in self.checked else entry["sha256"]  # read whole at first only
-                    tensors = self.load(entry["name"], keys, sha256)
-                    self.check_shapes(tensors, entry)
-                    self.checked.add(number)
-                    return tensors
-            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                return read_sample(self.folder, entry["name"], keys)
+            except DAMAGE as error:
                 tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out: "
                            "delete its file and encode again")
                 self.broken.add(number)
-            members = self.having(views, False)[tuple(entry["shape"])]
-            others = [n for n in members if n not in self.broken]
-            if not others:
-                raise UserError(f"{self.folder}: no whole sample is left for views {views}: encode it again")
-            number = min((n for n in others if n > number), default=others[0])
+        raise UserError(f"{self.folder}: no whole sample is left for views {views}: encode it again")
 
-    def check_shapes(self, tensors, entry):
-        """ValueError where tensors of a sample are not as index.jsonl and settings.json say."""
-        for key, tensor in tensors.items():
-            found, expected = list(tensor.shape), entry["shape"] if key == "latents" else None
-            if key.startswith("refs."):
-                found, expected = found[:1], [self.settings["variants"]]
-            if key.startswith("vit."):
-                found, expected = found[:2] + found[3:], [self.settings["variants"], *self.settings["vit"]]
-            if expected and found != expected:
-                raise ValueError(f"{key} is {found}, expected {expected}")
-
-    def batch(self, views, numbers, generators, device):
-        """views and numbers from draw, one torch.Generator a sample -> latents x0 [B, C, T, H, W],
-        text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
-        samples = [self.sample(number, views) for number in numbers]
+    def batch(self, views, numbers, bucket, generators, device):
+        """views, numbers and their Bucket from Sampler.draw, one torch.Generator a sample -> latents x0
+        [B, C, T, H, W], text [B, S, E], refs, vit, the last two as HarmoView.forward takes them."""
+        samples = [self.sample(number, views, bucket) for number in numbers]
         text, variants = [], []
         for sample, generator in zip(samples, generators):
             dropped = torch.rand((), generator=generator) < self.text_dropout
@@ -226,20 +297,13 @@ class Dataset:
 
     def check(self, config):
         """UserError where a network of this DiTConfig cannot train on the set."""
-        found = {"in_dim": self.index[0]["shape"][0], "text_dim": self.empty.shape[1]}
+        found = {"in_dim": next(iter(self.sampler.groups))[0][0], "text_dim": self.empty.shape[1]}
         if config.vit_dim:
             found |= dict(zip(("vit_levels", "vit_dim"), self.settings["vit"] or (0, 0)))
         wrong = [f"{name} {value}, the network has {getattr(config, name)}" for name, value in found.items()
                  if value != getattr(config, name)]
         if wrong:
             raise UserError(f"{self.folder} is encoded with {'; '.join(wrong)}: encode with other networks")
-
-
-@functools.lru_cache(maxsize=16)
-def shuffled(members, seed, epoch):
-    members = list(members)
-    random.Random(f"{seed}-{epoch}").shuffle(members)
-    return members
 
 
 def prefetch(items):
@@ -253,22 +317,32 @@ def prefetch(items):
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
+class Kind(NamedTuple):
+    """What of a row of train.STAGES decides which clips it draws."""
+    name: str
+    views: str
+    people: tuple
+    cross: float
+
+
+def show_draws(entries, batch=8):
+    """Print how steps would draw these lines of a manifest, were all clips of one shape."""
+    groups = {}
+    for number, entry in enumerate(entries):
+        persons = tuple(tuple((view, bool(picture.get("cross"))) for view, picture in person["views"].items())
+                        for person in entry["identities"])
+        groups.setdefault((None, persons), []).append(number)
+    print(f"what steps of {batch} clips draw:")
+    for kind in (Kind("front", "front", (1,), 0), Kind("all views", "all", (1, 2), 0),
+                 Kind("all views, from other clips where there are any", "all", (1, 2), 1)):
+        with contextlib.suppress(UserError):  # there may be no clip of one person
+            print(f"  {kind.name}: {Sampler(groups).describe(kind, batch)}")
+
+
 def main(argv=None):
     p = Parser(description=__doc__)
     what = p.add_subparsers(dest="what", required=True, metavar="import|encode|show")
-    add = what.add_parser("encode", help="a manifest's clips; restartable, spread by torchrun").add_argument
-    add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
-    add("--wan", required=True, type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: its encoders")
-    add("--out", type=nonempty, help="folder of the encoded set (default: encoded, in --data)")
-    add("--size", type=picture_size, nargs="+", default=[(480, 832)], help="HEIGHTxWIDTH; of several, the "
-        "nearest in shape is a clip's (default: 480x832)")
-    add("--frames", type=count, nargs="+", default=[81], help="4n+1; the largest that fits (default: 81)")
-    add("--fps", type=frame_rate, default=16, help="frames per second")
-    add("--mask", type=fraction, default=0.0, help="region masking: share of a reference hidden (Mv2ID: 0.6)")
-    add("--mask-variants", type=in_range(int, 1, 100, "1 to 100"), default=4, help="masked versions of each")
-    add("--offload", action="store_true", help="umT5 stays in CPU memory, block by block on the GPU")
-    add("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of umT5 and the ViT")
+    encode_flags(what.add_parser("encode", help="a manifest's clips; restartable, spread by torchrun"))
     add = what.add_parser("import", help="a public set's folders as a manifest").add_argument
     add("kind", choices=sorted(importers.KINDS))
     add("--root", required=True, type=nonempty, help="the set's folder; nothing in it is changed")
@@ -282,27 +356,8 @@ def main(argv=None):
     if args.what == "import":
         return importers.import_set(args.kind, args.root, args.out, args.mirror)
     if args.what == "show":
-        return manifest.show(args.data, args.index, Path(args.out))
-    if bad := [f"{h}x{w}" for h, w in args.size if h < 16 or w < 16 or h % 16 or w % 16]:
-        raise UserError(f"--size {' '.join(bad)}: expected multiples of 16")
-    if bad := [str(n) for n in args.frames if n % 4 != 1]:
-        raise UserError(f"--frames {' '.join(bad)}: expected 4n+1, such as 81")
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
-    encoders = WanEncoders(args.wan, device, dtype, args.offload, args.tile)
-    samples = manifest.samples_of(args.data, args.size, args.frames, args.fps)
-    settings = {"size": sorted(map(list, args.size)), "frames": sorted(args.frames), "fps": args.fps,
-                "networks": encoders.sizes}
-    out = Path(args.out or f"{args.data}/encoded")
-    probe_writable(out)
-    if encode(samples, out, encoders, settings, args.mask, args.mask_variants, rank, size):
-        encoded, failed = (len(read_lines(out / f"{name}.jsonl")) for name in ("index", "failed"))
-        if not encoded:
-            raise UserError(f"{out}: no clip is encoded, {failed} left out (failed.jsonl has the reasons)")
-        print(f"{out}: {encoded} clips encoded, {failed} left out (failed.jsonl has the reasons)")
+        return show_draws(manifest.show(args.data, args.index, Path(args.out)))
+    return encode_manifest(args)
 
 
 if __name__ == "__main__":

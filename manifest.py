@@ -7,7 +7,6 @@ writes one, and `python data.py import`; `python data.py encode` reads it.
 """
 import collections
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from checkpoint import UserError, as_user_error, atomic_file, check_outputs, is_text, probe_writable
+from checkpoint import (UserError, as_user_error, atomic_file, check_outputs, fingerprint, is_text,
+                        probe_writable)
 from pictures import Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 from rope import VIEWS
 
@@ -31,12 +31,13 @@ SIDE = 16  # least side of a reference in pixels
 
 class Sample(NamedTuple):
     """A training sample before it is encoded. Pictures and videos are in -1..1."""
-    name: str  # of its file, without suffix
+    name: str  # a hash of what is encoded: caption, file names
     source: str  # what messages call it
     caption: str
     read_video: Callable  # () -> [3, F, H, W]
     people: list  # {view: () -> picture [3, h, w]} per person
     cross: list  # {view: is it from another clip} per person
+    ids: list  # who the people are; None where nobody said
     stamp: str = ""  # of its files: another one where they were replaced
 
 
@@ -113,8 +114,10 @@ def check_entry(entry, folder):
 
 
 def name_of(entry):
-    """A line's own name, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:20]
+    """A name for what is encoded of a line; what else it says, as of similarity, may change."""
+    pictures = [sorted((view, picture["image"]) for view, picture in person["views"].items())
+                for person in entry["identities"]]
+    return fingerprint(entry["video"], entry["caption"], pictures)
 
 
 def samples_of(folder, sizes, frames, fps):
@@ -147,13 +150,16 @@ def sample_of(entry, folder, sizes, frames, fps):
     for person in entry["identities"]:
         people.append({view: reader(picture["image"]) for view, picture in person["views"].items()})
         cross.append({view: bool(picture.get("cross")) for view, picture in person["views"].items()})
-    files = [path, *(folder / p["image"] for who in entry["identities"] for p in who["views"].values())]
+    files = [path, *(folder / who["views"][view]["image"] for who in entry["identities"]
+                     for view in sorted(who["views"]))]
     stamp = ", ".join(f"{found.st_size} {found.st_mtime_ns}" for found in map(os.stat, files))
-    return Sample(name_of(entry), entry["video"], entry["caption"], read_video, people, cross, stamp)
+    ids = [person.get("id") for person in entry["identities"]]
+    return Sample(name_of(entry), entry["video"], entry["caption"], read_video, people, cross, ids, stamp)
 
 
 def show(folder, number, out):
-    """Print what a manifest's set holds, and write a contact sheet of one of its clips to `out`."""
+    """Print what a manifest's set holds, and write a contact sheet of one of its clips to `out`; returns the
+    lines."""
     real = out.resolve()
     if real.suffix != ".png" or out.suffix != ".png":
         raise UserError(f"--out {out}: expected a file name that ends in .png")
@@ -190,3 +196,4 @@ def show(folder, number, out):
     with atomic_file(out) as temporary:
         contact_sheet([job], 224).save(temporary, "PNG")
     print(f"{entry['video']}: {entry['caption']}\n{out}")
+    return entries

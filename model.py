@@ -1,8 +1,9 @@
 """The network: Wan's video transformer, which also sees several views of each person it has to show.
 
 HarmoView adds three things to Wan (arXiv 2606.10839; what the paper leaves open is decided in README.md):
-  references    clean latents of each view follow the video tokens in self-attention,
-                placed by Jump-RoPE;
+  references    clean latents of each view, placed by Jump-RoPE, which the video reads in self-attention.
+                They are one-way: they read each other, but not the video, and are modulated as at t = 0, so
+                a sample computes them once. Or "joint", as in the papers: they read the video too;
   proxy tokens  a missing view's slot holds learnable tokens, so one to four views are one layout
                 and need no mask;
   MFI           ViT features of each frontal reference join the text tokens of cross-attention,
@@ -12,7 +13,7 @@ Every parameter that Wan has too carries the name it has in the released checkpo
 Dimension key
   B batch       L tokens        D width            N heads      K head width, D = N*K
   C channels    T H W grid of the video (latents or, where it says so, tokens)     h w of one reference
-  S text context, MFI's tokens included     E text width     V view slots (4)     I identities
+  S rows of the text context, MFI's included     E text width     V view slots (4)     I identities
   P proxy tokens
 """
 import functools
@@ -47,13 +48,13 @@ class DiTConfig:
     out_dim: int = 16  # latent channels out
     freq_dim: int = 256  # width of the sinusoidal time embedding
     text_dim: int = 4096  # E: width of the text encoder's output
-    text_len: int = 512  # S: tokens of text context, padding included; MFI's are among them
+    text_len: int = 512  # S: rows of the text context, padding included; MFI's are among them
     vit_dim: int = 0  # width of the ViT features; 0 builds no MFI
     vit_levels: int = 0  # hidden layers of the ViT that MFI reads; for the toy as many as toy.VIT_LEVELS
     proxy_tokens: int = 16  # P: learnable tokens for a missing view; 0 leaves the view out
     rope_layout: str = "jump"  # a key of rope.LAYOUTS
     rope_jump: int = 16  # Jump-RoPE's gap between identities
-    reference_attention: str = "joint"  # "one-way": references do not read the video, and are at t = 0
+    reference_attention: str = "one-way"  # references do not read the video, and are at t = 0; or "joint"
     prediction: str = "velocity"  # by the head: "velocity" (Wan) or "x0" (better on pixel-like latents)
     eps: float = 1e-6
     max_identities: int = 2  # I: most people in a clip
@@ -84,9 +85,9 @@ class DiTConfig:
 
 
 TOY = dict(in_dim=48, out_dim=48, freq_dim=128, text_dim=96, text_len=128, vit_dim=96, vit_levels=2,
-           proxy_tokens=4, reference_attention="one-way", prediction="x0", coord_channels=18)
+           proxy_tokens=4, prediction="x0", coord_channels=18)
 # two levels of 65 tokens (DINOv2-L at 112 pixels): two people fit next to a caption of 252 tokens
-WAN = dict(vit_dim=1024, vit_levels=2, reference_attention="one-way")
+WAN = dict(vit_dim=1024, vit_levels=2)
 CONFIGS = {
     "tiny": DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, **TOY),  # for tests: fast, learns little
     "toy": DiTConfig(dim=96, ffn_dim=384, num_heads=4, num_layers=4, **TOY),  # 32x32, 2 laptop cores, 10 min
@@ -120,18 +121,22 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def attend(q, k, v, kept=None):
-    """Softmax attention without a mask, q [B, N, L, K]; kept: further keys and values. At toy lengths on a
-    CPU plain matmuls are 2-3x faster than SDPA."""
-    if kept is not None:
-        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), kept))
+def attend(q, k, v, ref_kv=None, seen=None):
+    """Softmax attention of q [B, N, L, K]. ref_kv: further keys and values; seen bool [B, S]: the keys that
+    a sample has, None: all. At toy lengths on a CPU plain matmuls are 2-3x faster than SDPA."""
+    if ref_kv is not None:
+        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), ref_kv))
+    mask = None if seen is None else seen[:, None, None]  # [B, 1, 1, S]
     if q.device.type == "cpu" and k.shape[2] <= 1024:
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class Attention(nn.Module):
-    """Wan's attention, self or cross: RMSNorm of q and k, no mask. Rotary only where rope is given."""
+    """Wan's attention, self or cross: RMSNorm of q and k. Rotary only where rope is given."""
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
@@ -140,9 +145,10 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x, context, rope=None, kept=None, keep=False):
-        """x [B, L, D] attends to context [B, S, D] (itself in self-attention), and to the keys and values
-        `kept` of an earlier call, [B, N, M, K] each -> [B, L, D], and, to keep, its own keys and values."""
+    def forward(self, x, context, rope=None, ref_kv=None, seen=None, return_kv=False):
+        """x [B, L, D] attends to context [B, S, D] (itself in self-attention), to the rows of it that are
+        `seen`, and to keys and values ref_kv of references, [B, N, M, K] each -> [B, L, D], and, if asked,
+        its own keys and values."""
         q, k = self.q(x), self.k(context)
         if rope is not None:
             q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rope, self.norm_q.eps)
@@ -151,8 +157,14 @@ class Attention(nn.Module):
             k = self.norm_k(k).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, K]
-        y = self.ulysses.attend(attend, q, k, v, kept) if self.ulysses else attend(q, k, v, kept)
-        return self.o(y.transpose(1, 2).flatten(2)), (k, v) if keep else None
+        if self.ulysses and not return_kv:  # of one-way references every rank computes all
+            y = self.ulysses.attend(attend, q, k, v, ref_kv)
+        else:
+            y = attend(q, k, v, ref_kv, seen)
+        kv = None
+        if return_kv:
+            kv = self.ulysses.own_heads(k, v) if self.ulysses else (k, v)
+        return self.o(y.transpose(1, 2).flatten(2)), kv
 
 
 def modulate(x, shift, scale, eps):
@@ -169,20 +181,30 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim))
 
-    def forward(self, x, time6, context, rope, kept=None, keep=False):
-        """x float32 [B, L, D], time6 float32 [B, 6, D], context [B, S, D] -> float32 [B, L, D], and what
-        self-attention keeps. kept: that of one-way references, which x reads too."""
+    def forward(self, video, refs, context, seen=None, ref_kv=None):
+        """video, refs: tokens as (x float32 [B, L, D], time6 float32 [B, 6, D], rope). refs are one-way: they
+        come first, and video reads their keys and values; None where there are none, or where an earlier
+        call computed ref_kv. -> x of both, ref_kv. One call for both: weights are cast, gathered and
+        recomputed once."""
+        ref_x = None
+        if refs is not None:
+            ref_x, ref_kv = self.layer(*refs, context, seen, return_kv=True)
+        x, _ = self.layer(*video, context, seen, ref_kv)
+        return x, ref_x, ref_kv
+
+    def layer(self, x, time6, rope, context, seen, ref_kv=None, return_kv=False):
+        """x float32 [B, L, D] -> the same, and its keys and values, if asked; context [B, S, D]."""
         modulation = (self.modulation.float() + time6).chunk(6, dim=1)  # [B, 1, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype, norm3 = context.dtype, self.norm3
         h = modulate(x, shift_sa, scale_sa, norm3.eps).to(dtype)
-        y, own = self.self_attn(h, h, rope, kept, keep)
+        y, kv = self.self_attn(h, h, rope, ref_kv, return_kv=return_kv)
         x = x + gate_sa * y
         # before cross-attention: norm3 is affine, not modulated, and its residual has no gate
         h = F.layer_norm(x, x.shape[-1:], norm3.weight.float(), norm3.bias.float(), norm3.eps).to(dtype)
-        x = x + self.cross_attn(h, context)[0]
+        x = x + self.cross_attn(h, context, seen=seen)[0]
         h = modulate(x, shift_ffn, scale_ffn, norm3.eps).to(dtype)
-        return x + gate_ffn * self.ffn(h), own
+        return x + gate_ffn * self.ffn(h), kv
 
 
 # with --recompute, keep attention outputs: expensive to recompute, cheap to store
@@ -297,6 +319,13 @@ class HarmoView(nn.Module):
         nn.init.zeros_(self.head.modulation)
         nn.init.zeros_(self.head.head.weight)
 
+    def make_new(self):
+        """Initial values for those parameters that Wan lacks which are still on the meta device."""
+        for name in new_names(self):
+            if self.get_parameter(name).is_meta:
+                put_tensor(self, name, torch.empty(self.get_parameter(name).shape))
+        self.init_new()
+
     def init_new(self):
         """The parameters that HarmoView adds, which no Wan checkpoint holds, and those of adapters."""
         if self.proxies is not None:
@@ -305,7 +334,7 @@ class HarmoView(nn.Module):
             self.mfi.init_weights()
         init_lora(self)
 
-    def forward(self, x, t, text, refs=None, vit=None, cache=None):
+    def forward(self, x, t, text, refs=None, vit=None, kv_cache=None):
         """Velocity (noise - x0) of the noisy video latents x, float32, same shape as x.
 
         x     [B, C, T, H, W], H and W even
@@ -315,36 +344,40 @@ class HarmoView(nn.Module):
               a missing view is its proxies
         vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the
               frontal reference, or None
-        cache a dict, empty at first, for calls that differ in x and t only: it keeps what one-way references
-              have computed
+        kv_cache  pass the same list, empty at first, to every step of one sample: one-way references are then
+              computed once
         Raises UserError where a shape, a view or the number of identities does not fit the config.
         """
         c = self.config
         self.check(x, text, refs, vit)
-        context = self.text_embedding(self.text_and_mfi(text, vit))  # [B, S, D]
-        tokens = self.embed(x)  # [B, D, T, H, W] in tokens
-        grid = tokens.shape[2:]
-        tokens = tokens.flatten(2).transpose(1, 2)  # [B, L, D]
-        video_len, ref_hw, ref_tokens = tokens.shape[1], tuple(grid[1:]), []
+        context, seen = self.text_and_mfi(text, vit)
+        context = self.text_embedding(context)  # [B, S, D]
+        tokens, grid = self.embed(x)  # [B, L, D]
+        video_len, ref_hw, ref_tokens = tokens.shape[1], grid[1:], []
         present = None
         if refs is not None:
             present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
             ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
-        positions, tables = rope_of(c.rope_layout, present, tuple(grid), ref_hw, c.proxy_tokens, c.rope_jump,
+        positions, tables = rope_of(c.rope_layout, present, grid, ref_hw, c.proxy_tokens, c.rope_jump,
                                     c.dim // c.num_heads, x.device)
         time, time6 = self.embed_time(t)
-        kept = None  # of one-way references, each block's keys and values
-        if ref_tokens and c.reference_attention == "one-way":
-            cache = {} if cache is None else cache
-            if not cache:
-                rope = positions[video_len:], tables
-                cache["references"] = self.run_references(torch.cat(ref_tokens, dim=1), t, context, rope)
-            kept, positions = cache["references"], positions[:video_len]
-        else:
+        one_way, known = None, kv_cache or ()  # tokens of one-way references, or their keys and values
+        if not ref_tokens or c.reference_attention == "joint":
             tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
+        else:
+            if not known:
+                _, ref_time6 = self.embed_time(torch.zeros_like(t))
+                one_way = torch.cat(ref_tokens, dim=1).float(), ref_time6, (positions[video_len:], tables)
+            positions = positions[:video_len]
         if self.ulysses:
             tokens, positions = self.ulysses.split(tokens, positions)  # from here on L is this rank's
-        tokens, _ = self.run_blocks(tokens, time6, context, (positions, tables), kept)
+        tokens = tokens.float()
+        for i, block in enumerate(self.blocks):
+            video = tokens, time6, (positions, tables)
+            tokens, ref_x, ref_kv = self.run(block, video, one_way, context, seen, known[i] if known else None)
+            one_way = one_way and (ref_x, *one_way[1:])
+            if kv_cache is not None and one_way:
+                kv_cache.append(ref_kv)
         out = self.head(tokens if self.ulysses else tokens[:, :video_len], time).float()  # [B, L, 4C]
         if self.ulysses:
             out = self.ulysses.gather(out)[:, :video_len]
@@ -360,35 +393,23 @@ class HarmoView(nn.Module):
             time = in_float32(self.time_embedding, sinusoid(t, self.config.freq_dim))
             return time, in_float32(self.time_projection, time).unflatten(1, (6, -1))
 
-    def run_references(self, tokens, t, context, rope):
-        """One-way references [B, L, D] through all blocks, at time 0 -> each block's keys and values."""
-        if self.ulysses:
-            self.ulysses.lengths = None  # every rank computes all of them
-        _, time6 = self.embed_time(torch.zeros_like(t))
-        _, kept = self.run_blocks(tokens, time6, context, rope, keep=True)
-        return self.ulysses.own_heads(kept) if self.ulysses else kept
-
-    def run_blocks(self, tokens, time6, context, rope, kept=None, keep=False):
-        """tokens [B, L, D] through all blocks -> tokens, and what each block keeps. kept: what was kept of
-        one-way references."""
-        tokens, all_own = tokens.float(), []
-        for i, block in enumerate(self.blocks):
-            inputs = tokens, time6, context, rope, kept and kept[i], keep
-            if self.recompute and torch.is_grad_enabled():
-                tokens, own = checkpoint(
-                    block, *inputs, use_reentrant=False,
-                    context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
-            else:
-                tokens, own = block(*inputs)
-            all_own.append(own)
-        return tokens, all_own
+    def run(self, block, *inputs):
+        """block(*inputs), which is computed again in the backward if self.recompute."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False,
+                          context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
 
     def compile_blocks(self):
-        """torch.compile every block, all with one compilation a layout, or two for one-way references.
-        Parameters keep their names."""
-        from torch._functorch import config
+        """torch.compile every block, all with one compilation a kind of shapes. Names stay as they are."""
+        from torch._dynamo import config as dynamo
+        from torch._functorch import config as functorch
+        dynamo.optimize_ddp = False  # it cuts a graph where DDP's buckets end; a block is one graph
+        # with and without references, caption longer than usual, gradients; with training's and with
+        # validation's sizes, each fixed first, then as numbers that vary
+        dynamo.recompile_limit = 64
         # GELU again in the backward: 3.0 GB held a block of 1.3b at 39,000 tokens, instead of 3.9
-        config.ban_recompute_materialized_backward = False
+        functorch.ban_recompute_materialized_backward = False
         for block in self.blocks:
             block.compile(fullgraph=True)
 
@@ -404,23 +425,34 @@ class HarmoView(nn.Module):
         return c.num_layers * (2 * tokens * linear + 4 * S * c.dim**2 + 4 * pairs * c.dim)
 
     def embed(self, latent):
-        """[B, C, T, H, W] -> [B, D, T, H/PATCH, W/PATCH]."""
+        """[B, C, T, H, W] -> tokens [B, L, D], and their grid (T, H/PATCH, W/PATCH)."""
         if self.config.coord_channels:
             B, _, T, H, W = latent.shape
             planes = coordinate_planes(self.config.coord_channels, T, H, W, latent.device)
             latent = torch.cat((latent, planes.expand(B, -1, -1, -1, -1)), dim=1)
-        return self.patch_embedding(latent.to(self.patch_embedding.weight.dtype))
+        tokens = self.patch_embedding(latent.to(self.patch_embedding.weight.dtype))
+        return tokens.flatten(2).transpose(1, 2), tuple(tokens.shape[2:])
 
     def text_and_mfi(self, text, vit):
-        """Text, zero padding, MFI tokens: [B, S, E]. MFI replaces padding, so the length stays text_len; only
-        a caption so long that it leaves MFI no room makes it longer. Cross-attention has no positions, so any
-        order is the same network, up to rounding; in this one a new MFI is the base model bit for bit."""
-        mfi = []
+        """Text, zero padding, MFI's tokens: [B, S, E], and which rows each sample sees: bool [B, S], None: all.
+
+        MFI replaces padding, so S is text_len, and a new MFI is the base model bit for bit: cross-attention
+        has no positions. Where a caption is so long that it leaves MFI no room, MFI's tokens follow the
+        text_len rows, which a shorter caption of the same batch does not see: no sample depends on others."""
+        c, mfi = self.config, []
         if self.mfi is not None and vit is not None:
-            mfi = [self.mfi(features, k) for k, features in enumerate(vit) if features is not None]
-        padding = self.config.text_len - text.shape[1] - sum(tokens.shape[1] for tokens in mfi)
-        text = F.pad(text, (0, 0, 0, max(0, padding)))
-        return torch.cat([text, *(tokens.to(text.dtype) for tokens in mfi)], dim=1)
+            mfi = [self.mfi(features, k).to(text.dtype) for k, features in enumerate(vit)
+                   if features is not None]
+        length = sum(tokens.shape[1] for tokens in mfi)
+        room, seen = max(0, c.text_len - length), None
+        if text.shape[1] > room:
+            long = text[:, room:].any(dim=2).any(dim=1)  # [B]
+            if long.any():
+                row = torch.arange(c.text_len + length, device=text.device)
+                seen = None if long.all() else (row < room) | (row >= c.text_len) | long[:, None]
+                room = c.text_len
+        text = F.pad(text, (0, 0, 0, room - text.shape[1]))  # or cut, where only zeros are
+        return torch.cat((text, *mfi), dim=1), seen
 
     def embed_references(self, refs, batch, ref_hw):
         """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions;
@@ -429,12 +461,11 @@ class HarmoView(nn.Module):
         for views in refs:
             for v, view in enumerate(VIEWS):
                 if view in views:
-                    tokens = self.embed(views[view][:, :, None])  # [B, D, 1, h, w]
-                    ref_hw = tuple(tokens.shape[3:])
-                    slots.append(tokens.flatten(2).transpose(1, 2))
+                    tokens, (_, *ref_hw) = self.embed(views[view][:, :, None])
+                    slots.append(tokens)
                 elif self.proxies is not None:
                     slots.append(self.proxies[v].expand(batch, -1, -1))
-        return slots, ref_hw
+        return slots, tuple(ref_hw)
 
     def check(self, x, text, refs, vit):
         """Raise UserError, with what came and what fits, before anything is computed."""
@@ -515,9 +546,7 @@ def fill(model, file, dtype=None):
     new = new_names(model)
     absent = check_fit(model, file, new)
     if absent and model.get_parameter(absent[0]).is_meta:
-        for name in absent:
-            put_tensor(model, name, torch.empty(model.get_parameter(name).shape))
-        model.init_new()
+        model.make_new()
     load_weights(model, file, dtype, may_lack=new)
     return absent
 
@@ -547,7 +576,8 @@ def check_checkpoint(folder, weights="ema"):
     meta = read_meta(folder)
     try:
         with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
-            model = HarmoView(DiTConfig(**meta["config"]))
+            # "joint" was the default before 2026-11-30, and what does not name it is older
+            model = HarmoView(DiTConfig(**{"reference_attention": "joint"} | meta["config"]))
         if base := meta.get("base"):
             set_trained(model, base["train"], base["rank"])
     except (TypeError, KeyError, RuntimeError, UserError) as error:

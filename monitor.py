@@ -106,20 +106,24 @@ class Validation:
     """Losses on fixed clips with fixed noise, of people that training does not see: by noise level, by number
     of views, with two people, and without references, which shows how far the base's prior has drifted."""
 
-    def __init__(self, folder, config, world, available=VIEWS):
+    def __init__(self, folder, config, world, training):
+        """training: the Dataset that is trained on; what no clip of it has is not measured"""
         self.dataset, self.world = data.Dataset(folder, text_dropout=0), world
         self.dataset.check(config)
+        if shared := sorted(map(str, self.dataset.ids & training.ids)):
+            raise UserError(f"--valid {folder} shows people of the training set: {', '.join(shared[:3])}"
+                            f"{', ...' if shared[3:] else ''}; give a set of other people")
         self.cases = {}
         for given, views in GIVEN.items():
-            by_shape = self.dataset.having(views, False)
-            if by_shape and set(views[0]) <= set(available):
-                members = max(by_shape.values(), key=len)
-                self.cases[given] = views, members[::max(1, len(members) // VALID_CLIPS)][:VALID_CLIPS]
+            bucket = self.dataset.sampler.having(views)
+            if bucket and training.sampler.views.issuperset(views[0]):
+                clips = bucket.clips[::max(1, len(bucket.clips) // VALID_CLIPS)][:VALID_CLIPS].tolist()
+                self.cases[given] = views, clips, bucket
         if not self.cases:
             raise UserError(f"{folder} holds no clip of one or two people: give another --valid")
-        for views, numbers in self.cases.values():  # damage is found now, not at the first validation
-            for number in numbers:
-                self.dataset.sample(number, views)
+        for views, clips, bucket in self.cases.values():  # damage is found now, not at the first validation
+            for clip in clips:
+                self.dataset.sample(clip, views, bucket)
         if self.dataset.broken:
             raise UserError(f"{folder} holds damaged clips: encode it again, or give another --valid")
 
@@ -130,24 +134,24 @@ class Validation:
         sharded weights need all processes in every forward."""
         sigmas = [levels.quantile(q) for q in QUANTILES]
         found = torch.zeros(len(self.cases), len(sigmas), VALID_CLIPS, dtype=torch.float64)
-        for g, (views, numbers) in enumerate(self.cases.values()):
-            for first in range(0, len(numbers), self.world.size):
+        for g, (views, clips, bucket) in enumerate(self.cases.values()):
+            for first in range(0, len(clips), self.world.size):
                 case = first + self.world.rank
-                number = numbers[case % len(numbers)]
-                generators = [torch.Generator().manual_seed(number)]
-                batch = self.dataset.batch(views, [number], generators, self.world.device)
+                clip = clips[case % len(clips)]
+                generators = [torch.Generator().manual_seed(clip)]
+                batch = self.dataset.batch(views, [clip], bucket, generators, self.world.device)
                 for s, sigma in enumerate(sigmas):
-                    generators = [torch.Generator().manual_seed(number + 10**6 * s)]
+                    generators = [torch.Generator().manual_seed(clip + 10**6 * s)]
                     noise = data.noise_of(batch[0].shape[1:], generators).to(self.world.device)
                     sigma = torch.tensor([sigma], device=self.world.device)
                     with autocast(self.world.device, precision):
                         loss = loss_of(model, batch, sigma, noise)
-                    if case < len(numbers):
+                    if case < len(clips):
                         found[g, s, case] = loss.double()
         if self.world.size > 1:
             found = found.to(self.world.device)
             dist.all_reduce(found)
-        counts = [len(numbers) for _, numbers in self.cases.values()]
+        counts = [len(clips) for _, clips, _ in self.cases.values()]
         means = torch.stack([part[:, :n].mean(1) for part, n in zip(found.cpu(), counts)])  # [given, sigma]
         return ({f"t {1000 * sigma:.0f}": loss for sigma, loss in zip(sigmas, means.mean(0).tolist())} |
                 dict(zip(self.cases, means.mean(1).tolist())))

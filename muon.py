@@ -1,6 +1,8 @@
 """The optimizers of a training: Muon for matrices, AdamW for the rest."""
 import torch
 
+from lora import new_names
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal, for matrices. The updates of torch.optim.Muon
@@ -42,13 +44,18 @@ def orthogonalize(x, iterations=5):
 
 
 def make_optimizers(model, args):
-    """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest."""
-    muon = args.optimizer == "muon"
-    matrices = [p for p in model.blocks.parameters() if muon and p.ndim == 2 and p.requires_grad]
-    chosen = set(map(id, matrices))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    adamw = torch.optim.AdamW([{"params": rest, "peak_lr": args.adamw_lr}], args.adamw_lr, betas=(0.9, 0.95),
-                              weight_decay=args.weight_decay, fused=True)
-    if not matrices:
-        return [adamw]
-    return [adamw, Muon([{"params": matrices, "peak_lr": args.muon_lr}], args.muon_lr, args.weight_decay)]
+    """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest, with
+    a rate of its own for what is new to a network that was trained before."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    new = set(new_names(model)) if args.new_lr != args.adamw_lr else ()
+    groups = {"muon": [], "adamw": [], "new": []}
+    for name, p in trained.items():
+        matrix = args.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+        groups["muon" if matrix else "new" if name in new else "adamw"].append(p)
+    rates = {"muon": args.muon_lr, "adamw": args.adamw_lr, "new": args.new_lr}
+    groups = {kind: {"params": params, "lr": rates[kind], "peak_lr": rates[kind]}
+              for kind, params in groups.items() if params}
+    muon = groups.pop("muon", None)
+    optimizers = [torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                                    fused=True)]
+    return optimizers + [Muon([muon], args.muon_lr, args.weight_decay)] if muon else optimizers

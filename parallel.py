@@ -32,12 +32,13 @@ class World:
     rank: int
     size: int
     device: torch.device
+    machines: bool = False  # are there several
 
     @classmethod
-    def join(cls):
-        """Under torchrun the process group of its environment (nccl on GPUs, gloo else), alone without it.
-        On one machine with fewer GPUs than processes, those without a GPU leave quietly, so that the same
-        command serves a CPU and any number of GPUs."""
+    def here(cls):
+        """This process as torchrun's environment has it, with its GPU or its share of the cores, not yet in a
+        group with the others; alone without torchrun. On one machine with fewer GPUs than processes, those
+        without a GPU leave quietly, so that the same command serves a CPU and any number of GPUs."""
         try:
             rank, size, local, local_size = (int(os.environ.get(name, TORCHRUN[name])) for name in TORCHRUN)
             if not (0 <= rank < size and 0 <= local < local_size <= size):
@@ -60,17 +61,23 @@ class World:
             torch.cuda.set_device(device)
         elif size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, for any machine
             torch.set_num_threads(max(1, CORES // local_size))
-        if size > 1:
-            store = next(rendezvous("env://", rank, size))[0]
+        return cls(rank, size, device, machines=size > local_size)
+
+    @classmethod
+    def join(cls):
+        """`here`, and in torchrun's process group: nccl on GPUs, gloo else."""
+        world = cls.here()
+        if world.size > 1:
+            store = next(rendezvous("env://", world.rank, world.size))[0]
             # After a restart torchrun's store still holds the addresses of the dead. On one machine the count
             # of restarts keeps them apart; on several each counts its own, so there torchrun has to make new
             # stores: README's TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-            if local_size == size:
+            if not world.machines:
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             # an hour: the others wait while rank 0 renders a toy world or makes a sample sheet
-            dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=size,
-                                    timeout=timedelta(hours=1))
-        return cls(rank, size, device)
+            dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=store,
+                                    rank=world.rank, world_size=world.size, timeout=timedelta(hours=1))
+        return world
 
     def barrier(self):
         if self.size > 1:
@@ -215,7 +222,7 @@ class Ulysses:
             raise UserError(f"--ulysses: {num_heads} heads do not split over {world.size} processes: "
                             f"give torchrun --nproc-per-node one of {fits or 'none, leave --ulysses out'}")
         self.rank, self.ranks = world.rank, world.size
-        self.lengths = None  # each rank's number of tokens; None: every rank holds all
+        self.lengths = []  # each rank's number of tokens
 
     def spread(self, network):
         """Let a HarmoView share its tokens with those of the other ranks."""
@@ -236,20 +243,18 @@ class Ulysses:
         dist.all_to_all_single(out, x.contiguous(), received, sent)
         return out
 
-    def own_heads(self, blocks):
-        """Of each block, keys and values [B, N, M, K] -> those of this rank's heads, [B, n, M, K]."""
-        return [[x.chunk(self.ranks, dim=1)[self.rank].clone() for x in pair] for pair in blocks]
+    def own_heads(self, *tensors):
+        """Keys and values [B, N, M, K] -> those of this rank's heads, [B, n, M, K]."""
+        return [x.chunk(self.ranks, dim=1)[self.rank].clone() for x in tensors]
 
-    def attend(self, attend, q, k, v, kept=None):
-        """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks -> [B, N, l, K]. kept: those of
-        one-way references, of this rank's heads."""
-        if self.lengths is None:
-            return attend(q, k, v, kept)
+    def attend(self, attend, q, k, v, ref_kv=None):
+        """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks -> [B, N, l, K]. ref_kv: of one-way
+        references, of this rank's heads."""
         mine = [q.shape[2]] * self.ranks
         qkv = torch.stack((q, k, v)).unflatten(2, (self.ranks, -1))  # [3, B, ranks, n, l, K]
         qkv = qkv.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # [ranks*l, 3, B, n, K]
         qkv = self.exchange(qkv, mine, self.lengths).permute(1, 2, 3, 0, 4)  # [3, B, n, L, K]
-        y = attend(*qkv, kept).permute(2, 0, 1, 3)  # [L, B, n, K]
+        y = attend(*qkv, ref_kv).permute(2, 0, 1, 3)  # [L, B, n, K]
         y = self.exchange(y, self.lengths, mine).unflatten(0, (self.ranks, -1))  # [ranks, l, B, n, K]
         return y.permute(2, 0, 3, 1, 4).flatten(1, 2)  # [B, ranks*n, l, K]
 

@@ -569,7 +569,8 @@ def training_samples(folder, pairs):
         name = f"{n % 100:02d}-{n:06d}"  # a hundred folders
         people = [{view: reader(person[VIEWS.index(view)]) for view in views} for person in refs]
         cross = [dict.fromkeys(views, pairs == "cross") for _ in people]
-        samples.append(Sample(name, f"clip {name}", words, reader(video), people, cross))
+        ids = [f"{folder.name} {name} {k}" for k in range(len(people))]  # everybody is in one clip
+        samples.append(Sample(name, f"clip {name}", words, reader(video), people, cross, ids))
     return samples
 
 

@@ -78,10 +78,10 @@ TRAIN_RECIPES = {
     "toy": dict(steps=(30, 40, 600, 500), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0, base="base"),
     "toy64": dict(steps=(30, 40, 900, 600), batch=16, muon_lr=16e-3, adamw_lr=4e-3, shift=100.0,
                   base="base64"),
-    # from --wan; what others use for Wan, not measured here. lora_lr is for --train new and lora
-    "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
+    # from --wan; what others use for Wan, not measured here. new_lr is for what Wan lacks: proxies, MFI, LoRA
+    "1.3b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, new_lr=1e-4,
                  shift=5.0),
-    "14b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, lora_lr=1e-4,
+    "14b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, new_lr=1e-4,
                 shift=5.0),
 }
 MV2ID = "--reference-attention joint --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6 --pairs in"
@@ -114,6 +114,8 @@ def arguments(argv=None):
     opt("--micro-batch", type=count, help="samples per forward on a rank (default: its share, for Wan 1)")
     opt("--muon-lr", type=positive, help="peak learning rate of Muon")
     opt("--adamw-lr", type=positive, help="peak learning rate of AdamW")
+    opt("--new-lr", type=positive, help="the same of what Wan lacks: proxies, MFI, adapters (default: for "
+        "Wan the recipe's, else --adamw-lr)")
     opt("--optimizer", choices=("muon", "adamw"),
         help="muon: on the blocks' matrices, AdamW on the rest (default; adamw for Wan's networks)")
     opt("--lr-span", type=not_negative, nargs=2, metavar=("START", "END"), help="factors of the peak "
@@ -201,11 +203,16 @@ def resolve(args, world):
         if not args.valid:
             raise UserError(f"--valid {asked} holds no encoded set: `python data.py encode` makes one")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
-    if args.adamw_lr is None and args.train != "all":
-        args.adamw_lr = recipe.get("lora_lr")
+    if args.train != "all":  # all that trains is new
+        args.new_lr = args.new_lr or args.adamw_lr
     for name in ("batch", "muon_lr", "adamw_lr", "shift"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
+    args.new_lr = args.new_lr or recipe.get("new_lr", args.adamw_lr)
+    if args.optimizer == "adamw":  # None: not used
+        args.muon_lr = None
+    if args.train != "all":
+        args.adamw_lr = None
     low = args.boundary if args.expert == "high" else 0
     high = args.boundary if args.expert == "low" else math.inf
     args.levels = data.NoiseLevels(args.shift, args.timesteps, low, high)
@@ -245,9 +252,9 @@ def resolve(args, world):
     for name in ("rope_layout", "rope_jump", "proxy_tokens", "reference_attention"):
         if getattr(args, name) is not None:
             config = replace(config, **{name: getattr(args, name)})
-    if args.train == "new" and not config.proxy_tokens:
-        raise UserError("--train new has nothing to train in steps without references but proxies: leave "
-                        "--proxy-tokens 0 out, or give --train lora")
+    if args.train == "new" and not (config.proxy_tokens and config.vit_dim):
+        raise UserError("--train new trains proxies, in steps that lack a view, and MFI, in those with all: "
+                        "leave --proxy-tokens 0 and --no-mfi out, or give --train lora")
     if not config.is_wan:
         toy.check_config(config)
     return list(STAGES) if args.stage == "all" else [int(args.stage)], config
@@ -276,12 +283,24 @@ def check_existing(stages, args):
         later = own or later
 
 
+def stage_of(number, args):
+    """A row of STAGES as the flags change it."""
+    stage = STAGES[number]
+    if args.no_curriculum:
+        stage = replace(STAGES[len(STAGES)], lr=stage.lr)
+    if args.lr_span:
+        stage = replace(stage, lr=tuple(args.lr_span))
+    return replace(stage, cross=0) if args.mv2id else stage
+
+
 def step_flags(args, number):
     """The flags that decide what a step does; they must not change when a stage resumes."""
-    names = ("seed", "batch", "muon_lr", "adamw_lr", "optimizer", "warmup", "weight_decay", "clip", "ema",
-             "shift", "timesteps", "expert", "boundary", "train", "rank", "shard", "precision", "clips",
-             "pairs", "described", "mask", "no_curriculum", "front_only", "lr_span")
+    names = ("seed", "batch", "muon_lr", "adamw_lr", "new_lr", "optimizer", "warmup", "weight_decay", "clip",
+             "ema", "shift", "timesteps", "expert", "boundary", "train", "rank", "shard", "precision",
+             "clips", "pairs", "described", "mask", "front_only")
     flags = {name: getattr(args, name) for name in names} | {"steps": args.steps[number - 1]}
+    for name, value in asdict(stage_of(number, args)).items():
+        flags[f"stage {name}"] = list(value) if isinstance(value, tuple) else value  # as JSON has it
     if folder := encoded_set(args.data):
         flags["data"] = sha256_of(folder / "index.jsonl")[:16]
     return flags
@@ -327,18 +346,8 @@ def prepare(number, args, config, world):
         raise UserError(f"{own} started from other weights: give the --wan that it had, or --scratch")
     parent = meta.get("parent") if own else parent
     torch.manual_seed(args.seed)  # for what is new in the model
-    folder = None if own and args.shard else source  # load_shards reads the others
-    if args.train == "all":
-        model, base = load_start(folder, args, config, new=not source), None
-    else:
-        base = find_base(source, args)
-        model = add_to_base(base, folder, args, config)
-    model.recompute = args.recompute
-    if args.compile:
-        model.compile_blocks()
-    model.to(world.device)
-    if args.shard:
-        shard(model, world, args.precision == "bf16")
+    base = None if args.train == "all" else find_base(source, args)
+    model = make_network(source, bool(own), base, args, config, world)
     ema = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if own and not args.shard:  # until here it had the averaged weights, as a stage starts from those
         load_trained(model, own, "model")
@@ -352,21 +361,41 @@ def prepare(number, args, config, world):
     return Start(model, ema, optimizers, meta["step"] if own else 0, parent, base)
 
 
-def load_start(folder, args, config, new):
-    """The whole network to train, on the CPU: a checkpoint's averaged weights; or, if new, --wan."""
-    if folder:
-        return load_checkpoint(folder)[0]
-    if not (new and args.wan):
-        return HarmoView(config)
-    with torch.device("meta"):
-        model = HarmoView(config)
-    try:
-        load_wan(model, args.wan)
-    except UserError as error:
-        if config.is_wan:
-            raise
-        raise UserError(f"{error}; --scratch starts from random weights") from None
-    return model
+def make_network(source, resumed, base, args, config, world):
+    """The network of a stage with its weights, on this process's device: the averaged ones of the checkpoint
+    `source`, or --wan's, or new ones; of --train new and lora its frozen base, see find_base. It is on the
+    meta device at first, so that with --shard a process never holds more than its part and one tensor."""
+    meta = read_meta(source) if source else {}
+    merged = "base" in meta and not base  # adapters of an earlier stage: from now on all of it trains
+    if merged:
+        model = load_checkpoint(source)[0]
+    else:
+        with torch.device("meta" if source or args.wan else "cpu"):
+            model = HarmoView(config)
+    if base:
+        frozen = torch.bfloat16 if args.precision == "bf16" and not args.shard else torch.float32
+        set_trained(model, args.train, args.rank, frozen)
+    if not merged and (source or args.wan):
+        model.make_new()  # a file may replace them
+    model.recompute = args.recompute
+    if args.compile:
+        model.compile_blocks()
+    if args.shard:
+        shard(model, world, args.precision == "bf16")
+    if base:
+        load_base(model, base)
+    if resumed and args.shard:  # load_shards fills what trains
+        if not base:
+            model.to_empty(device=world.device)
+    elif source and not merged and (not base or "base" in meta):
+        load_trained(model, source, "ema")
+    elif args.wan and not source and not base:
+        try:
+            load_wan(model, args.wan)
+        except UserError as error:
+            advice = "" if config.is_wan else "; --scratch starts from random weights"
+            raise UserError(f"{error}{advice}") from None
+    return model.to(world.device)
 
 
 def find_base(source, args):
@@ -380,18 +409,6 @@ def find_base(source, args):
         raise UserError(f"--train {args.train} adds to a trained network: give --wan, or train a stage first")
     return base or {"train": args.train, "rank": args.rank, "path": os.path.abspath(source or args.wan),
                     "sha256": parent_of(source) if source else None}
-
-
-def add_to_base(base, folder, args, config):
-    """The network of --train new or lora, on the CPU: its base, and what a checkpoint trained beside it."""
-    with torch.device("meta"):
-        model = HarmoView(config)
-    frozen = torch.bfloat16 if args.precision == "bf16" and not args.shard else torch.float32
-    set_trained(model, args.train, args.rank, frozen)
-    load_base(model, base)
-    if folder and "base" in read_meta(folder):
-        load_trained(model, folder, "ema")
-    return model
 
 
 def loss_of(model, batch, sigma, noise):
@@ -408,43 +425,28 @@ def draw_noise(x0, generators, levels):
 
 
 def micro_batches(stage, number, first_step, args, dataset, world):
-    """For each step from first_step on, the sources of all its samples, and the batches of this rank's
-    micro-steps, each with its samples' generators. The first steps are drawn too, since the order of the
-    samples goes on from them."""
+    """For each step from first_step on, the numbers of all its clips, and the batches of this rank's
+    micro-steps, each with its samples' generators."""
     share, steps = args.batch // world.size, args.steps[number - 1]  # samples per rank and step
-    dataset.taken.clear()
-    for step in range(steps):
+    for step in range(first_step, steps):
         rng = random.Random(seed_of(args.seed, number, step))
-        views, members = dataset.draw(stage, step / steps, rng, args.batch, args.seed)
-        if step < first_step:
-            continue
+        views, clips, bucket = dataset.sampler.draw(stage, step / steps, rng, args.batch)
         batches = []
         for first in range(world.rank * share, (world.rank + 1) * share, args.micro_batch):
             generators = [torch.Generator().manual_seed(seed_of(args.seed, number, step, i))
                           for i in range(first, first + args.micro_batch)]
-            some = members[first:first + args.micro_batch]
-            batches.append((dataset.batch(views, some, generators, world.device), generators))
-        yield [dataset.index[member]["source"] for member in members], batches
+            some = clips[first:first + args.micro_batch]
+            batches.append((dataset.batch(views, some, bucket, generators, world.device), generators))
+        yield clips, batches
 
 
 def train_stage(number, start, args, dataset, valid, files, world, stop):
     """One stage from its Start to its last step, unless stop() ends it early, after saving.
     valid: Validation or None; files: what a checkpoint needs besides the network."""
-    stage, steps, folder = STAGES[number], args.steps[number - 1], args.out / f"stage{number}"
-    if args.no_curriculum:
-        stage = replace(STAGES[len(STAGES)], lr=stage.lr)
-    if args.lr_span:
-        stage = replace(stage, lr=tuple(args.lr_span))
-    if args.mv2id:
-        stage = replace(stage, cross=0)
+    stage, steps, folder = stage_of(number, args), args.steps[number - 1], args.out / f"stage{number}"
     model, ema, optimizers, first_step, parent, base = start
     if first_step >= steps:
         return
-    people = tuple(n for n in stage.people if n in dataset.people)
-    if not people:
-        raise UserError(f"stage {number} shows {' or '.join(map(str, stage.people))} people, the set has "
-                        f"clips of {' or '.join(map(str, dataset.people))}: leave the stage out")
-    stage = replace(stage, people=people)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     metrics = Metrics(folder, first_step, model, world, passes=3 if args.train == "all" else 2)
 
@@ -477,7 +479,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
     skipped, began = 0, time.perf_counter()
     batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, world))
     for step in bar:
-        sources, micro_steps = metrics.next(batches)
+        clips, micro_steps = metrics.next(batches)
         # learning rate
         progress = step / steps
         factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
@@ -508,9 +510,10 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
                 tqdm.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
                            "step skipped, no weight changed")
             if skipped == min(10, steps - first_step):
+                sources = sorted({dataset.entry(clip)["source"] for clip in clips})
                 raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
-                                f"last one {step + 1} with {', '.join(sorted(set(sources))[:20])}; try "
-                                "smaller learning rates, or leave out what is wrong")
+                                f"last one {step + 1} with {', '.join(sources[:20])}; try smaller learning "
+                                "rates, or leave out what is wrong")
         for optimizer in optimizers:
             optimizer.zero_grad()
         metrics.step_ends()
@@ -606,7 +609,7 @@ def load_data(args, config, world):
     dataset.check(config)
     if args.mv2id and dataset.settings["mask"] != args.mask:
         raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, not {args.mask}")
-    return dataset, Validation(valid, config, world, dataset.views) if valid else None, files
+    return dataset, Validation(valid, config, world, dataset) if valid else None, files
 
 
 def main(argv=None):
@@ -622,17 +625,21 @@ def main(argv=None):
             probe_writable(args.data)
     with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
         if world.rank == 0:
-            print(f"{args.config}{f', from {args.wan}' if args.wan else ''}: {config}\n"
-                  f"steps {args.steps} (stages {stages}), batch {args.batch} = {world.size} process(es) x "
-                  f"{args.micro_batch} x {args.batch // world.size // args.micro_batch} micro-steps, "
-                  f"clips {args.clips}, {args.optimizer} {args.muon_lr}, adamw {args.adamw_lr}, "
-                  f"shift {args.shift}, {args.precision} on {world.device}, {kernels_in_use}", flush=True)
+            values = {name: value for name, value in vars(args).items()
+                      if value is not None and value is not False}
+            print(f"{config}\n{', '.join(f'{name} {value}' for name, value in values.items())}\n{world.size} "
+                  f"process(es) x {args.batch // world.size // args.micro_batch} micro-steps on "
+                  f"{world.device}, {kernels_in_use}", flush=True)
             if args.expert:
                 print(f"{args.expert} expert: {args.levels.share():.0%} of all noise levels are its own, "
                       f"{'from' if args.expert == 'high' else 'below'} t = {1000 * args.boundary:g}")
             if world.size == 1 and world.device.type == "cpu" and CORES > 1 and args.batch % 2 == 0:
                 print("two processes would be faster here: torchrun --nproc-per-node 2 train.py ...")
             loaded = load_data(args, config, world)  # it renders and encodes first, for the other ranks too
+            for number in stages:
+                stage = stage_of(number, args)
+                print(f"stage {number}: {args.steps[number - 1]} steps, {stage}\n"
+                      f"  {loaded[0].sampler.describe(stage, args.batch)}", flush=True)
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
                 for number in reversed(stages):
                     for step in reversed(steps_in(args.out / f"stage{number}")):

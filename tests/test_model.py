@@ -139,7 +139,7 @@ def test_short_text_is_padded_with_zero_rows():
     x, t, text, _, _ = inputs()
     padded = torch.nn.functional.pad(text, (0, 0, 0, TINY.text_len - text.shape[1]))
     assert torch.equal(net(x, t, text), net(x, t, padded))
-    assert net.text_and_mfi(text, None).shape == (B, TINY.text_len, TINY.text_dim)
+    assert net.text_and_mfi(text, None)[0].shape == (B, TINY.text_len, TINY.text_dim)
 
 
 def test_unpatchify_undoes_the_patch_embedding():
@@ -473,9 +473,7 @@ def test_a_damaged_shard_and_a_folder_without_a_network_are_refused(oracle, tmp_
 def masked_forward(net, x, t, text, refs, vit):
     """Both kinds of attention as their definitions have them: one sequence, a time a token, and a mask."""
     c = net.config
-    context, tokens = net.text_embedding(net.text_and_mfi(text, vit)), net.embed(x)
-    grid = tuple(tokens.shape[2:])
-    tokens = tokens.flatten(2).transpose(1, 2)
+    context, (tokens, grid) = net.text_embedding(net.text_and_mfi(text, vit)[0]), net.embed(x)
     L, present = tokens.shape[1], tuple(tuple(v for v in VIEWS if v in views) for views in refs)
     slots, ref_hw = net.embed_references(refs, B, grid[1:])
     tokens = torch.cat((tokens, *slots), dim=1)
@@ -521,16 +519,16 @@ def test_attention_is_as_defined_with_a_mask(views, changes, attention):
 @torch.no_grad()
 @pytest.mark.parametrize("views", [[VIEWS], MIXED, [()]])
 def test_a_cache_of_one_way_references_changes_nothing(views):
-    net, cache = network(), {}
+    net, cache = network(), []
     x, t, text, refs, vit = inputs(views)
     for step, times in enumerate((t, t / 2, t / 7)):
         cached, plain = net(x + step, times, text, refs, vit, cache), net(x + step, times, text, refs, vit)
         assert (cached - plain).abs().max() <= 1e-5 * plain.abs().max()
-    keys, values = cache["references"][0]
+    keys, values = cache[0]
     tokens = sum(16 if view in given else TINY.proxy_tokens for given in views for view in VIEWS)
-    assert len(cache["references"]) == TINY.num_layers and keys.shape == values.shape
+    assert len(cache) == TINY.num_layers and keys.shape == values.shape
     assert keys.shape == (B, TINY.num_heads, tokens, TINY.dim // TINY.num_heads)
-    joint, unused = network(reference_attention="joint"), {}
+    joint, unused = network(reference_attention="joint"), []
     joint(x, t, text, refs, vit, unused)
     assert not unused
 

@@ -149,14 +149,15 @@ def test_each_expert_keeps_what_its_one_way_references_computed(offload):
     torch.manual_seed(0)
     config = CONFIGS["tiny"]
     networks, computed = [HarmoView(config).requires_grad_(False) for _ in range(2)], []
+    layers = config.num_layers
     for network in networks:
         for p in network.parameters():
             p.normal_(std=0.1)
 
-        def counted(*inputs, run_blocks=network.run_blocks, keep=False):
-            computed.extend([1] * keep)
-            return run_blocks(*inputs, keep=keep)
-        network.run_blocks = counted
+        def counted(block, video, refs, *others):
+            computed.extend([1] * (refs is not None))
+            return block(video, refs, *others)
+        network.run = counted
         if offload:
             stream_blocks(network, torch.device("cpu"))
     C, E = config.in_dim, config.text_dim
@@ -178,10 +179,10 @@ def test_each_expert_keeps_what_its_one_way_references_computed(offload):
             return out
         return call
     kept = make(watched)
-    assert len(computed) == 2 * 3  # once for each network and term
+    assert len(computed) == 2 * 3 * layers  # once for each network and term
     assert len(held) == 3 and all(states[0] == [0] and states[-1] == [1] for states in held.values())
     plain = make(lambda experts: lambda *inputs: experts(*inputs[:-1]))
-    assert len(computed) == 2 * 3 + 8 * 3
+    assert len(computed) == (2 * 3 + 8 * 3) * layers
     assert (kept - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
