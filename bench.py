@@ -103,7 +103,7 @@ def time_references(args):
     inputs, model = random_inputs(model.config, shape, args.batch, device, args.people), model.to(dtype)
     video, references = count_tokens(*shape[1:], args.people)
     print(f"{args.batch} x {video:,} tokens of video and {references:,} of references")
-    cache, rows = [], []
+    cache, rows = {}, []
     for words, attention, kept in (("joint", "joint", None), ("one-way", "one-way", None),
                                    ("one-way, kept", "one-way", cache)):
         model.config = replace(model.config, reference_attention=attention)
@@ -113,7 +113,7 @@ def time_references(args):
     for words, took, flops in rows:
         print(f"{words:14}{took:9.3g} s, {rows[0][1] / took:5.2f} x as fast as joint; "
               f"by FLOPs {rows[0][2] / flops:5.2f} x")
-    size = sum(x.numel() * x.element_size() for pair in cache for x in pair)
+    size = sum(x.numel() * x.element_size() for pair in cache.values() for x in pair)
     print(f"kept: {size / 1e9:.3g} GB")
 
 
@@ -122,8 +122,9 @@ def time_network(args, training):
     model, device, dtype, shape = set_up(args)
     config = model.config
     x, t, text, refs, vit = random_inputs(config, shape, args.batch, device)
-    flags = dict(optimizer="adamw" if config.is_wan else "muon", weight_decay=0.01)
-    optimizers = make_optimizers(model, Namespace(**flags | train.TRAIN_RECIPES[args.config]))
+    recipe = train.TRAIN_RECIPES[args.config]
+    flags = dict(optimizer="adamw" if config.is_wan else "muon", weight_decay=0.01, new_lr=recipe["adamw_lr"])
+    optimizers = make_optimizers(model, Namespace(**flags | recipe))
     noise = torch.randn_like(x)
 
     @torch.no_grad()
@@ -133,7 +134,8 @@ def time_network(args, training):
 
     def training_step():
         with autocast(device, args.precision):
-            train.loss_of(model, (x, text, refs, vit), t / 1000, noise).backward()
+            loss = train.loss_of(model, (x, text, refs, vit), t / 1000, noise)
+        loss.backward()  # outside, as train.py's: what recomputes casts weights anew there
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -344,7 +344,7 @@ class HarmoView(nn.Module):
               a missing view is its proxies
         vit   None, or one entry per identity: features [B, levels, tokens, vit_dim] of the
               frontal reference, or None
-        kv_cache  pass the same list, empty at first, to every step of one sample: one-way references are then
+        kv_cache  pass the same dict, empty at first, to every step of one sample: one-way references are then
               computed once
         Raises UserError where a shape, a view or the number of identities does not fit the config.
         """
@@ -361,7 +361,7 @@ class HarmoView(nn.Module):
         positions, tables = rope_of(c.rope_layout, present, grid, ref_hw, c.proxy_tokens, c.rope_jump,
                                     c.dim // c.num_heads, x.device)
         time, time6 = self.embed_time(t)
-        one_way, known = None, kv_cache or ()  # tokens of one-way references, or their keys and values
+        one_way, known = None, kv_cache or {}  # tokens of one-way references, or their keys and values
         if not ref_tokens or c.reference_attention == "joint":
             tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
         else:
@@ -374,10 +374,10 @@ class HarmoView(nn.Module):
         tokens = tokens.float()
         for i, block in enumerate(self.blocks):
             video = tokens, time6, (positions, tables)
-            tokens, ref_x, ref_kv = self.run(block, video, one_way, context, seen, known[i] if known else None)
+            tokens, ref_x, ref_kv = self.run(block, video, one_way, context, seen, known.get(i))
             one_way = one_way and (ref_x, *one_way[1:])
             if kv_cache is not None and one_way:
-                kv_cache.append(ref_kv)
+                kv_cache[i] = ref_kv
         out = self.head(tokens if self.ulysses else tokens[:, :video_len], time).float()  # [B, L, 4C]
         if self.ulysses:
             out = self.ulysses.gather(out)[:, :video_len]

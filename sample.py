@@ -155,8 +155,8 @@ def guided(model, text, no_text, refs, vit, guide_text=(1.0,), guide_refs=1.0, b
 
 class Experts:
     """One network, or Wan2.2's two: the first for t >= 1000 * boundary, the second below. Each is loaded when
-    it is first asked, and only one is in memory. Called like HarmoView, but kv_cache is a dict, which holds
-    that of the network in memory.
+    it is first asked, and only one is in memory. Called like HarmoView; a kv_cache holds what the network in
+    memory has computed.
     load: one function a network, () -> HarmoView on the device."""
 
     def __init__(self, load, config, device, boundary=0.0, precision="auto"):
@@ -172,7 +172,7 @@ class Experts:
         if kv_cache is not None:
             if needed not in kv_cache:
                 kv_cache.clear()
-            kv_cache = kv_cache.setdefault(needed, [])
+            kv_cache = kv_cache.setdefault(needed, {})
         return self.network(x, t, text, refs, vit, kv_cache)
 
     def drop(self):

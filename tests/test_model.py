@@ -519,7 +519,7 @@ def test_attention_is_as_defined_with_a_mask(views, changes, attention):
 @torch.no_grad()
 @pytest.mark.parametrize("views", [[VIEWS], MIXED, [()]])
 def test_a_cache_of_one_way_references_changes_nothing(views):
-    net, cache = network(), []
+    net, cache = network(), {}
     x, t, text, refs, vit = inputs(views)
     for step, times in enumerate((t, t / 2, t / 7)):
         cached, plain = net(x + step, times, text, refs, vit, cache), net(x + step, times, text, refs, vit)
@@ -528,7 +528,7 @@ def test_a_cache_of_one_way_references_changes_nothing(views):
     tokens = sum(16 if view in given else TINY.proxy_tokens for given in views for view in VIEWS)
     assert len(cache) == TINY.num_layers and keys.shape == values.shape
     assert keys.shape == (B, TINY.num_heads, tokens, TINY.dim // TINY.num_heads)
-    joint, unused = network(reference_attention="joint"), []
+    joint, unused = network(reference_attention="joint"), {}
     joint(x, t, text, refs, vit, unused)
     assert not unused
 

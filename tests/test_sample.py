@@ -456,7 +456,7 @@ def test_two_experts_load_once_for_all_videos_with_references_too(tiny, monkeypa
             self.network = network
 
         def __call__(self, *inputs):
-            out, (keys, _) = self.network(*inputs), inputs[-1]["references"][0]
+            out, (keys, _) = self.network(*inputs), inputs[-1][0]
             if not any(other() is keys for other in kept):
                 kept.append(weakref.ref(keys))
             assert sum(other() is not None for other in kept) == 1

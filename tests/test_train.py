@@ -252,20 +252,21 @@ def test_one_clip_can_be_overfitted(tiny):
     """80 steps on one clip with one person, then sampling from noise gives that clip."""
     torch.manual_seed(0)
     dataset = data.Dataset(next((tiny / "cache").glob("toy-*/toy-cross-mask0*")), text_dropout=0)
+    bucket = dataset.sampler.having((VIEWS,))
     model = HarmoView(replace(CONFIGS["tiny"], dim=96, ffn_dim=192))
     optimizers = muon.make_optimizers(
-        model, Namespace(optimizer="muon", muon_lr=1e-2, adamw_lr=3e-3, weight_decay=0.0)
+        model, Namespace(optimizer="muon", muon_lr=1e-2, adamw_lr=3e-3, new_lr=3e-3, weight_decay=0.0)
     )
     for step in range(80):
         generators = [torch.Generator().manual_seed(train.seed_of(step, i)) for i in range(4)]
-        batch = dataset.batch((VIEWS,), 4 * [0], generators, "cpu")
+        batch = dataset.batch((VIEWS,), 4 * [0], bucket, generators, "cpu")
         train.loss_of(model, batch, *train.draw_noise(batch[0], generators, data.NoiseLevels(8.0))).backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1 - step / 80)
             optimizer.step()
             optimizer.zero_grad()
-    x0, text, refs, vit = dataset.batch((VIEWS,), [0], [torch.Generator().manual_seed(0)], "cpu")
+    x0, text, refs, vit = dataset.batch((VIEWS,), [0], bucket, [torch.Generator().manual_seed(0)], "cpu")
     noise = torch.randn(x0.shape)
     with torch.no_grad():
         made = sample.solve(sample.guided(model, text, text, refs, vit), noise, 8, 8.0, "euler")
@@ -354,13 +355,12 @@ def test_noise_levels_are_shifted_logit_normals():
 @pytest.fixture
 def drawn(monkeypatch):
     """Of every step that was drawn its samples' names, as messages have them; prefetching is a step ahead."""
-    steps, draw = [], data.Dataset.draw
+    steps, batch = [], data.Dataset.batch
 
-    def recorded(self, *rest):
-        views, members = draw(self, *rest)
-        steps.append(", ".join(sorted({self.index[member]["source"] for member in members})))
-        return views, members
-    monkeypatch.setattr(data.Dataset, "draw", recorded)
+    def recorded(self, views, clips, *rest):
+        steps.append(", ".join(sorted({self.entry(clip)["source"] for clip in clips})))
+        return batch(self, views, clips, *rest)
+    monkeypatch.setattr(data.Dataset, "batch", recorded)
     return steps
 
 
@@ -992,16 +992,18 @@ def test_validation_is_the_same_for_any_number_of_processes(fresh, monkeypatch):
         "4 views", "two people"} and len(first) == 11 and first != second
     model, _ = load_checkpoint(find_checkpoint("out/tiny"))
     folder = next(Path("cache").glob("toy77000-*/toy-*"))
+    training = data.Dataset(next(Path("cache").glob("toy-*/toy-*")))
     found = []
     for size in (1, 3):
         parts = []
         for rank in range(size):
-            valid = train.Validation(folder, model.config, train.World(rank, size, torch.device("cpu")))
+            world = train.World(rank, size, torch.device("cpu"))
+            valid = train.Validation(folder, model.config, world, training)
             monkeypatch.setattr("monitor.dist.all_reduce", lambda found: parts.append(found.clone()))
             losses = valid.losses(train.loss_of, model, data.NoiseLevels(100.0), "fp32")
         found.append(losses if size == 1 else sum(parts))
-    one = train.Validation(folder, model.config, train.World(0, 1, torch.device("cpu")))
-    counts = [len(numbers) for _, numbers in one.cases.values()]
+    one = train.Validation(folder, model.config, train.World(0, 1, torch.device("cpu")), training)
+    counts = [len(clips) for _, clips, _ in one.cases.values()]
     means = [float(part[:, :n].mean()) for part, n in zip(found[1], counts, strict=True)]
     assert means == pytest.approx([found[0][name] for name in one.cases], rel=1e-6)
     assert found[0] == pytest.approx(second, rel=1e-6)
@@ -1017,17 +1019,24 @@ def test_a_toy_is_validated_on_a_set_that_is_given(fresh, monkeypatch):
     train.main([*one, "--valid", str(others), "--out", "given"])
     (default,), (given,) = (validations(Path(name), 1) for name in ("default", "given"))
     model, _ = load_checkpoint(find_checkpoint("given"))
-    valid = train.Validation(others, model.config, train.World(0, 1, torch.device("cpu")))
+    training = data.Dataset(next(Path("cache").glob("toy-*/toy-*")))
+    valid = train.Validation(others, model.config, train.World(0, 1, torch.device("cpu")), training)
     expected = valid.losses(train.loss_of, model, data.NoiseLevels(100.0), "fp32")
     assert given == pytest.approx(expected, rel=1e-6) and given.keys() == default.keys()
     assert not any(given[name] == pytest.approx(default[name], rel=1e-4) for name in given)
     assert torch.equal(*(weights(name)["model.safetensors"]["proxies"] for name in ("default", "given")))
 
 
-def test_wan_is_validated_only_on_a_set_that_is_given(small_wan, wan_set):
+def test_wan_is_validated_only_on_a_set_that_is_given_of_other_people(small_wan, wan_set):
     one = [*small_wan, "--stage", "1", "--steps", "1", "--out"]
     train.main([*one, "none"])
-    train.main([*one, "given", "--valid", str(wan_set)])  # the folder above it, as --data may be
+    with pytest.raises(UserError, match="--valid .* shows people of the training set: ann, ben, cho, ...; give"):
+        train.main([*one, "given", "--valid", str(wan_set)])
+    assert not Path("given/stage1").exists()
+    shutil.copytree(wan_set / "encoded", "others/encoded")
+    index = Path("others/encoded/index.jsonl")
+    index.write_text(re.sub('"(ann|ben|cho|dan)"', r'"\1 of others"', index.read_text()))
+    train.main([*one, "given", "--valid", "others"])  # the folder above it, as --data may be
     assert validations(Path("none"), 1) == []
     (given,) = validations(Path("given"), 1)
     assert "no references" in given and all(0 < loss < math.inf for loss in given.values())
@@ -1037,8 +1046,9 @@ def test_a_damaged_validation_set_is_refused_before_anything_is_deleted(fresh, t
     call("train.py", *FAST, "--stage", 1, cwd=fresh)
     clips = toy.render_cache(fresh / "others", 32, 3, (4, 4), seed=5)
     others = toy.encode_cache(clips, toy.ToyEncoders(clips, 32))
-    for file in others.glob("00/*.safetensors"):
-        file.write_bytes(file.read_bytes()[:-9])
+    for file in others.glob("??/*.safetensors"):
+        if file.stem != "empty":
+            file.write_bytes(file.read_bytes()[:-9])
     before = weights(fresh / "out" / "tiny")
     with pytest.raises(UserError, match="damaged|no whole sample"):
         call("train.py", *FAST, "--stage", 1, "--overwrite", "--valid", others, cwd=fresh)
