@@ -31,7 +31,7 @@ from rope import VIEWS
 
 DAMAGE = (OSError, ValueError, safetensors.SafetensorError)  # what reading a damaged sample raises
 
-# ---------------------------------------------------------------------------- which clips and views a step gets
+# --------------------------------------------------------------------------- which clips and views a step gets
 def draw_views(stage, progress, rng, available):
     """Which reference views each person of a step gets.
 
@@ -103,7 +103,8 @@ class Sampler:
         while small := [key for key in found if len(found[key]) < batch and key not in alone]:
             key = max(small, key=count_views)
             joint = {other: shared_views(key, other) for other in found if other != key}
-            fits = [other for other, shared in joint.items() if shared and (shared == other or other in small)]
+            fits = [other for other, shared in joint.items()
+                    if shared and (shared == other or other in small)]
             if not fits:
                 alone.add(key)  # its steps have clips twice
                 continue
@@ -245,8 +246,8 @@ class Dataset:
         try:
             self.empty = read_sample(self.folder, "empty", ["text"])["text"]
         except DAMAGE as error:
-            raise UserError(f"{sample_path(self.folder, 'empty')} is damaged ({error}): delete it, and encode "
-                            "again") from None
+            raise UserError(f"{sample_path(self.folder, 'empty')} is damaged ({error}): delete it, and "
+                            "encode again") from None
 
     def entry(self, number):
         """A line of index.jsonl."""

@@ -127,7 +127,8 @@ def remove_unused(folder, names):
     path.unlink(missing_ok=True)
     if left := sorted(names - listed):
         path.write_text("\n".join(left))
-        print(f"{folder}: {len(left)} files are of no sample any more (unused.txt), the next run removes them")
+        print(f"{folder}: {len(left)} files are of no sample any more (unused.txt), the next run removes "
+              "them")
 
 
 def read_settings(folder):

@@ -181,16 +181,16 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim))
 
-    def forward(self, video, refs, context, seen=None, ref_kv=None):
+    def forward(self, video, refs, context, seen=None, ref_kv=None, return_kv=False):
         """video, refs: tokens as (x float32 [B, L, D], time6 float32 [B, 6, D], rope). refs are one-way: they
         come first, and video reads their keys and values; None where there are none, or where an earlier
-        call computed ref_kv. -> x of both, ref_kv. One call for both: weights are cast, gathered and
-        recomputed once."""
+        call returned these as ref_kv. -> x of both, and, if asked, ref_kv. One call for both: weights are
+        cast, gathered and recomputed once."""
         ref_x = None
         if refs is not None:
             ref_x, ref_kv = self.layer(*refs, context, seen, return_kv=True)
         x, _ = self.layer(*video, context, seen, ref_kv)
-        return x, ref_x, ref_kv
+        return x, ref_x, ref_kv if return_kv else None
 
     def layer(self, x, time6, rope, context, seen, ref_kv=None, return_kv=False):
         """x float32 [B, L, D] -> the same, and its keys and values, if asked; context [B, S, D]."""
@@ -374,9 +374,10 @@ class HarmoView(nn.Module):
         tokens = tokens.float()
         for i, block in enumerate(self.blocks):
             video = tokens, time6, (positions, tables)
-            tokens, ref_x, ref_kv = self.run(block, video, one_way, context, seen, known.get(i))
+            tokens, ref_x, ref_kv = self.run(block, video, one_way, context, seen, known.get(i),
+                                             kv_cache is not None)
             one_way = one_way and (ref_x, *one_way[1:])
-            if kv_cache is not None and one_way:
+            if ref_kv is not None:
                 kv_cache[i] = ref_kv
         out = self.head(tokens if self.ulysses else tokens[:, :video_len], time).float()  # [B, L, 4C]
         if self.ulysses:
@@ -431,10 +432,10 @@ class HarmoView(nn.Module):
             planes = coordinate_planes(self.config.coord_channels, T, H, W, latent.device)
             latent = torch.cat((latent, planes.expand(B, -1, -1, -1, -1)), dim=1)
         tokens = self.patch_embedding(latent.to(self.patch_embedding.weight.dtype))
-        return tokens.flatten(2).transpose(1, 2), tuple(tokens.shape[2:])
+        return tokens.flatten(2).transpose(1, 2).contiguous(), tuple(tokens.shape[2:])
 
     def text_and_mfi(self, text, vit):
-        """Text, zero padding, MFI's tokens: [B, S, E], and which rows each sample sees: bool [B, S], None: all.
+        """Text, zero padding, MFI's tokens: [B, S, E]; and which rows each sample sees, bool [B, S] or None.
 
         MFI replaces padding, so S is text_len, and a new MFI is the base model bit for bit: cross-attention
         has no positions. Where a caption is so long that it leaves MFI no room, MFI's tokens follow the

@@ -44,8 +44,8 @@ def orthogonalize(x, iterations=5):
 
 
 def make_optimizers(model, args):
-    """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest, with
-    a rate of its own for what is new to a network that was trained before."""
+    """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest,
+    with a rate of its own for what is new to a network that was trained before."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     new = set(new_names(model)) if args.new_lr != args.adamw_lr else ()
     groups = {"muon": [], "adamw": [], "new": []}

@@ -32,6 +32,7 @@ import sample
 import toy
 import train
 from checkpoint import UserError, find_checkpoint, steps_in
+from encode import names_in, read_sample
 from lora import NEW_PREFIXES
 from model import CHOICES, CONFIGS, DiTConfig, HarmoView, load_checkpoint, load_wan
 from rope import VIEWS
@@ -682,6 +683,24 @@ def test_recomputing_and_compiling_blocks_change_no_gradient(monkeypatch):
         torch.testing.assert_close(found, grads[0])
 
 
+@pytest.mark.parametrize("attention", CHOICES["reference_attention"])
+def test_recomputing_in_bf16_changes_no_gradient(attention):
+    """As train.py does it: the forward under autocast, whose cast weights are gone in the backward."""
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = HarmoView(replace(CONFIGS["tiny"], reference_attention=attention))
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        inputs = bench.random_inputs(model.config, (48, 3, 40, 40), 1, "cpu")  # long enough for SDPA
+        model.recompute = recompute
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*inputs).square().mean()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 class Calls(TorchDispatchMode):
     """Counts every operation that is really computed."""
 
@@ -1030,7 +1049,7 @@ def test_a_toy_is_validated_on_a_set_that_is_given(fresh, monkeypatch):
 def test_wan_is_validated_only_on_a_set_that_is_given_of_other_people(small_wan, wan_set):
     one = [*small_wan, "--stage", "1", "--steps", "1", "--out"]
     train.main([*one, "none"])
-    with pytest.raises(UserError, match="--valid .* shows people of the training set: ann, ben, cho, ...; give"):
+    with pytest.raises(UserError, match="--valid .* shows people of the training set: ann, ben, cho, ...;"):
         train.main([*one, "given", "--valid", str(wan_set)])
     assert not Path("given/stage1").exists()
     shutil.copytree(wan_set / "encoded", "others/encoded")
@@ -1157,6 +1176,68 @@ def test_sharded_references_are_the_same_training(fresh, attention):
     assert torchrun(2, *common, "--shard", "--micro-batch", 1, "--recompute", "--out", "two", cwd=fresh)[0]
     alone, two = (weights(fresh / name)["ema.safetensors"] for name in ("alone", "two"))
     assert distance(alone, two) < 1e-6
+
+
+@pytest.fixture(scope="session")
+def uneven_set(wan, tmp_path_factory):
+    """Two sets as people have them, of different people: clips of two sizes, captions of ten and of 480
+    tokens (with MFI's more than text_len), views that not all have, pictures from the clip itself."""
+    root = tmp_path_factory.mktemp("uneven")
+    for name in ("data", "valid"):
+        toy.main(["--out", str(root / name), "--size", "48", "--frames", "9", "--fps", "16"])
+        path = root / name / "manifest.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for n, line in enumerate(lines):
+            line["caption"] = " ".join([line["caption"]] * (1 + 19 * (n % 2)))[:480 + 1700 * (n % 2)]
+            for k, person in enumerate(line["identities"]):
+                person["id"] += name
+                for view in VIEWS[2 + n % 3:]:
+                    del person["views"][view]
+                person["views"]["front"]["cross"] = n != k
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        data.main(["encode", "--data", str(root / name), "--wan", str(wan / "2.1"), "--size", "32x32",
+                   "32x48", "--frames", "5", "--precision", "fp32"])
+    texts = [read_sample(root / "data/encoded", name, ["text"])["text"]
+             for name in names_in(root / "data/encoded")]
+    assert max(map(len, texts)) > 512 - 130 and min(map(len, texts)) < 100
+    return root
+
+
+# (all eight were run once, LOG.md)
+WAYS = [("all", "bf16", False), ("lora", "fp32", False), ("all", "fp32", True)]
+
+
+def test_two_processes_compiled_and_recomputed_are_the_same_training(uneven_set, wan, tmp_path):
+    """README's commands for eight cards: whole and sharded networks, all and adapters, float32 and bf16, with
+    validation, long captions and clips of two sizes. By aot_eager, since inductor takes minutes. However many
+    sizes there are, a block is compiled a few times."""
+    common = ["--config", "small", "--wan", str(wan / "2.1"), "--data", str(uneven_set / "data"), "--valid",
+              str(uneven_set / "valid"), "--valid-every", "2", "--no-samples", "--stage", "4", "--steps", "4",
+              "--batch", "4", "--micro-batch", "1", "--log-every", "1", "--warmup", "1", "--rank", "2"]
+    well, said = in_one_group(tmp_path, f"""import functools, torch, toy
+from torch._dynamo.utils import counters
+from model import DiTConfig
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+train.CONFIGS["small"] = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **{WAN_SMALL})
+train.TRAIN_RECIPES["small"] = train.TRAIN_RECIPES["1.3b"]
+toy.WORLDS["small"] = toy.WORLDS["1.3b"]
+for what, precision, shard in {WAYS}:
+    for name, flags in (("plain", []), ("fast", ["--compile", "--recompute"])):
+        torch._dynamo.reset(), counters.clear()
+        train.main([*{common}, "--train", what, "--precision", precision, *["--shard"] * shard, *flags,
+                    "--out", f"{{what}}-{{precision}}-{{shard}}-{{name}}"])
+    assert 0 < counters["stats"]["unique_graphs"] <= 10, counters
+""")
+    assert well, said
+    for what, precision, shard in WAYS:
+        plain, fast = [], []
+        for name, losses in (("plain", plain), ("fast", fast)):
+            out = tmp_path / f"{what}-{precision}-{shard}-{name}"
+            losses += [line["loss"] for line in metrics(out, 4)]
+            losses += [loss for valid in validations(out, 4) for loss in valid.values()]
+        assert len(plain) > 14 and all(map(math.isfinite, plain))
+        allowed = 1e-5 if precision == "fp32" else 2e-2
+        assert fast == pytest.approx(plain, rel=allowed), (what, precision, shard)
 
 
 def test_a_lost_process_ends_all_and_torchrun_starts_them_again(fresh):
