@@ -31,7 +31,7 @@ from rope import VIEWS
 
 DAMAGE = (OSError, ValueError, safetensors.SafetensorError)  # what reading a damaged sample raises
 
-# --------------------------------------------------------------------------- which clips and views a step gets
+# -------------------------------------------------------------------------- which clips and views a step gets
 def draw_views(stage, progress, rng, available):
     """Which reference views each person of a step gets.
 

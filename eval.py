@@ -471,7 +471,7 @@ def sample_cases(cases, args, world):
                       for views in case.refs]
         files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
         note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16, args.wan,
-                           code])
+                           args.tile, code])
         shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
         return Job(case.prompt, references, case.seed, shape, note=hashlib.sha256(note.encode()).hexdigest())
     checked, todo = [], []

@@ -947,6 +947,32 @@ def test_bad_arguments_are_one_line(arguments, says, world, wan, tmp_path, monke
     assert one_line(error) and content(world) == before
 
 
+def test_what_changes_the_latents_is_of_the_settings(world, wan, tmp_path):
+    """Tiles and precision, too; how many processes there are, and where weights wait, is not."""
+    common = ["encode", "--data", str(world), "--wan", str(wan / "2.1"), "--size", "48x48", "--frames", "5",
+              "--out", str(tmp_path / "set"), "--precision"]
+    data.main([*common, "fp32", "--tile", "32"])
+    data.main([*common, "fp32", "--tile", "32", "--offload"])
+    for flags, says in ((["fp32"], "tile 32 there, None here"),
+                        (["bf16", "--tile", "32"], "precision torch.float32 there, torch.bfloat16 here")):
+        with pytest.raises(UserError, match=says):
+            data.main([*common, *flags])
+
+
+def test_more_processes_than_gpus_encode_on_those_there_are(world, wan, tmp_path, monkeypatch):
+    """A process without a GPU leaves, and the others share all clips."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    asked = []
+    monkeypatch.setattr("encode.WanEncoders", lambda wan, device, *rest: asked.append(device))
+    for rank in range(4):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 4)):
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises((AttributeError, SystemExit)):
+            data.main(["encode", "--data", str(world), "--wan", str(wan / "2.1"), "--size", "48x48"])
+    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
 def test_where_nothing_can_be_encoded_it_fails(world, wan, tmp_path, capsys):
     line = json.loads((world / "manifest.jsonl").read_text().splitlines()[0])
     (tmp_path / "manifest.jsonl").write_text(json.dumps(line))

@@ -124,6 +124,28 @@ def test_forward_returns_velocity(prediction):
     assert torch.allclose(velocity, raw if prediction == "velocity" else (x - raw) / sigma, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(128, 20), (9, 94, 128), (95, 128), (30, 94)])
+def test_a_long_caption_of_a_neighbour_changes_nothing(lengths):
+    """One person's MFI takes 34 of 128 rows: a caption of more than 94 needs further ones. All of a long
+    caption is read."""
+    net = network()
+    g = torch.Generator().manual_seed(3)
+    texts = [torch.randn(n, TINY.text_dim, generator=g) for n in lengths]
+    x = torch.randn(len(lengths), TINY.in_dim, *GRID, generator=g)
+    vit = torch.randn(len(lengths), TINY.vit_levels, 17, TINY.vit_dim, generator=g)
+    refs = torch.randn(len(lengths), TINY.in_dim, 8, 8, generator=g)
+
+    def velocity(some, texts):
+        text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        return net(x[some], torch.full((len(some),), 600.0), text, [{"front": refs[some]}], [vit[some]])
+
+    together = velocity([*range(len(texts))], texts)
+    for n, text in enumerate(texts):
+        assert (together[n] - velocity([n], [text])[0]).abs().max() < 1e-5 * together.abs().max()
+        changed = velocity([n], [torch.cat((text[:-1], -text[-1:]))])[0]
+        assert (together[n] - changed).abs().max() > 1e-4 * together.abs().max()
+
+
 def test_samples_of_a_batch_do_not_mix():
     net = network()
     x, t, text, refs, vit = inputs([VIEWS, ("front",)])
