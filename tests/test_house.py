@@ -92,12 +92,11 @@ def test_imports_run_in_one_direction(name):
     assert not any(name in FILES[other][1].split() for other in ours)
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("images/*.py")])
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
 def test_nothing_else_is_imported(path):
     tests = {p.stem for p in ROOT.glob("tests/*.py")} if path.parent.name == "tests" else set()
     allowed = set(FILES) | PACKAGES | set(sys.stdlib_module_names) | (tests and tests | TEST_PACKAGES)
-    images = {p.stem for p in ROOT.glob("images/*.py")} if tests else set()
-    assert imported(path) <= allowed | images
+    assert imported(path) <= allowed
 
 
 def test_the_requirements_are_the_packages():

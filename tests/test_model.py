@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import save_file
 
 import checkpoint
@@ -597,3 +599,42 @@ def test_precision_is_a_flag_then_the_environment_then_the_hardware(monkeypatch)
     monkeypatch.setenv("HARMOVIEW_PRECISION", "half")
     with pytest.raises(UserError, match="HARMOVIEW_PRECISION=half: expected bf16 or fp32"):
         uses_bf16(cpu)
+
+
+# ---------------------------------------------------------------------------------------------------- picture
+@pytest.mark.parametrize("panel", ["one-way", "joint"])
+@torch.no_grad()
+def test_the_picture_draws_who_reads_whom(panel):
+    """Each group of tokens is changed in turn: what comes out of a block for another group changes where the
+    picture has that square filled."""
+    squares = {(square["reader"], square["read"]): square["reads"] == "1" for square in (
+        dict(re.findall(r'data-(\w+)="([^"]+)"', line)) for line in
+        (ROOT / "images/method.svg").read_text().splitlines() if f'data-panel="{panel}"' in line)}
+    assert len(squares) == 5 * 6
+    net = network(reference_attention=panel)
+    x, t, text, refs, _ = inputs([("front", "left", "right"), ("right", "back", "front")])
+
+    def tokens(change=None):
+        """{group: its tokens behind the first block}; proxies are of slot 3, and of slot 1 of person 2."""
+        people = [{view: r + (change == name) for view, r in views.items()}
+                  for name, views in zip(("A", "B"), refs)]
+        net.proxies[3] *= -1 if change == "A proxies" else 1  # added up, LayerNorm would take it away
+        net.proxies[1] *= -1 if change == "B proxies" else 1
+        found = []
+        handle = net.blocks[0].register_forward_hook(lambda module, given, out: found.extend(out[:2]))
+        net(x + (change == "video"), t, text + (change == "text"), people)
+        handle.remove()
+        net.proxies[3] *= -1 if change == "A proxies" else 1
+        net.proxies[1] *= -1 if change == "B proxies" else 1
+        out = torch.cat([part for part in found if part is not None], dim=1)
+        P = TINY.proxy_tokens
+        video, front_a, proxies_a, front_b, proxies_b, back_b = out.split((48, 48, P, 16, P, 32), dim=1)
+        return {"video": video, "A": front_a, "A proxies": proxies_a, "B proxies": proxies_b,
+                "B": torch.cat((front_b, back_b), dim=1)}
+
+    before = tokens()
+    for change in ("video", "A", "A proxies", "B", "B proxies", "text"):
+        after = tokens(change)
+        for reader in before:
+            reads = (before[reader] - after[reader]).abs().max() > 1e-4
+            assert bool(reads) == squares[reader, change], (reader, change)
