@@ -646,8 +646,8 @@ def test_front_only_gives_nothing_else_whatever_a_clip_has():
 
 
 @pytest.mark.parametrize("n", [10**3, 10**5])
-def test_a_draw_takes_less_than_two_milliseconds_whatever_the_set(n):
-    """As a ratio, since machines differ: of 10^5 clips no more than five times that of 10^2."""
+def test_a_draw_takes_no_longer_from_a_large_set(n):
+    """As a ratio, since machines differ. LOG.md has milliseconds, and of 10^6 clips."""
     def seconds(n):
         sampler = data.Sampler(some_clips(n, random.Random(0)))
         sampler.draw(STAGES[4], 0, random.Random(0), 8)
