@@ -427,22 +427,25 @@ class Aesthetic:
 
 # ------------------------------------------------------------------------------------------------------ crops
 def similarity(source, target):
-    """Turn, scale and shift that bring points [N, 5, 2] nearest to others: complex factor and shift [N].
-    It is Umeyama's solution; a complex factor cannot mirror."""
+    """Turn, scale and shift that bring points [N, 5, 2] nearest to others, by squared distances there: complex
+    factor and shift [N]. It is Umeyama's solution; a complex factor cannot mirror. Where next to nothing would
+    be left of the points, as where all are equal, it is a shift alone, so the factor is never 0."""
     a, b = (torch.view_as_complex(points.contiguous()) for points in (source, target))
     x, y = (points - points.mean(1, keepdim=True) for points in (a, b))
     factor = (x.conj() * y).sum(1) / x.abs().square().sum(1).clamp(min=1e-12)
+    factor = torch.where(factor.abs() > 1e-5, factor, 1)
     return factor, b.mean(1) - factor * a.mean(1)
 
 
 def align(image, landmarks, side=112):
-    """image [3, H, W] and landmarks [N, 5, 2] of faces in it -> crops [N, 3, side, side] as ArcFace sees
-    them, black beyond the picture."""
+    """image [3, H, W] and landmarks [N, 5, 2] of faces in it -> crops [N, 3, side, side] as ArcFace was
+    trained on, black beyond the picture: the landmarks fitted to their places in the crop, as insightface's
+    norm_crop does. The places fitted to the landmarks would be another crop wherever a head is turned."""
     landmarks = landmarks.to(image)
     target = torch.tensor(ALIGNED).to(image) * side / 112
-    factor, shift = similarity(target.expand_as(landmarks), landmarks)  # from the crop to the picture
+    factor, shift = similarity(landmarks, target.expand_as(landmarks))  # from the picture to the crop
     pixel = torch.complex(*torch.meshgrid([torch.arange(side).to(image)] * 2, indexing="xy"))
-    at = torch.view_as_real(factor[:, None, None] * pixel + shift[:, None, None])
+    at = torch.view_as_real((pixel - shift[:, None, None]) / factor[:, None, None])
     grid = 2 * at / (torch.tensor(image.shape[:0:-1]).to(image) - 1).clamp(min=1) - 1
     return F.grid_sample((image + 1).expand(len(grid), -1, -1, -1), grid, align_corners=True) - 1
 

@@ -493,6 +493,54 @@ def test_align_brings_landmarks_to_their_places():
     assert align(image, target[None][:0]).shape == (0, 3, 112, 112)
 
 
+def warp_affine(image, matrix, side):
+    """As cv2.warpAffine samples: crop pixel (i, j) is the picture, bilinear, where the inverse of the matrix
+    [2, 3] puts it; black beyond the picture."""
+    turn, shift = np.float64(matrix[:, :2]), np.float64(matrix[:, 2])
+    j, i = np.meshgrid(np.arange(side), np.arange(side))
+    x, y = np.linalg.inv(turn) @ (np.stack((j.ravel(), i.ravel())) - shift[:, None])
+    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
+    crop = np.zeros((3, side * side))
+    for dx, dy in itertools.product((0, 1), (0, 1)):
+        column, row = left + dx, top + dy
+        inside = (0 <= column) & (column < image.shape[2]) & (0 <= row) & (row < image.shape[1])
+        weight = (1 - abs(x - column)) * (1 - abs(y - row)) * inside
+        crop += weight * (image.numpy()[:, row.clip(0, image.shape[1] - 1),
+                                        column.clip(0, image.shape[2] - 1)] + 1)
+    return torch.from_numpy(crop - 1).float().view(3, side, side)
+
+
+@pytest.mark.parametrize(
+    "scale, at, noise", [(50.0, (150.0, 120.0), 0), (70.0, (90.0, 60.0), 3), (21.0, (200.0, 40.0), 1)]
+)
+def test_align_is_the_norm_crop_of_turned_heads(scale, at, noise):
+    """insightface's norm_crop: Umeyama's fit of the landmarks to the template, then warpAffine. From the front
+    the fit of the template to the landmarks would be the same crop; at 60 degrees its side is 0.84 of it."""
+    angles = grid((-80, -45, 0, 20, 60, 80), (-25, 0, 30), (-20, 0, 35))
+    points = project(angles, scale, at) + noise * torch.randn(len(angles), 5, 2)
+    y, x = torch.meshgrid(torch.arange(187.0), torch.arange(251.0), indexing="ij")
+    image = torch.stack(((x / 9).sin(), (y / 7).cos(), ((x + y) / 11).sin()))
+    for side in (112, 80):
+        crops, target = align(image, points, side), torch.tensor(ALIGNED).double() * side / 112
+        for crop, five in zip(crops, points.double(), strict=True):
+            torch.testing.assert_close(crop, warp_affine(image, umeyama(five, target), side), rtol=0,
+                                       atol=2e-3)
+
+
+@pytest.mark.parametrize("apart", [0, 1e-30, 1e-6])
+def test_landmarks_on_one_point_still_give_a_crop(apart):
+    image = coordinates(230, 250)
+    points = torch.full((2, 5, 2), 100.0) + apart * torch.randn(2, 5, 2)
+    points[1] -= 9000  # far beyond the picture
+    crops = align(image, points)
+    assert crops.isfinite().all() and (crops[1] == -1).all()
+    if not apart:  # where nothing says how large the face is, a pixel of the crop is one of the picture
+        middle = torch.tensor(ALIGNED).mean(0)
+        at = F.grid_sample(crops[:1], 2 * middle.view(1, 1, 1, 2) / 111 - 1, align_corners=True)[0, :2, 0, 0]
+        torch.testing.assert_close(at * 100, points[0, 0], rtol=0, atol=1e-2)
+        assert (crops[0, 0, 50, 60] - crops[0, 0, 50, 50]).item() == pytest.approx(0.1, abs=1e-4)
+
+
 def test_align_of_the_mirrored_picture_is_the_mirrored_crop():
     target = torch.tensor(ALIGNED)
     even = (target + (torch.tensor([111.0, 0]) + target * torch.tensor([-1.0, 1]))[[1, 0, 2, 4, 3]]) / 2
