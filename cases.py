@@ -2,10 +2,11 @@
 
 A file of cases is one JSON object a line:
   {"id": "case-001", "prompt": "...", "seed": 0, "refs": [{"front": "refs/a.png", "left": "refs/b.png"}],
-   "eval_refs": [["refs/c.png"]], "asked_yaw": [90], "places": true}
+   "eval_refs": [["refs/c.png"]], "asked_yaw": [-90], "places": true}
   refs       one {view: picture} per person, from left to right, as the prompt names them; at most four people
   eval_refs  one to ten pictures per person that similarity is measured to; without them it is to the refs
-  asked_yaw  largest |yaw| in degrees that the prompt asks of each person, or null; without it none is asked
+  asked_yaw  the largest yaw in degrees that the prompt asks of each person, below 0 to the picture's left and
+             above 0 to its right, a list where it asks for both sides ([-45, 45]), or null; without it none
   places     false where the prompt does not say who stands where: then nobody can be in the wrong place
 Other keys are not read. Paths are relative to the file and stay in its folder. A line that cannot be used
 becomes a case with a fault, which is a result with a reason.
@@ -32,7 +33,7 @@ class Case(NamedTuple):
     refs: list = ()  # {view: file} per person
     eval_refs: list = ()  # files per person
     seed: int = 0
-    asked_yaw: list = ()  # degrees or None per person
+    asked_yaw: list = ()  # signed degrees, a list of them or None per person
     places: bool = True
     fault: str | None = None  # why its line cannot be used
 
@@ -81,8 +82,9 @@ def read_case(entry, folder):
     if not all(isinstance(files, list) and 1 <= len(files) <= MOST_REFS for files in eval_refs):
         raise ValueError(f"eval_refs: expected one to {MOST_REFS} pictures a person")
     for yaw in asked:
-        if yaw is not None and (type(yaw) not in (int, float) or not 0 <= yaw <= 180):
-            raise ValueError(f"asked_yaw {yaw!r:.20}: expected 0 to 180 degrees or null")
+        sides = yaw if isinstance(yaw, list) and yaw else [0 if yaw is None else yaw]
+        if not all(type(side) in (int, float) and -180 <= side <= 180 for side in sides):
+            raise ValueError(f"asked_yaw {yaw!r:.20}: expected -180 to 180 degrees, a list of such, or null")
     if not is_seed(seed) or not isinstance(entry.get("places", True), bool):
         raise ValueError("seed is no whole number from 0 on, or places neither true nor false")
 
@@ -104,14 +106,14 @@ SHOTS = ("A close-up", "A medium close-up", "A medium shot")
 SCENES = ("in a sunlit kitchen", "in front of a brick wall", "on a busy street at night",
           "in a quiet library", "on a beach at sunset", "in a snowy park", "in a train by the window",
           "in a garden after rain", "in a dim theatre", "in a bright office")
-ACTIONS = {  # what somebody does: the largest |yaw| that this asks for, or None
+ACTIONS = {  # what somebody does: the yaw that this asks for, as in asked_yaw
     "talks to the camera": None,
     "nods and smiles": None,
-    "slowly looks to the left of the picture and back": 45,
+    "slowly looks to the left of the picture and back": -45,
     "slowly looks to the right of the picture and back": 45,
-    "looks from one side to the other": 45,
-    "shakes the head widely, laughing": 60,
-    "turns the head to the left of the picture until the profile shows": 90,
+    "looks from one side to the other": [-45, 45],
+    "shakes the head widely, laughing": [-60, 60],
+    "turns the head to the left of the picture until the profile shows": -90,
     "turns the head to the right of the picture until the profile shows": 90,
 }
 

@@ -427,9 +427,9 @@ class Aesthetic:
 
 # ------------------------------------------------------------------------------------------------------ crops
 def similarity(source, target):
-    """Turn, scale and shift that bring points [N, 5, 2] nearest to others, by squared distances there: complex
-    factor and shift [N]. It is Umeyama's solution; a complex factor cannot mirror. Where next to nothing would
-    be left of the points, as where all are equal, it is a shift alone, so the factor is never 0."""
+    """Turn, scale and shift that bring points [N, 5, 2] nearest to others, by squared distances there:
+    complex factor and shift [N]. It is Umeyama's solution; a complex factor cannot mirror. Where next to
+    nothing would be left of the points, as where all are equal, it is a shift alone: no factor is 0."""
     a, b = (torch.view_as_complex(points.contiguous()) for points in (source, target))
     x, y = (points - points.mean(1, keepdim=True) for points in (a, b))
     factor = (x.conj() * y).sum(1) / x.abs().square().sum(1).clamp(min=1e-12)

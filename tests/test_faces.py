@@ -514,8 +514,9 @@ def warp_affine(image, matrix, side):
     "scale, at, noise", [(50.0, (150.0, 120.0), 0), (70.0, (90.0, 60.0), 3), (21.0, (200.0, 40.0), 1)]
 )
 def test_align_is_the_norm_crop_of_turned_heads(scale, at, noise):
-    """insightface's norm_crop: Umeyama's fit of the landmarks to the template, then warpAffine. From the front
-    the fit of the template to the landmarks would be the same crop; at 60 degrees its side is 0.84 of it."""
+    """insightface's norm_crop: Umeyama's fit of the landmarks to the template, then warpAffine. From the
+    front the fit of the template to the landmarks would be the same crop; at 60 degrees its side is 0.84
+    of the right one."""
     angles = grid((-80, -45, 0, 20, 60, 80), (-25, 0, 30), (-20, 0, 35))
     points = project(angles, scale, at) + noise * torch.randn(len(angles), 5, 2)
     y, x = torch.meshgrid(torch.arange(187.0), torch.arange(251.0), indexing="ij")
