@@ -73,8 +73,8 @@ METRICS = {
     "given": Metric("cosine as in mvrc_seen, pictures whose nearest of the four views by yaw was given",
                     per_frame("alike", seen=[True])),
     "not_given": Metric("the same of the other pictures", per_frame("alike", seen=[False])),
-    "coverage": Metric(f"{REACHED}th percentile of the yaw towards the side that the prompt asks for, over the "
-                       "yaw asked for, 0 to 1, mean over its sides; 0 where the face is never seen",
+    "coverage": Metric(f"{REACHED}th percentile of the yaw towards the side that the prompt asks for, over "
+                       "the yaw asked for, 0 to 1, mean over its sides; 0 where the face is never seen",
                        one("coverage")),
     "swaps": Metric("people who do not stand where the prompt says, from left to right, after assignment by "
                     "identity", one("swapped"), True),
