@@ -16,7 +16,6 @@ import json
 import math
 import re
 import sys
-from argparse import Namespace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +27,12 @@ from tqdm import tqdm
 
 from cases import Case
 from checkpoint import UserError, sha256_of, source_hash
-from curate import EXTRACT, MIDDLE, ask, find_faces, follow
-from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align
+from curate import EXTRACT, MIDDLE, ask, follow
+from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align, find_faces
 from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder, wrap
 from report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
                     in_columns, interval, mean, one, per_frame, plot, read_results, show, table, write_page)
 
-LEAST = Namespace(score=EXTRACT["score"][1])  # of a detection
 SHORT_SIDE = 720  # larger videos are shrunk to it
 LONGEST = 120  # seconds of a video
 REFERENCE_SIDE = 512  # of the white square that a reference is fitted into
@@ -121,7 +119,8 @@ class Shown(NamedTuple):
 
 def find_shown(picture, frame, detector, most):
     """The `most` largest faces of a uint8 picture [H, W, 3], the largest first."""
-    faces = sorted(find_faces(detector, picture, frame, LEAST), key=lambda face: -face.side)[:most]
+    faces = find_faces(detector, picture, frame, EXTRACT["score"][1])
+    faces = sorted(faces, key=lambda face: -face.side)[:most]
     if not faces:
         return []
     image = from_bytes(torch.from_numpy(picture)).permute(2, 0, 1)

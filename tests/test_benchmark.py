@@ -361,6 +361,17 @@ def test_the_nearest_view_decides_what_was_given(world):
     assert person["seen"] == [yaw < 31 for yaw in person["yaw"]] and len(set(person["seen"])) == 2
 
 
+def test_of_several_others_the_nearest_one_counts():
+    """A case may show four people: with two, the nearest other is the farthest."""
+    targets, units = [[unit] for unit in torch.eye(4)], torch.eye(4)
+    mixed = {0: units[0] * 0.8 + units[1] * 0.5 + units[2] * 0.1, 1: units[0] * 0.4 + units[3] * 0.6}
+    faces = {f: face(f, pixels=torch.zeros(1))._replace(embedding=vector) for f, vector in mixed.items()}
+    case = real_cases.Case("x", refs=[{"front": None}] * 4, asked_yaw=[None] * 4)
+    person = benchmark.measure_person(0, case, {}, targets, faces, 3)
+    assert person["margin"] == pytest.approx((0.8 + 0.4) / 2 - (0.5 + 0.6) / 2, abs=1e-4)
+    assert person["crossed"] == [False, True, None]
+
+
 class Crowd:
     """A detector that sees three faces, the smallest first, and knows nobody."""
 
