@@ -129,17 +129,24 @@ def in_order(items, *words):
 
 
 def read_training(paths):
-    """Ids of people and hashes of clips that training manifests name."""
-    people, clips = set(), set()
+    """Ids of people and hashes of clips, of manifests and encoded sets; says how many lines lack an id."""
+    people, clips, silent = set(), set(), 0
     for path in paths:
         if not path.is_file():
-            raise UserError(f"--training {path}: no such file; expected a manifest.jsonl")
-        entries = [entry for entry in read_lines(path) if isinstance(entry.get("identities"), list)]
-        if not entries:
-            raise UserError(f"--training {path} holds no line of a manifest")
-        for entry in entries:
-            people |= {str(person.get("id")) for person in entry["identities"] if isinstance(person, dict)}
-            clips.add(entry.get("sha256"))
+            raise UserError(f"--training {path}: no such file; expected a manifest.jsonl or an encoded set")
+        lines = [line for line in read_lines(path)
+                 if isinstance(line.get("identities", line.get("views")), list)]
+        if not lines:
+            raise UserError(f"--training {path} holds no line of a manifest or of an encoded set")
+        for line in lines:
+            names = line["people"] if isinstance(line.get("people"), list) else [None]
+            if "identities" in line:
+                names = [isinstance(who, dict) and who.get("id") for who in line["identities"]]
+                clips.add(line.get("sha256"))  # in an encoded set it is another file's
+            people |= set(filter(is_text, names))
+            silent += not all(map(is_text, names))
+    if silent:
+        print(f"{silent} clips of training do not say whom they show: these people are not left out")
     return people, clips - {None}
 
 
@@ -168,13 +175,11 @@ def cast_cases(people, n, seed):
 def prompt_of(case, n_people, seed):
     """-> a sentence or two from the grammar, and the yaw that it asks of each person."""
     shot, scene = draw(SHOTS, seed, case, "shot"), draw(SCENES, seed, case, "scene")
-    does = [draw(list(ACTIONS), seed, case, "action", k) for k in range(n_people)]
-    if n_people == 1:
-        words = f"{shot} of a person {scene}. The person {does[0]}."
-    else:
-        words = (f"{shot} of two people {scene}. "
-                 f"The one on the left {does[0]}, the one on the right {does[1]}.")
-    return words, [ACTIONS[action] for action in does]
+    acts = [draw(list(ACTIONS), seed, case, "action", k) for k in range(n_people)]
+    who, do = "a person", "The person {}."
+    if n_people > 1:
+        who, do = "two people", "The one on the left {}, the one on the right {}."
+    return f"{shot} of {who} {scene}. {do.format(*acts)}", [ACTIONS[action] for action in acts]
 
 
 def make_cases(argv):
@@ -184,18 +189,20 @@ def make_cases(argv):
     p.add_argument("--data", required=True, type=Path, help="folder with a manifest.jsonl")
     p.add_argument("--n", type=count, default=100, help="cases; a smaller number keeps the proportions")
     p.add_argument("--out", required=True, type=Path, help="the .jsonl file; pictures are copied beside it")
-    p.add_argument("--training", nargs="+", type=Path, default=[], help="manifests of training: who has a "
-                   "clip or an id in them is left out (sets curated apart give two people one id)")
+    p.add_argument("--training", nargs="+", type=Path, help="manifests and encoded sets of training: who has "
+                   "a clip or an id in them is left out (default: encoded, in --data)")
     p.add_argument("--seed", type=seed_number, default=0, help="of the choice of clips")
     args = p.parse_args(argv)
-    if not args.out.name:
-        raise UserError(f"--out {args.out}: expected the name of a file, such as cases.jsonl")
-    folder = args.out.with_name(f"{args.out.stem}_refs")
+    folder = args.out.parent / f"{args.out.stem}_refs"
     probe_writable(args.out.parent)
-    check_outputs([args.out], [args.data / "manifest.jsonl", *args.training])
+    training = [path / "index.jsonl" if path.is_dir() else path
+                for path in args.training or [args.data / "encoded"]]
+    if not args.training and not training[0].is_file():
+        print(f"{training.pop()}: no training set to look at, so nobody is left out; --training names others")
+    check_outputs([args.out], [args.data / "manifest.jsonl", *training])
     if folder.exists() and not args.out.exists():
         raise UserError(f"{folder} exists and would be replaced: choose another --out")
-    named, clips = read_training(args.training)
+    named, clips = read_training(training)
     pictures, seen = pictures_of(read_manifest(args.data), clips)
     refused = pictures.keys() & (named | seen)
     people = sorted(name for name in pictures.keys() - refused if "front" in pictures[name])

@@ -848,6 +848,56 @@ def test_people_whom_training_names_are_refused_by_id_and_by_clip(tmp_path):
         make(data, tmp_path / "more.jsonl", "--training", training)
 
 
+def encoded(folder, *lines):
+    """An encoded set's index, of lines with these people."""
+    folder.mkdir(parents=True)
+    with open(folder / "index.jsonl", "w") as file:
+        for n, people in enumerate(lines):
+            line = {"name": f"{n}", "source": f"{n}.mp4", "sha256": f"{n} 0", "views": [{"front": True}]}
+            print(json.dumps(line | people), file=file)
+    return folder
+
+
+def people_of(lines):
+    return {int(who.removeprefix("person_")) for line in lines for who in line["people"]}
+
+
+def test_whom_an_encoded_set_beside_the_data_shows_is_left_out(tmp_path, capsys):
+    """Training reads DATA/encoded. A line that does not say whom it shows is counted; its sha256 is that of
+    another file than a manifest's."""
+    data = curated(tmp_path / "data", 12)
+    everybody = people_of(make(data, tmp_path / "none.jsonl", "--n", 20))
+    said = capsys.readouterr().out
+    assert f"{data}/encoded: no training set to look at, so nobody is left out" in said
+    assert len(everybody) == 10
+    encoded(data / "encoded", {"people": ["person_0001"]}, {"people": ["person_0004", None]}, {},
+            {"people": ["person_0007", "stranger"]}, {"people": "person_0002"}, {"people": [0]})
+    lines = make(data, tmp_path / "cases.jsonl", "--n", 17)
+    assert people_of(lines) == set(range(12)) - {1, 4, 7}
+    said = capsys.readouterr().out
+    assert "4 clips of training do not say whom they show" in said and "names 3 others" in said
+    assert "no training set" not in said
+
+
+def test_training_is_manifests_and_encoded_sets_as_files_or_folders(tmp_path, capsys):
+    data = curated(tmp_path / "data", 12)
+    encoded(data / "encoded", {"people": [f"person_{k:04d}" for k in range(12)]})  # not what was trained on
+    first = encoded(tmp_path / "a", {"people": ["person_0001"]})
+    second = encoded(tmp_path / "b", {"people": ["person_0002", "person_0003"]})
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"sha256": "5 0", "identities": [{"id": "person_0004"}, {"id": 7}, {}, 3]}\n')
+    training = first, second / "index.jsonl", manifest
+    lines = make(data, tmp_path / "cases.jsonl", "--n", 13, "--training", *training)
+    assert people_of(lines) == {0, 6, 7, 8, 9, 10, 11}
+    assert "1 clips of training do not say" in capsys.readouterr().out
+    with pytest.raises(UserError, match="12 identities, of which training names 12 and 0 others"):
+        make(data, tmp_path / "more.jsonl", "--n", 2)
+    with pytest.raises(UserError, match="/data/index.jsonl: no such file; .* a manifest.jsonl or an encoded"):
+        make(data, tmp_path / "more.jsonl", "--training", data)
+    with pytest.raises(UserError, match="index.jsonl is one of the inputs and would be overwritten"):
+        make(data, first / "index.jsonl", "--training", first)
+
+
 @pytest.mark.parametrize("n, people", [(1, 1), (2, 2), (3, 2), (10, 5), (50, 26), (100, 52)])
 def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
     lines = make(curated(tmp_path / "data", 52, 1), tmp_path / "cases.jsonl", "--n", n)
@@ -899,6 +949,8 @@ def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
         (["make-cases", "--data", "v", "--out", "x.jsonl", "--n", "0"], "--n.*a whole number"),
         (["make-cases", "--data", "v", "--out", "old.jsonl"], "old_refs exists and would be replaced"),
         (["make-cases", "--data", "v", "--out", "v"], "v is a folder"),
+        (["make-cases", "--data", "v", "--out", "."], "[.] is a folder"),
+        (["make-cases", "--data", "v", "--out", "/"], "/ is a folder"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, argv, message):
