@@ -372,6 +372,58 @@ def test_of_several_others_the_nearest_one_counts():
     assert person["crossed"] == [False, True, None]
 
 
+def test_the_back_is_near_on_either_side_of_180_degrees():
+    """Faces at 172 and -172 degrees are 16 apart: nearest to the back, and copies of each other."""
+    pixels = F.normalize(torch.randn(50, generator=torch.Generator().manual_seed(0)), dim=0)
+    yaws = (-172.0, 172.0, -125.0, 125.0, -115.0, 115.0, -40.0, 20.0)
+    faces = {f: face(f, yaw=yaw, pixels=pixels) for f, yaw in enumerate(yaws)}
+    for view, given in (("back", [1, 1, 1, 1, 0, 0, 0, 0]), ("left", [0, 0, 0, 0, 1, 0, 1, 0])):
+        case = real_cases.Case("x", refs=[{view: None}], asked_yaw=[None])
+        person = benchmark.measure_person(0, case, {}, None, faces, len(yaws))
+        assert person["seen"] == [bool(value) for value in given]
+    refs = [face(0, yaw=178.0, pixels=pixels)]
+    for yaw, copy in ((-178.0, True), (-175.0, True), (-173.0, False), (171.0, True), (169.0, False)):
+        assert benchmark.is_copy(face(0, yaw=yaw, pixels=pixels), refs) == copy
+
+
+def test_similarities_are_means_over_references_and_pictures():
+    """Two unlike evaluation references, faces unlike each other, and a picture without one."""
+    e, targets = torch.eye(4), [[torch.eye(4)[0], torch.eye(4)[1]]]
+    vectors = {0: 0.8 * e[0] + 0.2 * e[1], 1: 0.4 * e[1] - 0.2 * e[0], 3: 0.6 * e[0] + 0.5 * e[3]}
+    faces = {f: face(f, pixels=torch.zeros(1))._replace(embedding=vector) for f, vector in vectors.items()}
+    case = real_cases.Case("x", refs=[{"front": None}], asked_yaw=[None])
+    person = benchmark.measure_person(0, case, {}, targets, faces, 5)
+    result = {"case": "x", "people": [person]}
+    expected = {"mvrc": (0.5 + 0.1 + 0.3) / 5, "mvrc_seen": 0.9 / 3, "best_view": (0.8 + 0.4 + 0.6) / 3,
+                "face_rate": 0.6, "steadiness": float(vectors[0] @ vectors[1]), "margin": None}
+    for name, value in expected.items():
+        assert score(result, name) == (None if value is None else pytest.approx(value, abs=1e-4)), name
+
+
+def test_the_public_rule_takes_32_pictures_the_first_reference_and_nothing_below_zero():
+    rng, units = np.random.default_rng(0), torch.eye(3)
+    for length in (20, 32, 100):
+        faces = [face(f)._replace(embedding=torch.tensor(rng.normal(size=3)).float()) for f in range(length)]
+        seen, bordered = faces[:length // 2], {f: faces[f] for f in range(length // 2, length - 4)}
+        watched = benchmark.Watched([curate.Track(seen[:5]), curate.Track(seen[5:])], [], bordered, 100)
+        refs = {"front": None, "left": face(0)._replace(embedding=units[0]),
+                "right": face(0)._replace(embedding=units[1])}
+        chosen = [round(k * (length - 1) / 31) for k in range(32)]  # a short video's more than once
+        values = [max(0.0, faces[f].embedding[0].item()) for f in chosen if f < length - 4]
+        assert benchmark.public_rule(watched, refs, length) == pytest.approx(np.mean(values), abs=1e-4)
+    assert benchmark.public_rule(watched._replace(tracks=[], bordered={}), refs, length) == 0
+    assert benchmark.public_rule(watched, {"front": None}, length) is None
+
+
+def test_of_three_people_two_may_have_changed_places(tmp_path):
+    made = World(tmp_path / "set")
+    video = made.truth.shoot([1, 2, 3], ["nods"] * 3, 3, wall="a green wall")
+    for name, refs in (("right", [1, 2, 3]), ("two", [2, 1, 3]), ("all", [2, 3, 1])):
+        made.case(name, video, refs)
+    found = {name: score(result, "swaps") for name, result in made.run().items()}
+    assert found == {"right": 0, "two": pytest.approx(2 / 3), "all": 1}
+
+
 class Crowd:
     """A detector that sees three faces, the smallest first, and knows nobody."""
 
@@ -406,6 +458,14 @@ def test_amplitude_and_roughness_are_as_said():
     )
     assert benchmark.path_of({0: face(0), 2: face(2)}) == {"amplitude": 0, "roughness": None}
     assert benchmark.path_of({}) == {"amplitude": None, "roughness": None}
+    # a face side is the longer one, of the face that is larger than half of them
+    boxes = torch.tensor([[0.0, 0, 10, 20], [30, 0, 40, 20], [0, 0, 60, 30]])
+    found = benchmark.path_of({f: face(f)._replace(box=box) for f, box in enumerate(boxes)})
+    centres = np.array([[5, 10], [35, 10], [30, 15]]) / 20
+    spread = ((centres - centres.mean(0)) ** 2).sum(1).mean() ** 0.5
+    assert found["amplitude"] == pytest.approx(spread, abs=1e-4)
+    bend = np.linalg.norm(centres[0] - 2 * centres[1] + centres[2])
+    assert found["roughness"] == pytest.approx(bend, abs=1e-4)
 
 
 def test_a_copy_needs_pose_and_pixels_of_one_and_the_same_reference():

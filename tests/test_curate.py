@@ -369,6 +369,30 @@ def test_a_track_is_small_or_blurred_by_its_median():
         assert curate.fault_of(curate.Track([seen(sharpness=value) for value in sharp]), args) == fault
 
 
+def at(x, embedding=None):
+    return seen(embedding=embedding)._replace(box=torch.tensor([x, 0.0, x + 30, 30]))
+
+
+def test_people_who_pass_each_other_keep_their_tracks():
+    """Each one's face overlaps more with where the other one was; that they are alike decides."""
+    a, b = torch.tensor([1.0, 0, 0]), torch.tensor([0.2, 0.98, 0])
+    tracks = [curate.Track([at(0.0, a)]), curate.Track([at(20.0, b)])]
+    live, faces = list(tracks), [at(8.0, b), at(12.0, a)]
+    assert curate.follow(tracks, live, faces) == [tracks[1], tracks[0]] and len(tracks) == 2
+    blind = [curate.Track([at(0.0)]), curate.Track([at(20.0)])]
+    live = list(blind)
+    assert curate.follow(blind, live, [at(8.0), at(12.0)]) == blind  # without ArcFace the place decides
+
+
+@pytest.mark.parametrize("x, cosine, goes_on", [
+    (5.0, 0.05, False), (5.0, 0.15, True), (200.0, 0.45, False), (200.0, 0.55, True), (18.0, 0.3, False)])
+def test_a_face_goes_on_where_it_overlaps_and_is_not_unlike_or_is_alike_anywhere(x, cosine, goes_on):
+    tracks = [curate.Track([at(0.0, torch.tensor([1.0, 0]))])]
+    face = at(x, torch.tensor([cosine, (1 - cosine**2) ** 0.5]))
+    (owner,) = curate.follow(tracks, list(tracks), [face])
+    assert (owner is tracks[0]) == goes_on and len(tracks) == 2 - goes_on
+
+
 def test_a_picture_off_the_middle_of_its_view_must_be_the_sharper():
     """By the square of the cosine, as keep_best says: 27 degrees off, by 1.26 times."""
     picture, args = np.zeros((64, 64, 3), np.uint8), settings()
