@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, WAN_SMALL, run
-from test_curate import Truth
+from test_curate import Blinking, Truth
 from test_faces import save_aesthetic
 
 import benchmark
@@ -413,6 +413,41 @@ def test_the_public_rule_takes_32_pictures_the_first_reference_and_nothing_below
         assert benchmark.public_rule(watched, refs, length) == pytest.approx(np.mean(values), abs=1e-4)
     assert benchmark.public_rule(watched._replace(tracks=[], bordered={}), refs, length) == 0
     assert benchmark.public_rule(watched, {"front": None}, length) is None
+
+
+def test_without_references_people_are_told_apart_by_the_middle_of_their_faces():
+    """A large face that begins left of the picture's middle, most of which is right of it."""
+    large = curate.Track([face(0)._replace(box=torch.tensor([40.0, 0, 80, 40]))])
+    small = curate.Track([face(0, 30.0)])
+    for tracks, owners in (([large], [[], [large]]), ([large, small], [[small], [large]]),
+                           ([small], [[small], []])):
+        watched = benchmark.Watched(tracks, [], {}, 100)
+        got = benchmark.share_faces(watched, None, 2)
+        assert got == [{t.faces[0].frame: t.faces[0] for t in own} for own in owners]
+
+
+@pytest.mark.parametrize("fps, missed, tracks", [(8, 0, 1), (8, 4, 1), (8, 5, 2), (16, 8, 1), (16, 9, 2)])
+def test_a_track_goes_on_after_half_a_second_without_its_face(fps, missed, tracks, tmp_path):
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 2 * fps, 64, 64), fps)
+    watched = benchmark.watch(tmp_path / "a.mp4", Blinking(range(3, 3 + missed)), 2, fps)
+    assert len(watched.tracks) == tracks and not watched.bordered
+
+
+def test_the_border_is_grey_and_a_quarter_of_each_side():
+    """As in the public code: a detector misses faces that fill the picture."""
+    shown = []
+
+    class Recorder(Crowd):
+        def detect(self, images):
+            shown.append(images)
+            return [[]]
+    picture = np.random.default_rng(0).integers(0, 255, (100, 60, 3), dtype=np.uint8)
+    assert benchmark.find_with_border(picture, Recorder()) is None
+    (seen,) = shown[0]
+    assert seen.shape == (3, 150, 90)
+    assert torch.equal(seen[:, 25:125, 15:75], from_bytes(torch.from_numpy(picture)).permute(2, 0, 1))
+    seen[:, 25:125, 15:75] = 0
+    assert seen.abs().max() < 0.01
 
 
 def test_of_three_people_two_may_have_changed_places(tmp_path):

@@ -3,6 +3,7 @@ shards and a caption endpoint that fails first; on one real clip."""
 
 import functools
 import http.server
+import io
 import itertools
 import json
 import os
@@ -367,6 +368,61 @@ def test_a_track_is_small_or_blurred_by_its_median():
         assert curate.fault_of(curate.Track([seen(side) for side in sides]), args) == fault
     for sharp, fault in (([30, 30, 30, 900, 900], "blurred"), ([50, 50, 50, 1, 1], None)):
         assert curate.fault_of(curate.Track([seen(sharpness=value) for value in sharp]), args) == fault
+
+
+@pytest.mark.parametrize("box, corner, side", [
+    ((60, 50, 80, 70), (48, 42), 44), ((60, 50, 70, 80), (32, 38), 66), ((60, 40, 90, 50), (42, 14), 66)])
+def test_a_reference_is_a_square_that_reaches_further_below_the_face(box, corner, side):
+    """Head and shoulders: the longer side of the box and its margins, a fifth of the face lower."""
+    y, x = np.mgrid[:128, :128]
+    picture, track = np.stack((x, y, 0 * x), 2).astype(np.uint8), curate.Track()
+    curate.keep_best(track, seen()._replace(box=torch.tensor(box).float()), [], picture, None, settings())
+    crop = np.asarray(Image.open(io.BytesIO(track.best["front"][2])))
+    assert tuple(crop[0, 0, :2]) == corner and crop.shape == (side, side, 3)
+
+
+def test_a_track_is_the_mean_of_its_faces_and_a_reference_its_own(tmp_path):
+    vectors = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    faces = [seen(embedding=vector)._replace(frame=4 * k) for k, vector in enumerate(vectors)]
+    said = curate.store_tracks([curate.Track(faces, {"front": (9.0, faces[2], b"png")})], tmp_path)
+    assert said["references"][0]["frame"] == 8 and (tmp_path / "0_front.png").read_bytes() == b"png"
+    expected = torch.stack((F.normalize(vectors.mean(0), dim=0), vectors[2]))
+    torch.testing.assert_close(curate.read_embeddings(tmp_path).float(), expected, rtol=0, atol=1e-3)
+
+
+def test_people_of_a_clip_stand_as_they_do_at_its_start():
+    """Two who change places between the first clip and the second."""
+    def walker(start, step):
+        return curate.Track([at(start + step * frame)._replace(frame=frame) for frame in range(0, 49, 4)])
+    right, left = walker(90.0, -3.0), walker(10.0, 2.0)  # they meet at frame 16
+    assert curate.find_windows([right, left], 17) == [(0, [left, right]), (20, [right, left])]
+
+
+class Blinking:
+    """A detector that sees a face in the middle, but not at these calls."""
+
+    def __init__(self, blind):
+        self.blind, self.calls = blind, 0
+
+    def detect(self, images):
+        self.calls += 1
+        box = torch.tensor([20.0, 20, 40, 40])
+        points = box[:2] + torch.tensor(ALIGNED) / 112 * 20
+        return [[] if self.calls - 1 in self.blind else [Detection(box, 0.9, points)]]
+
+    def embed(self, crops):
+        return None
+
+    def pose(self, crops, landmarks=None):
+        return torch.zeros(len(crops), 3)
+
+
+@pytest.mark.parametrize("missed, tracks", [(0, 1), (2, 1), (3, 2)])
+def test_a_track_bears_half_a_second_without_its_face(missed, tracks, tmp_path):
+    """Two detections, a quarter of a second apart each."""
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 49, 64, 64))
+    found, _ = curate.find_tracks(tmp_path / "a.mp4", Blinking(range(4, 4 + missed)), settings())
+    assert len(found) == tracks and sum(len(track.faces) for track in found) == 13 - missed
 
 
 def at(x, embedding=None):
