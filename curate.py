@@ -394,7 +394,8 @@ def find_references(rows, args):
         means = F.normalize(means.index_add_(0, torch.from_numpy(identity), embeddings.float()))
     least = {"front": args.front_similarity, "left": args.side_similarity, "right": args.side_similarity}
     references, unlike = [collections.defaultdict(list) for _ in range(identity.max(initial=-1) + 1)], 0
-    names = {}  # from the content of each one's first track: further videos and other sets leave it alone
+    # from the content of each one's first track, by the videos' names: further videos and other sets leave it
+    names = {}  # alone; of 8 digits two of 100,000 people would share a name
     for n, row in enumerate(rows):
         for number in range(len(row["tracks"])):
             word = hashlib.sha256(f"{row['sha256']} {number}".encode()).hexdigest()[:12]
