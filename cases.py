@@ -2,10 +2,11 @@
 
 A file of cases is one JSON object a line:
   {"id": "case-001", "prompt": "...", "seed": 0, "refs": [{"front": "refs/a.png", "left": "refs/b.png"}],
-   "eval_refs": [["refs/c.png"]], "asked_yaw": [90], "places": true}
+   "eval_refs": [["refs/c.png"]], "asked_yaw": [-90], "places": true}
   refs       one {view: picture} per person, from left to right, as the prompt names them; at most four people
   eval_refs  one to ten pictures per person that similarity is measured to; without them it is to the refs
-  asked_yaw  largest |yaw| in degrees that the prompt asks of each person, or null; without it none is asked
+  asked_yaw  the largest yaw in degrees that the prompt asks of each person, below 0 to the picture's left and
+             above 0 to its right, a list where it asks for both sides ([-45, 45]), or null; without it none
   places     false where the prompt does not say who stands where: then nobody can be in the wrong place
 Other keys are not read. Paths are relative to the file and stay in its folder. A line that cannot be used
 becomes a case with a fault, which is a result with a reason.
@@ -32,7 +33,7 @@ class Case(NamedTuple):
     refs: list = ()  # {view: file} per person
     eval_refs: list = ()  # files per person
     seed: int = 0
-    asked_yaw: list = ()  # degrees or None per person
+    asked_yaw: list = ()  # signed degrees, a list of them or None per person
     places: bool = True
     fault: str | None = None  # why its line cannot be used
 
@@ -81,8 +82,9 @@ def read_case(entry, folder):
     if not all(isinstance(files, list) and 1 <= len(files) <= MOST_REFS for files in eval_refs):
         raise ValueError(f"eval_refs: expected one to {MOST_REFS} pictures a person")
     for yaw in asked:
-        if yaw is not None and (type(yaw) not in (int, float) or not 0 <= yaw <= 180):
-            raise ValueError(f"asked_yaw {yaw!r:.20}: expected 0 to 180 degrees or null")
+        sides = yaw if isinstance(yaw, list) and yaw else [0 if yaw is None else yaw]
+        if not all(type(side) in (int, float) and -180 <= side <= 180 for side in sides):
+            raise ValueError(f"asked_yaw {yaw!r:.20}: expected -180 to 180 degrees, a list of such, or null")
     if not is_seed(seed) or not isinstance(entry.get("places", True), bool):
         raise ValueError("seed is no whole number from 0 on, or places neither true nor false")
 
@@ -104,14 +106,14 @@ SHOTS = ("A close-up", "A medium close-up", "A medium shot")
 SCENES = ("in a sunlit kitchen", "in front of a brick wall", "on a busy street at night",
           "in a quiet library", "on a beach at sunset", "in a snowy park", "in a train by the window",
           "in a garden after rain", "in a dim theatre", "in a bright office")
-ACTIONS = {  # what somebody does: the largest |yaw| that this asks for, or None
+ACTIONS = {  # what somebody does: the yaw that this asks for, as in asked_yaw
     "talks to the camera": None,
     "nods and smiles": None,
-    "slowly looks to the left of the picture and back": 45,
+    "slowly looks to the left of the picture and back": -45,
     "slowly looks to the right of the picture and back": 45,
-    "looks from one side to the other": 45,
-    "shakes the head widely, laughing": 60,
-    "turns the head to the left of the picture until the profile shows": 90,
+    "looks from one side to the other": [-45, 45],
+    "shakes the head widely, laughing": [-60, 60],
+    "turns the head to the left of the picture until the profile shows": -90,
     "turns the head to the right of the picture until the profile shows": 90,
 }
 
@@ -127,17 +129,24 @@ def in_order(items, *words):
 
 
 def read_training(paths):
-    """Ids of people and hashes of clips that training manifests name."""
-    people, clips = set(), set()
+    """Ids of people and hashes of clips, of manifests and encoded sets; says how many lines lack an id."""
+    people, clips, silent = set(), set(), 0
     for path in paths:
         if not path.is_file():
-            raise UserError(f"--training {path}: no such file; expected a manifest.jsonl")
-        entries = [entry for entry in read_lines(path) if isinstance(entry.get("identities"), list)]
-        if not entries:
-            raise UserError(f"--training {path} holds no line of a manifest")
-        for entry in entries:
-            people |= {str(person.get("id")) for person in entry["identities"] if isinstance(person, dict)}
-            clips.add(entry.get("sha256"))
+            raise UserError(f"--training {path}: no such file; expected a manifest.jsonl or an encoded set")
+        lines = [line for line in read_lines(path)
+                 if isinstance(line.get("identities", line.get("views")), list)]
+        if not lines:
+            raise UserError(f"--training {path} holds no line of a manifest or of an encoded set")
+        for line in lines:
+            names = line["people"] if isinstance(line.get("people"), list) else [None]
+            if "identities" in line:
+                names = [isinstance(who, dict) and who.get("id") for who in line["identities"]]
+                clips.add(line.get("sha256"))  # in an encoded set it is another file's
+            people |= set(filter(is_text, names))
+            silent += not all(map(is_text, names))
+    if silent:
+        print(f"{silent} clips of training do not say whom they show: these people are not left out")
     return people, clips - {None}
 
 
@@ -166,13 +175,11 @@ def cast_cases(people, n, seed):
 def prompt_of(case, n_people, seed):
     """-> a sentence or two from the grammar, and the yaw that it asks of each person."""
     shot, scene = draw(SHOTS, seed, case, "shot"), draw(SCENES, seed, case, "scene")
-    does = [draw(list(ACTIONS), seed, case, "action", k) for k in range(n_people)]
-    if n_people == 1:
-        words = f"{shot} of a person {scene}. The person {does[0]}."
-    else:
-        words = (f"{shot} of two people {scene}. "
-                 f"The one on the left {does[0]}, the one on the right {does[1]}.")
-    return words, [ACTIONS[action] for action in does]
+    acts = [draw(list(ACTIONS), seed, case, "action", k) for k in range(n_people)]
+    who, do = "a person", "The person {}."
+    if n_people > 1:
+        who, do = "two people", "The one on the left {}, the one on the right {}."
+    return f"{shot} of {who} {scene}. {do.format(*acts)}", [ACTIONS[action] for action in acts]
 
 
 def make_cases(argv):
@@ -182,18 +189,20 @@ def make_cases(argv):
     p.add_argument("--data", required=True, type=Path, help="folder with a manifest.jsonl")
     p.add_argument("--n", type=count, default=100, help="cases; a smaller number keeps the proportions")
     p.add_argument("--out", required=True, type=Path, help="the .jsonl file; pictures are copied beside it")
-    p.add_argument("--training", nargs="+", type=Path, default=[], help="manifests of training: who has a "
-                   "clip or an id in them is left out (sets curated apart give two people one id)")
+    p.add_argument("--training", nargs="+", type=Path, help="manifests and encoded sets of training: who has "
+                   "a clip or an id in them is left out (default: encoded, in --data)")
     p.add_argument("--seed", type=seed_number, default=0, help="of the choice of clips")
     args = p.parse_args(argv)
-    if not args.out.name:
-        raise UserError(f"--out {args.out}: expected the name of a file, such as cases.jsonl")
-    folder = args.out.with_name(f"{args.out.stem}_refs")
+    folder = args.out.parent / f"{args.out.stem}_refs"
     probe_writable(args.out.parent)
-    check_outputs([args.out], [args.data / "manifest.jsonl", *args.training])
+    training = [path / "index.jsonl" if path.is_dir() else path
+                for path in args.training or [args.data / "encoded"]]
+    if not args.training and not training[0].is_file():
+        print(f"{training.pop()}: no training set to look at, so nobody is left out; --training names others")
+    check_outputs([args.out], [args.data / "manifest.jsonl", *training])
     if folder.exists() and not args.out.exists():
         raise UserError(f"{folder} exists and would be replaced: choose another --out")
-    named, clips = read_training(args.training)
+    named, clips = read_training(training)
     pictures, seen = pictures_of(read_manifest(args.data), clips)
     refused = pictures.keys() & (named | seen)
     people = sorted(name for name in pictures.keys() - refused if "front" in pictures[name])

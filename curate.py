@@ -14,6 +14,7 @@ itself. Read beside a video: <stem>.txt, its caption (or columns file_name|video
 caption|prompt|text of metadata.csv or .jsonl in --videos), and <stem>_mask.mp4, white where the people are.
 """
 import base64
+import bisect
 import collections
 import csv
 import hashlib
@@ -41,7 +42,7 @@ from tqdm import tqdm
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, frame_rate, in_range,
                         is_text, lock, nonempty, not_negative, probe_writable, read_lines, run_script,
                         save_tensors, sha256_of)
-from faces import Faces, align, crop_faces, iou
+from faces import Faces, find_faces, iou
 from manifest import PEOPLE
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
                       write_video)
@@ -61,6 +62,7 @@ EXTRACT = {  # flag: type, default, meaning; rows are made anew where one change
     "side": (degrees, 35, "a left or right view has at least this |yaw|"),
     "side-end": (degrees, 90, "and at most this"),
     "margin": (not_negative, 0.6, "of a reference around the face, in face sides"),
+    "crf": (in_range(int, 0, 51, "0 to 51"), 18, "x264's for the clips; 18 is hard to tell from the source"),
 }
 GROUP = {
     "people": (in_range(int, 1, PEOPLE, f"1 to {PEOPLE}"), PEOPLE, "most people of a clip"),
@@ -68,8 +70,9 @@ GROUP = {
     "front-similarity": (cosine, 0.5, "least cosine of a front view with its identity's mean"),
     "side-similarity": (cosine, 0.35, "the same for left and right views"),
     "near-copy": (cosine, 0.97, "a track that is more alike is a copy of this take: no cross-pair"),
+    "gap": (not_negative, 10, "seconds from a clip to a cross-pair in another shot of its video"),
 }
-ROWS = 4  # to be raised where a change of the code changes rows
+ROWS = 5  # to be raised where a change of the code changes rows
 STEP = 4  # frames from one detection to the next, so that windows of 4n+1 frames begin and end on one
 GAP = 2  # detections that a track may miss in a row: half a second, as long as a hand before a face
 IOU = 0.3  # least overlap of a face with itself a quarter of a second before
@@ -78,19 +81,9 @@ JUMPED = 0.5  # a face that is so much like a track is its person, wherever it i
 CUT = 0.1  # share of full contrast by which the picture changes where a shot ends
 BACK = 150  # a back view has more |yaw|: below it, some of the face shows
 MIDDLE = {"front": 0, "left": -62, "right": 62, "back": 180}  # yaw that a view is best at
+TRIES = 100  # pictures that are looked at for one of another take: a person may have a hundred thousand
 PROMPT = ("Four frames of a video. Describe it in one sentence: the people from left to right ({people} in "
           "all, called the first, the second), what they wear and do, the place and the light.")
-
-
-class Face(NamedTuple):
-    frame: int
-    box: torch.Tensor  # left, top, right, bottom in pixels
-    yaw: float
-    pitch: float
-    side: float  # pixels at 480p
-    sharpness: float
-    embedding: torch.Tensor | None
-    landmarks: torch.Tensor  # [5, 2]
 
 
 @dataclass(eq=False)
@@ -109,6 +102,7 @@ def extract(path, detector, args, folder):
         with watch_decoder():
             tracks, row = find_tracks(path, detector, args)
             kept = [track for track in tracks if not track.fault]
+            row["sha256"] = sha256_of(path)
             row["dropped"] = collections.Counter(sorted(track.fault for track in tracks if track.fault))
             row |= store_tracks(kept, folder)
             row["clips"] = [{"start": start, "tracks": [kept.index(track) for track in people]}
@@ -139,12 +133,13 @@ def read_row(folder):
 
 
 def find_tracks(path, detector, args):
-    """-> the Tracks of a video's faces, and {"frames", "shots", "yaw": histogram of the faces} for its row.
+    """-> the Tracks of a video's faces, and {"shots": the frames where they begin and the video ends, "yaw":
+    histogram of the faces} for its row.
 
     A shot ends between two detections where 16 x 9 thumbnails differ, on average, by more than CUT and four
     times the median of the last 16 differences: fast motion goes on, a cut comes once."""
     tracks, live, last = [], [], None
-    shots, yaws, changes = 1, [0] * 36, collections.deque(maxlen=16)
+    shots, yaws, changes = [0], [0] * 36, collections.deque(maxlen=16)
     for number, (picture, mask) in enumerate(read_with_mask(path, args)):
         if number % STEP:
             continue
@@ -152,16 +147,17 @@ def find_tracks(path, detector, args):
         changes.append(0 if last is None else np.abs(small - last).mean())
         last = small
         if changes[-1] > max(CUT, 4 * np.median(changes)):
-            shots, live = shots + 1, []
+            live = []
+            shots.append(number)
         live = [track for track in live if track.faces[-1].frame >= number - STEP * (GAP + 1)]
-        faces = find_faces(detector, picture, number, args)
+        faces = find_faces(detector, picture, number, args.score)
         for face, track in zip(faces, follow(tracks, live, faces)):
             if not math.isnan(face.yaw):
                 yaws[int((face.yaw + 180) % 360 // 10)] += 1
             keep_best(track, face, [other for other in faces if other is not face], picture, mask, args)
     for track in tracks:
         track.fault = fault_of(track, args)
-    return tracks, {"frames": number + 1, "shots": shots, "yaw": yaws}
+    return tracks, {"shots": [*shots, number + 1], "yaw": yaws}
 
 
 def read_with_mask(path, args):
@@ -175,29 +171,6 @@ def read_with_mask(path, args):
         if picture is None or covered is None or picture.shape != covered.shape:
             raise UserError("its mask is of another size or length")
         yield picture, covered
-
-
-def find_faces(detector, picture, number, args):
-    """The Faces of a uint8 picture [H, W, 3]. Sharpness: variance of the Laplacian of the face with its
-    margin at 112 pixels, brightness in 0..255, so that it does not depend on the source's size."""
-    image = from_bytes(torch.from_numpy(picture)).permute(2, 0, 1)
-    found = [face for face in detector.detect(image[None])[0] if face.score >= args.score]
-    if not found:
-        return []
-    boxes = torch.stack([face.box for face in found])
-    landmarks = torch.stack([face.landmarks for face in found])
-    squares = crop_faces(image, boxes)
-    angles = detector.pose(squares, landmarks).tolist()
-    embeddings = detector.embed(align(image, landmarks))
-    if embeddings is None:
-        embeddings = [None] * len(found)
-    sides = (boxes[:, 2:] - boxes[:, :2]).amax(1) * (480 / min(picture.shape[:2]))
-    grey = F.interpolate(squares, (112, 112), mode="area").mean(1, keepdim=True) * 127.5
-    laplacian = torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
-    sharpness = F.conv2d(grey, laplacian).flatten(1).var(1)
-    return [Face(number, box, yaw, pitch, side, sharp, embedding, points)
-            for box, (yaw, pitch, _), side, sharp, embedding, points
-            in zip(boxes, angles, sides.tolist(), sharpness.tolist(), embeddings, landmarks)]
 
 
 def follow(tracks, live, faces):
@@ -224,8 +197,9 @@ def follow(tracks, live, faces):
 
 
 def keep_best(track, face, others, picture, mask, args):
-    """Crop the face as a reference where it is the track's best of its view so far: sharp, and turned as the
-    view is. Head and shoulders, on white where there is a mask, with nobody else's face in it."""
+    """Crop the face as a reference where it is the track's best of its view so far: by sharpness times the
+    squared cosine of what its yaw is off the view's middle. Head and shoulders, on white where there is a
+    mask, with nobody else's face in it."""
     view = view_of(face, args)
     if not view:
         return
@@ -298,7 +272,7 @@ def store_tracks(tracks, folder):
             means.append(sum(face.embedding for face in track.faces))
         for view, (quality, face, file) in sorted(track.best.items()):
             (folder / f"{number}_{view}.png").write_bytes(file)
-            references.append({"track": number, "view": view, "yaw": round(face.yaw, 1),
+            references.append({"track": number, "view": view, "frame": face.frame, "yaw": round(face.yaw, 1),
                                "pitch": round(face.pitch, 1), "quality": round(quality, 1)})
             embeddings.append(face.embedding)
     if means:
@@ -315,13 +289,15 @@ def store_clips(path, clips, args, folder):
         passed = clip["start"] + args.frames
         halves = [from_bytes(torch.from_numpy(picture)).half() for picture in shot]  # exact for 256 values
         video, file = torch.stack(halves), folder / f"{clip['start']}.mp4"
-        write_video(file, video.permute(3, 0, 1, 2), args.fps)
+        write_video(file, video.permute(3, 0, 1, 2), args.fps, crf=args.crf)
         clip["sha256"] = sha256_of(file)
 
 
 # ------------------------------------------------------------------------------------------------------ group
 class Reference(NamedTuple):
-    score: float  # sharpness and yaw, times similarity
+    tier: float  # 0 where its score is at least half of the best one's, 1 where it is a quarter, ...
+    row: int
+    frame: int
     track: int  # among those of all rows
     path: Path
     facts: dict  # image, yaw, pitch, similarity
@@ -339,27 +315,28 @@ def group(names, folders, args, captions):
         else:
             rows.append(row | {"name": name, "folder": folder, "first": first})
             first += len(row["tracks"])
-    identity, references, embeddings, unlike = find_references(rows, args)
+    identity, names, references, embeddings, unlike = find_references(rows, args)
     entries, clips, images, shown = [], {}, {}, collections.defaultdict(dict)
     dropped, lost, yaws = collections.Counter(), collections.Counter(), np.zeros(36, int)
-    for row in rows:
+    for n, row in enumerate(rows):
         lost.update(row["dropped"])
         yaws += row["yaw"]
         for clip in row["clips"]:
+            video = f"clips/{row['folder'].name}_{clip['start']}.mp4"
             tracks = [row["first"] + number for number in clip["tracks"]]
-            people = [f"person_{identity[track] + 1:04d}" for track in tracks]
-            chosen = [choose(track, references[identity[track]], embeddings, args) for track in tracks]
+            people = [names[identity[track]] for track in tracks]
+            chosen = [choose(row | clip, n, track, references[identity[track]], embeddings, args)
+                      for track in tracks]
             reason = objection(people, chosen, args)
             if reason:
                 dropped[reason] += 1
                 continue
             identities = []
-            for track, person, views in zip(tracks, people, chosen):
-                facts = {view: best.facts | {"cross": best.track != track} for view, best in views.items()}
+            for person, views in zip(people, chosen):
+                facts = {view: best.facts | {"cross": cross} for view, (best, cross) in views.items()}
                 identities.append({"id": person, "views": facts})
-                shown[person] |= {view: best.path for view, best in views.items()}
-                images |= {best.facts["image"]: best.path for best in views.values()}
-            video = f"clips/{row['folder'].name}_{clip['start']}.mp4"
+                shown[person] |= {view: best.path for view, (best, _) in views.items()}
+                images |= {best.facts["image"]: best.path for best, _ in views.values()}
             clips[video] = row["folder"] / f"{clip['start']}.mp4"
             entries.append({"video": video, "caption": captions.get(row["name"], ""), "fps": args.fps,
                             "frames": args.frames, "sha256": clip["sha256"], "source": row["name"],
@@ -375,8 +352,8 @@ def group(names, folders, args, captions):
         "identities": {"found": len(references), "kept": len(shown), "by embedding": embeddings is not None,
                        "with a view": {view: sum(view in v for v in shown.values()) for view in VIEWS},
                        "by number of views": collections.Counter(sorted(map(len, shown.values())))},
-        "references unlike their identity": unlike, "shots": sum(row["shots"] for row in rows),
-        "seconds": sum(row["frames"] for row in rows) / args.fps,
+        "references unlike their identity": unlike, "shots": sum(len(row["shots"]) - 1 for row in rows),
+        "seconds": sum(row["shots"][-1] for row in rows) / args.fps,
         "yaw, in steps of 10 degrees from -180": yaws.tolist(),
         "settings": {flag: getattr(args, flag.replace("-", "_")) for flag in EXTRACT | GROUP},
         "videos left out": reasons, "captions that failed": failed}
@@ -402,8 +379,8 @@ def read_embeddings(folder):
 
 
 def find_references(rows, args):
-    """-> the identity of every track [n]; for every identity {view: [Reference, best first]}; the tracks'
-    embeddings [n, D] or None; how many references were unlike their identity."""
+    """-> the identity of every track [n]; for every identity its name, and {view: [Reference, sorted]}; the
+    tracks' embeddings [n, D] or None; how many references were unlike their identity."""
     parts, embeddings = [], None
     for row in rows:
         vectors = read_embeddings(row["folder"])
@@ -417,7 +394,12 @@ def find_references(rows, args):
         means = F.normalize(means.index_add_(0, torch.from_numpy(identity), embeddings.float()))
     least = {"front": args.front_similarity, "left": args.side_similarity, "right": args.side_similarity}
     references, unlike = [collections.defaultdict(list) for _ in range(identity.max(initial=-1) + 1)], 0
-    for row in rows:
+    # from the content of each one's first track, by the videos' names: further videos and other sets leave it
+    names = {}  # alone; of 8 digits two of 100,000 people would share a name
+    for n, row in enumerate(rows):
+        for number in range(len(row["tracks"])):
+            word = hashlib.sha256(f"{row['sha256']} {number}".encode()).hexdigest()[:12]
+            names.setdefault(identity[row["first"] + number], f"person_{word}")
         vectors = read_embeddings(row["folder"])
         for k, entry in enumerate(row["references"], len(row["tracks"])):
             view, track, score, alike = entry["view"], row["first"] + entry["track"], entry["quality"], None
@@ -429,13 +411,14 @@ def find_references(rows, args):
                     unlike += 1
                     continue
             path = row["folder"] / f"{entry['track']}_{view}.png"
-            facts = {"image": f"refs/person_{person + 1:04d}_{row['folder'].name}_{path.name}",
-                     "yaw": entry["yaw"], "pitch": entry["pitch"], "similarity": alike}
-            references[person][view].append(Reference(score, track, path, facts))
-    for views in references:
-        for found in views.values():
-            found.sort(key=lambda reference: (-reference.score, reference.track))
-    return identity, references, embeddings, unlike
+            facts = {"image": f"refs/{row['folder'].name}_{path.name}", "yaw": entry["yaw"],
+                     "pitch": entry["pitch"], "similarity": alike}
+            references[person][view].append(Reference(score, n, entry["frame"], track, path, facts))
+    for found in (found for views in references for found in views.values()):
+        best = max(one.tier for one in found)  # so far it is the score
+        found[:] = sorted(one._replace(tier=next((k for k in range(9) if one.tier * 2**(k + 1) >= best), 9))
+                          for one in found)
+    return identity, names, references, embeddings, unlike
 
 
 def cluster(tracks, least, cells=2**24, device="cpu"):
@@ -481,17 +464,32 @@ def alike_pairs(means, least, cells, most=8):
     return [np.concatenate(parts) for parts in zip(*found)]
 
 
-def choose(track, found, embeddings, args):
-    """The references of a clip's person, {view: Reference}: the best of another track (cross-pair), but not
-    of one so alike that it is a copy of this take, or else this track's own."""
-    chosen = {}
-    for view in VIEWS:
-        own = (reference for reference in found[view] if reference.track == track)
-        cross = (reference for reference in found[view] if reference.track != track and
-                 embeddings[reference.track].float() @ embeddings[track].float() <= args.near_copy)
-        best = next(cross, None) or next(own, None)
-        if best:
-            chosen[view] = best
+def choose(clip, n, track, found, embeddings, args):
+    """The references of a clip's person, {view: (Reference, is it from elsewhere)}. Elsewhere is another
+    video, or another shot `gap` seconds away, and no track so alike that it is a copy of this take. Of the
+    best tier from there the hash decides, so that a person's clips get many pictures. Where there is none:
+    this track's own, or one of the clip's moment. clip: with what its row, the n-th, says."""
+    gap, shot = math.ceil(args.gap * args.fps), bisect.bisect(clip["shots"], clip["start"])
+    low = min(clip["shots"][shot - 1], clip["start"] - gap + 1)  # from here to below `high` is no elsewhere
+    high, chosen = max(clip["shots"][shot], clip["start"] + args.frames - 1 + gap), {}
+    for view in filter(found.get, VIEWS):
+        at = int(hashlib.sha256(f"{clip['sha256']} {view}".encode()).hexdigest()[:15], 16)
+        every, here = found[view], []
+        for tier in range(every[-1].tier + 1):
+            first, i, j, last = (bisect.bisect_left(every, (tier, *place))
+                                 for place in ((), (n, low), (n, high), (math.inf,)))
+            here, away = here + every[i:j], last - first - (j - i)
+            tries = min(away, TRIES)  # evenly apart, as copies stand side by side
+            places = (first + (at + k * away // tries) % away for k in range(tries))
+            others = (every[place if place < i else place + j - i] for place in places)
+            best = next((one for one in others if embeddings[one.track].float()
+                         @ embeddings[track].float() <= args.near_copy), None)
+            if best:
+                chosen[view] = best, True
+                break
+        else:
+            if here:
+                chosen[view] = min(here, key=lambda one: (one.track != track, one)), False
     return chosen
 
 

@@ -3,24 +3,22 @@ None of them is trained here.
 
 Module trees carry the key names of the released files. The toy world uses the same classes, small and
 randomly initialised from a fixed seed (toy.py).
-  Tokenizer, UMT5    umT5 text encoder, as Wan uses it
+  UMT5               umT5 text encoder, as Wan uses it; its tokenizer is in text.py
   DINOv2             the ViT whose hidden states feed MFI
   WanVAE             Wan2.1's causal video VAE
   WanEncoders        Wan's own, from its checkpoint folder; one after the other, so one is in memory at a time
 """
-import html
 import itertools
 import math
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import UserError, as_user_error, check_fit, layers_of, load_weights, read_weights
+from checkpoint import UserError, check_fit, layers_of, load_weights, read_weights
+from text import Tokenizer
 
 
 # ---------------------------------------------------------------------------------------- loading, offloading
@@ -66,34 +64,6 @@ def stream_blocks(module, device):
 
 
 # ------------------------------------------------------------------------------------------------------- text
-class Tokenizer:
-    """sentencepiece model file -> ids and mask, with Wan's cleaning: HTML unescaped twice,
-    white space collapsed, </s> last."""
-    max_len = 512  # Wan cuts a text here
-
-    def __init__(self, path):
-        with as_user_error(path):
-            if not Path(path).is_file():  # a pipe would never end
-                raise UserError(f"{path}: no such file")
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.reported = set()
-
-    def __call__(self, texts):
-        """A list of B strings -> ids, mask int64 [B, S]; S is the longest one's length, at most max_len,
-        padded with 0. Says which texts are cut."""
-        texts = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
-        rows = []
-        for text, ids in zip(texts, self.model.encode(texts)):
-            if len(ids) >= self.max_len and text not in self.reported:
-                self.reported.add(text)
-                print(f"cut to the first {self.max_len - 1} of {len(ids)} tokens, as Wan does: "
-                      f"{text[:60]!r}...", file=sys.stderr, flush=True)
-            rows.append(torch.tensor(ids[: self.max_len - 1] + [self.model.eos_id()]))
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
 class T5Norm(nn.Module):
     def __init__(self, dim):
         super().__init__()

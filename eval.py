@@ -56,7 +56,7 @@ YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested y
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
 # what a video depends on, and what the numbers do
-VIDEO_CODE = ("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "toy")
+VIDEO_CODE = ("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "text", "toy")
 CODE = (*VIDEO_CODE, "encode", "eval")
 
 

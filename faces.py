@@ -427,22 +427,25 @@ class Aesthetic:
 
 # ------------------------------------------------------------------------------------------------------ crops
 def similarity(source, target):
-    """Turn, scale and shift that bring points [N, 5, 2] nearest to others: complex factor and shift [N].
-    It is Umeyama's solution; a complex factor cannot mirror."""
+    """Turn, scale and shift that bring points [N, 5, 2] nearest to others, by squared distances there:
+    complex factor and shift [N]. It is Umeyama's solution; a complex factor cannot mirror. Where next to
+    nothing would be left of the points, as where all are equal, it is a shift alone: no factor is 0."""
     a, b = (torch.view_as_complex(points.contiguous()) for points in (source, target))
     x, y = (points - points.mean(1, keepdim=True) for points in (a, b))
     factor = (x.conj() * y).sum(1) / x.abs().square().sum(1).clamp(min=1e-12)
+    factor = torch.where(factor.abs() > 1e-5, factor, 1)
     return factor, b.mean(1) - factor * a.mean(1)
 
 
 def align(image, landmarks, side=112):
-    """image [3, H, W] and landmarks [N, 5, 2] of faces in it -> crops [N, 3, side, side] as ArcFace sees
-    them, black beyond the picture."""
+    """image [3, H, W] and landmarks [N, 5, 2] of faces in it -> crops [N, 3, side, side] as ArcFace was
+    trained on, black beyond the picture: the landmarks fitted to their places in the crop, as insightface's
+    norm_crop does. The places fitted to the landmarks would be another crop wherever a head is turned."""
     landmarks = landmarks.to(image)
     target = torch.tensor(ALIGNED).to(image) * side / 112
-    factor, shift = similarity(target.expand_as(landmarks), landmarks)  # from the crop to the picture
+    factor, shift = similarity(landmarks, target.expand_as(landmarks))  # from the picture to the crop
     pixel = torch.complex(*torch.meshgrid([torch.arange(side).to(image)] * 2, indexing="xy"))
-    at = torch.view_as_real(factor[:, None, None] * pixel + shift[:, None, None])
+    at = torch.view_as_real((pixel - shift[:, None, None]) / factor[:, None, None])
     grid = 2 * at / (torch.tensor(image.shape[:0:-1]).to(image) - 1).clamp(min=1) - 1
     return F.grid_sample((image + 1).expand(len(grid), -1, -1, -1), grid, align_corners=True) - 1
 
@@ -518,18 +521,45 @@ class Faces:
         return self.embedder and F.normalize(self.run(self.embedder, crops), dim=1)
 
     @torch.no_grad()
-    def pose(self, crops, landmarks=None):
-        """Crops from crop_faces, [N, 3, S, S] -> yaw, pitch, roll [N, 3] in degrees. Without SixDRepNet they
-        are read from `landmarks` [N, 5, 2] or, where none are given, from the largest face detected in each
-        crop; nan where there is none."""
-        angles = torch.full((len(crops), 3), torch.nan)
+    def pose(self, crops, landmarks):
+        """Crops from crop_faces, [N, 3, S, S], and landmarks [N, 5, 2] -> yaw, pitch, roll [N, 3] in degrees,
+        from the crops or, without SixDRepNet, from the landmarks; nan where these are not finite."""
         if self.poser:
             return angles_of(self.run(self.poser, crops))
-        if landmarks is None:
-            landmarks = angles.new_full((len(crops), 5, 2), torch.nan)
-            for i, found in enumerate(self.detect(crops)):
-                if found:
-                    landmarks[i] = max(found, key=lambda face: (face.box[2:] - face.box[:2]).prod()).landmarks
-        seen = landmarks.isfinite().all(-1).all(-1)
+        angles, seen = torch.full((len(crops), 3), torch.nan), landmarks.isfinite().all(-1).all(-1)
         angles[seen] = angles_of(rotation_of(landmarks[seen].float()))
         return angles
+
+
+class Face(NamedTuple):
+    """What is seen of a Detection in a video's picture."""
+    frame: int
+    box: torch.Tensor  # left, top, right, bottom in pixels
+    yaw: float
+    pitch: float
+    side: float  # pixels at 480p
+    sharpness: float  # variance of its Laplacian with a margin at 112 pixels, whatever the source's size
+    embedding: torch.Tensor | None
+    landmarks: torch.Tensor  # [5, 2]
+
+
+def find_faces(detector, picture, frame, least):
+    """The Faces of a uint8 picture [H, W, 3] that score at least `least`."""
+    image = torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
+    found = [face for face in detector.detect(image[None])[0] if face.score >= least]
+    if not found:
+        return []
+    boxes = torch.stack([face.box for face in found])
+    landmarks = torch.stack([face.landmarks for face in found])
+    squares = crop_faces(image, boxes)
+    angles = detector.pose(squares, landmarks).tolist()
+    embeddings = detector.embed(align(image, landmarks))
+    if embeddings is None:
+        embeddings = [None] * len(found)
+    sides = (boxes[:, 2:] - boxes[:, :2]).amax(1) * (480 / min(picture.shape[:2]))
+    grey = F.interpolate(squares, (112, 112), mode="area").mean(1, keepdim=True) * 127.5
+    laplacian = torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
+    sharpness = F.conv2d(grey, laplacian).flatten(1).var(1)
+    return [Face(frame, box, yaw, pitch, side, sharp, embedding, points)
+            for box, (yaw, pitch, _), side, sharp, embedding, points
+            in zip(boxes, angles, sides.tolist(), sharpness.tolist(), embeddings, landmarks)]

@@ -154,14 +154,16 @@ def read_job(line, seed):
     return Job(entry["prompt"], None, entry["seed"], files=entry["refs"])
 
 
-def write_video(path, video, fps=16, comment=""):
-    """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that."""
+def write_video(path, video, fps=16, comment="", crf=18):
+    """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that. crf:
+    x264's quality from 0, lossless, to 51."""
     _, frames, height, width = video.shape
     grow = max(1, math.ceil(256 / height))
     with atomic_file(path) as temporary, av.open(str(temporary), "w") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = grow * width, grow * height, "yuv420p"
+        stream.options = {"crf": str(crf)}
         for f in range(frames):
             picture = to_image(video[:, f], grow * height, grow * width)
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))

@@ -545,7 +545,7 @@ def render_training(clips, identities, n_people, size, frames, pairs):
 
 def encode_cache(folder, encoders, pairs="cross", mask=0.0):
     """The encoded set of a folder of render_cache, made once; returns its folder. Flags as in train.py."""
-    code = source_hash("encode", "encoders", "toy")
+    code = source_hash("encode", "encoders", "text", "toy")
     result = folder / f"{encoders.name}-{pairs}-mask{mask:g}-{code}"
     if not (result / "index.jsonl").exists():
         with lock(folder, wait=True):

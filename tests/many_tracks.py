@@ -39,11 +39,12 @@ def write_rows(folder, videos):
         refs = tracks.repeat_interleave(len(turns), 0)
         refs = F.normalize(refs + 0.3 * unit(len(refs), WIDTH, generator=generator), dim=1)
         curate.save_tensors(row / "embeddings.safetensors", {"embeddings": torch.cat((tracks, refs)).half()})
-        facts = {"frames": 81 * TRACKS, "shots": TRACKS, "yaw": [1] * 36, "dropped": {},
+        facts = {"shots": [81 * k for k in range(TRACKS + 1)], "yaw": [1] * 36, "dropped": {},
+                 "sha256": f"{v}",
                  "tracks": [{"start": 81 * k, "end": 81 * k + 80} for k in range(TRACKS)],
-                 "references": [{"track": k, "view": view, "yaw": yaw, "pitch": 0.0, "quality": 100.0 + k}
-                                for k in range(TRACKS) for view, yaw in turns],
-                 "clips": [{"start": 81 * k, "tracks": [k], "sha256": ""} for k in range(TRACKS)]}
+                 "references": [{"track": k, "view": view, "frame": 81 * k, "yaw": yaw, "pitch": 0.0,
+                                 "quality": 100.0 + k} for k in range(TRACKS) for view, yaw in turns],
+                 "clips": [{"start": 81 * k, "tracks": [k], "sha256": f"{v} {k}"} for k in range(TRACKS)]}
         for k in range(TRACKS):
             (row / f"{81 * k}.mp4").write_bytes(b"clip")
             for view, _ in turns:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, WAN_SMALL, run
-from test_curate import Truth
+from test_curate import Blinking, Truth
 from test_faces import save_aesthetic
 
 import benchmark
@@ -128,13 +129,12 @@ def world(tmp_path_factory):
     made = World(tmp_path_factory.mktemp("benchmark") / "set")
     shoot = made.truth.shoot
     sweep, back, around = "sweeps rightwards", "sweeps leftwards", "looks around"
-    turned = shoot([0], [sweep], FRAMES)
-    yaws = made.truth.facts[-FRAMES:]
-    asked = max(abs(angles[0].item()) for angles, _ in yaws)
-    made.case("truth", turned, [0], asked_yaw=[round(asked, 3)])
-    made.case(
-        "still-head", shoot([0], ["nods"], FRAMES, {0: 4.0}, wall="a blue wall"), [0], asked_yaw=[asked]
-    )
+    turned = shoot([0], [sweep], FRAMES)  # from -90 to 90 degrees, in steps of 11.25
+    made.case("truth", turned, [0], asked_yaw=[[-80, 80]])
+    made.case("still-head", shoot([0], ["nods"], FRAMES, {0: 4.0}, wall="a blue wall"), [0], asked_yaw=[80])
+    left = shoot([6], ["nods"], FRAMES, {0: -62.0}, wall="a sunset")
+    for name, asked in (("as-asked", -60), ("wrong-side", 60), ("one-side", [-62, 124])):
+        made.case(name, left, [6], asked_yaw=[asked])
     pair = shoot([1, 2], [sweep, around], FRAMES, wall="a green wall")
     made.case("pair", pair, [1, 2])
     made.case("swapped", pair, [2, 1])
@@ -169,7 +169,13 @@ def test_the_truth_scores_one_and_covers_all_that_was_asked(world):
     ):
         assert score(truth, metric) == pytest.approx(1, abs=1e-3), metric
     assert score(truth, "copied") < 0.2 and score(truth, "swaps") is None and score(truth, "margin") is None
-    assert score(world[1]["still-head"], "coverage") < 0.2
+    assert score(world[1]["still-head"], "coverage") == pytest.approx(4 / 80, abs=1e-3)
+
+
+def test_a_turn_to_the_wrong_side_covers_nothing(world):
+    """The face looks 62 degrees to the picture's left."""
+    found = [score(world[1][name], "coverage") for name in ("as-asked", "wrong-side", "one-side")]
+    assert found == [1, 0, 0.5]
 
 
 def test_swapped_people_swap_and_keep_their_identity(world):
@@ -259,7 +265,8 @@ def test_all_100_cases_of_the_toy_benchmark(tmp_path, shift, chance):
         write_video(made.folder / f"videos/{n}.mp4", video[0])
         who = [(i + shift) % toy.BENCHMARK_IDENTITIES for i in cast]
         refs = [{view: f"refs/{i}_{view}.png" for view in VIEWS} for i in who]
-        asked = [max(abs(found[k][1]) for found in heads) for k in range(len(cast))]
+        # at 6 pictures the 95th percentile lies between the two largest
+        asked = [0.6 * max((found[k][1] for found in heads), key=abs) for k in range(len(cast))]
         made.lines.append({"id": str(n), "prompt": toy.caption(clip), "refs": refs, "asked_yaw": asked})
     results = list(made.run().values())
     found = {name: mean([score(result, name) for result in results]) for name in METRICS}
@@ -354,6 +361,104 @@ def test_the_nearest_view_decides_what_was_given(world):
     assert person["seen"] == [yaw < 31 for yaw in person["yaw"]] and len(set(person["seen"])) == 2
 
 
+def test_of_several_others_the_nearest_one_counts():
+    """A case may show four people: with two, the nearest other is the farthest."""
+    targets, units = [[unit] for unit in torch.eye(4)], torch.eye(4)
+    mixed = {0: units[0] * 0.8 + units[1] * 0.5 + units[2] * 0.1, 1: units[0] * 0.4 + units[3] * 0.6}
+    faces = {f: face(f, pixels=torch.zeros(1))._replace(embedding=vector) for f, vector in mixed.items()}
+    case = real_cases.Case("x", refs=[{"front": None}] * 4, asked_yaw=[None] * 4)
+    person = benchmark.measure_person(0, case, {}, targets, faces, 3)
+    assert person["margin"] == pytest.approx((0.8 + 0.4) / 2 - (0.5 + 0.6) / 2, abs=1e-4)
+    assert person["crossed"] == [False, True, None]
+
+
+def test_the_back_is_near_on_either_side_of_180_degrees():
+    """Faces at 172 and -172 degrees are 16 apart: nearest to the back, and copies of each other."""
+    pixels = F.normalize(torch.randn(50, generator=torch.Generator().manual_seed(0)), dim=0)
+    yaws = (-172.0, 172.0, -125.0, 125.0, -115.0, 115.0, -40.0, 20.0)
+    faces = {f: face(f, yaw=yaw, pixels=pixels) for f, yaw in enumerate(yaws)}
+    for view, given in (("back", [1, 1, 1, 1, 0, 0, 0, 0]), ("left", [0, 0, 0, 0, 1, 0, 1, 0])):
+        case = real_cases.Case("x", refs=[{view: None}], asked_yaw=[None])
+        person = benchmark.measure_person(0, case, {}, None, faces, len(yaws))
+        assert person["seen"] == [bool(value) for value in given]
+    refs = [face(0, yaw=178.0, pixels=pixels)]
+    for yaw, copy in ((-178.0, True), (-175.0, True), (-173.0, False), (171.0, True), (169.0, False)):
+        assert benchmark.is_copy(face(0, yaw=yaw, pixels=pixels), refs) == copy
+
+
+def test_similarities_are_means_over_references_and_pictures():
+    """Two unlike evaluation references, faces unlike each other, and a picture without one."""
+    e, targets = torch.eye(4), [[torch.eye(4)[0], torch.eye(4)[1]]]
+    vectors = {0: 0.8 * e[0] + 0.2 * e[1], 1: 0.4 * e[1] - 0.2 * e[0], 3: 0.6 * e[0] + 0.5 * e[3]}
+    faces = {f: face(f, pixels=torch.zeros(1))._replace(embedding=vector) for f, vector in vectors.items()}
+    case = real_cases.Case("x", refs=[{"front": None}], asked_yaw=[None])
+    person = benchmark.measure_person(0, case, {}, targets, faces, 5)
+    result = {"case": "x", "people": [person]}
+    expected = {"mvrc": (0.5 + 0.1 + 0.3) / 5, "mvrc_seen": 0.9 / 3, "best_view": (0.8 + 0.4 + 0.6) / 3,
+                "face_rate": 0.6, "steadiness": float(vectors[0] @ vectors[1]), "margin": None}
+    for name, value in expected.items():
+        assert score(result, name) == (None if value is None else pytest.approx(value, abs=1e-4)), name
+
+
+def test_the_public_rule_takes_32_pictures_the_first_reference_and_nothing_below_zero():
+    rng, units = np.random.default_rng(0), torch.eye(3)
+    for length in (20, 32, 100):
+        faces = [face(f)._replace(embedding=torch.tensor(rng.normal(size=3)).float()) for f in range(length)]
+        seen, bordered = faces[:length // 2], {f: faces[f] for f in range(length // 2, length - 4)}
+        watched = benchmark.Watched([curate.Track(seen[:5]), curate.Track(seen[5:])], [], bordered, 100)
+        refs = {"front": None, "left": face(0)._replace(embedding=units[0]),
+                "right": face(0)._replace(embedding=units[1])}
+        chosen = [round(k * (length - 1) / 31) for k in range(32)]  # a short video's more than once
+        values = [max(0.0, faces[f].embedding[0].item()) for f in chosen if f < length - 4]
+        assert benchmark.public_rule(watched, refs, length) == pytest.approx(np.mean(values), abs=1e-4)
+    assert benchmark.public_rule(watched._replace(tracks=[], bordered={}), refs, length) == 0
+    assert benchmark.public_rule(watched, {"front": None}, length) is None
+
+
+def test_without_references_people_are_told_apart_by_the_middle_of_their_faces():
+    """A large face that begins left of the picture's middle, most of which is right of it."""
+    large = curate.Track([face(0)._replace(box=torch.tensor([40.0, 0, 80, 40]))])
+    small = curate.Track([face(0, 30.0)])
+    for tracks, owners in (([large], [[], [large]]), ([large, small], [[small], [large]]),
+                           ([small], [[small], []])):
+        watched = benchmark.Watched(tracks, [], {}, 100)
+        got = benchmark.share_faces(watched, None, 2)
+        assert got == [{t.faces[0].frame: t.faces[0] for t in own} for own in owners]
+
+
+@pytest.mark.parametrize("fps, missed, tracks", [(8, 0, 1), (8, 4, 1), (8, 5, 2), (16, 8, 1), (16, 9, 2)])
+def test_a_track_goes_on_after_half_a_second_without_its_face(fps, missed, tracks, tmp_path):
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 2 * fps, 64, 64), fps)
+    watched = benchmark.watch(tmp_path / "a.mp4", Blinking(range(3, 3 + missed)), 2, fps)
+    assert len(watched.tracks) == tracks and not watched.bordered
+
+
+def test_the_border_is_grey_and_a_quarter_of_each_side():
+    """As in the public code: a detector misses faces that fill the picture."""
+    shown = []
+
+    class Recorder(Crowd):
+        def detect(self, images):
+            shown.append(images)
+            return [[]]
+    picture = np.random.default_rng(0).integers(0, 255, (100, 60, 3), dtype=np.uint8)
+    assert benchmark.find_with_border(picture, Recorder()) is None
+    (seen,) = shown[0]
+    assert seen.shape == (3, 150, 90)
+    assert torch.equal(seen[:, 25:125, 15:75], from_bytes(torch.from_numpy(picture)).permute(2, 0, 1))
+    seen[:, 25:125, 15:75] = 0
+    assert seen.abs().max() < 0.01
+
+
+def test_of_three_people_two_may_have_changed_places(tmp_path):
+    made = World(tmp_path / "set")
+    video = made.truth.shoot([1, 2, 3], ["nods"] * 3, 3, wall="a green wall")
+    for name, refs in (("right", [1, 2, 3]), ("two", [2, 1, 3]), ("all", [2, 3, 1])):
+        made.case(name, video, refs)
+    found = {name: score(result, "swaps") for name, result in made.run().items()}
+    assert found == {"right": 0, "two": pytest.approx(2 / 3), "all": 1}
+
+
 class Crowd:
     """A detector that sees three faces, the smallest first, and knows nobody."""
 
@@ -388,6 +493,14 @@ def test_amplitude_and_roughness_are_as_said():
     )
     assert benchmark.path_of({0: face(0), 2: face(2)}) == {"amplitude": 0, "roughness": None}
     assert benchmark.path_of({}) == {"amplitude": None, "roughness": None}
+    # a face side is the longer one, of the face that is larger than half of them
+    boxes = torch.tensor([[0.0, 0, 10, 20], [30, 0, 40, 20], [0, 0, 60, 30]])
+    found = benchmark.path_of({f: face(f)._replace(box=box) for f, box in enumerate(boxes)})
+    centres = np.array([[5, 10], [35, 10], [30, 15]]) / 20
+    spread = ((centres - centres.mean(0)) ** 2).sum(1).mean() ** 0.5
+    assert found["amplitude"] == pytest.approx(spread, abs=1e-4)
+    bend = np.linalg.norm(centres[0] - 2 * centres[1] + centres[2])
+    assert found["roughness"] == pytest.approx(bend, abs=1e-4)
 
 
 def test_a_copy_needs_pose_and_pixels_of_one_and_the_same_reference():
@@ -402,10 +515,15 @@ def test_a_copy_needs_pose_and_pixels_of_one_and_the_same_reference():
 
 
 def test_coverage():
-    assert benchmark.coverage([10.0, -45.0, None], True, 90) == 0.5
-    assert benchmark.coverage([120.0], True, 90) == 1 and benchmark.coverage([], False, 90) == 0
+    assert benchmark.coverage([-45.0, -45.0, None], True, -90) == 0.5
+    assert benchmark.coverage([-45.0, 10.0, None], True, 90) == pytest.approx(0.95 * 55 / 90 - 0.5, abs=1e-5)
+    assert benchmark.coverage([120.0], True, 90) == 1 and benchmark.coverage([None], False, -90) == 0
     assert benchmark.coverage([10.0], True, None) is None and benchmark.coverage([10.0], True, 0) is None
-    assert benchmark.coverage([None], True, 90) is None  # seen, but no yaw could be read
+    assert benchmark.coverage([None], True, [-90, 90]) is None  # seen, but no yaw could be read
+    assert benchmark.coverage([-30.0] * 9 + [60.0] * 9, True, [-60, 60]) == 0.75
+    for pictures, expected in ((1, 0), (2, 0.05), (3, 1)):  # of forty that look the right way
+        assert benchmark.coverage([90.0] * pictures + [0.0] * (40 - pictures), True, 90) == expected
+    assert benchmark.coverage([-90.0] * 40, True, 90) == 0 == benchmark.coverage([170.0] * 40, True, [-170])
 
 
 # ------------------------------------------------------------------------------------ restarts, damage, text
@@ -498,6 +616,11 @@ def test_200_damaged_videos_and_lines_have_a_reason_each(tmp_path, capsys):
         {"seed": -1},
         {"asked_yaw": [float("nan")]},
         {"asked_yaw": [181]},
+        {"asked_yaw": [-180.5]},
+        {"asked_yaw": [[]]},
+        {"asked_yaw": [[45, None]]},
+        {"asked_yaw": [[-45, 190]]},
+        {"asked_yaw": [True]},
         {"asked_yaw": ["90"]},
         {"asked_yaw": [1, 2]},
         {"places": 1},
@@ -766,8 +889,16 @@ def test_made_cases_are_the_papers_kind_and_can_be_read(tmp_path):
     assert len({who for line in lines for who in line["people"]}) == 52
     assert all(len(set(line["people"])) == len(line["people"]) for line in lines)
     assert len({tuple(line["people"]) for line in lines[60:]}) == 40
-    asked = [yaw for line in lines for yaw in line["asked_yaw"]]
-    assert len(asked) == 140 and sum(yaw is not None and yaw >= 45 for yaw in asked) > 70 and None in asked
+    asked = []
+    for line in lines:
+        clauses = line["prompt"].split(", the one on the right ")
+        for words, yaw in zip(clauses, line["asked_yaw"], strict=True):
+            turn = re.search("to the (left|right) of the picture|to the other|widely", words)
+            expected = {"left": {-1}, "right": {1}, None: {-1, 1}}[turn[1]] if turn else {0}
+            assert {np.sign(side) for side in (yaw if isinstance(yaw, list) else [yaw or 0])} == expected
+            asked.append(yaw)
+    assert len(asked) == 140 and sum(yaw is not None for yaw in asked) > 70 and None in asked
+    assert any(isinstance(yaw, list) for yaw in asked)
     assert len({line["prompt"] for line in lines}) > 70
     found = real_cases.read_cases(tmp_path / "set" / "cases.jsonl")
     assert not any(case.fault for case in found)
@@ -810,6 +941,56 @@ def test_people_whom_training_names_are_refused_by_id_and_by_clip(tmp_path):
     message = "12 identities, of which training names 2 and 10 others .* --n 100 needs 52; --n 19 would do"
     with pytest.raises(UserError, match=message):
         make(data, tmp_path / "more.jsonl", "--training", training)
+
+
+def encoded(folder, *lines):
+    """An encoded set's index, of lines with these people."""
+    folder.mkdir(parents=True)
+    with open(folder / "index.jsonl", "w") as file:
+        for n, people in enumerate(lines):
+            line = {"name": f"{n}", "source": f"{n}.mp4", "sha256": f"{n} 0", "views": [{"front": True}]}
+            print(json.dumps(line | people), file=file)
+    return folder
+
+
+def people_of(lines):
+    return {int(who.removeprefix("person_")) for line in lines for who in line["people"]}
+
+
+def test_whom_an_encoded_set_beside_the_data_shows_is_left_out(tmp_path, capsys):
+    """Training reads DATA/encoded. A line that does not say whom it shows is counted; its sha256 is that of
+    another file than a manifest's."""
+    data = curated(tmp_path / "data", 12)
+    everybody = people_of(make(data, tmp_path / "none.jsonl", "--n", 20))
+    said = capsys.readouterr().out
+    assert f"{data}/encoded: no training set to look at, so nobody is left out" in said
+    assert len(everybody) == 10
+    encoded(data / "encoded", {"people": ["person_0001"]}, {"people": ["person_0004", None]}, {},
+            {"people": ["person_0007", "stranger"]}, {"people": "person_0002"}, {"people": [0]})
+    lines = make(data, tmp_path / "cases.jsonl", "--n", 17)
+    assert people_of(lines) == set(range(12)) - {1, 4, 7}
+    said = capsys.readouterr().out
+    assert "4 clips of training do not say whom they show" in said and "names 3 others" in said
+    assert "no training set" not in said
+
+
+def test_training_is_manifests_and_encoded_sets_as_files_or_folders(tmp_path, capsys):
+    data = curated(tmp_path / "data", 12)
+    encoded(data / "encoded", {"people": [f"person_{k:04d}" for k in range(12)]})  # not what was trained on
+    first = encoded(tmp_path / "a", {"people": ["person_0001"]})
+    second = encoded(tmp_path / "b", {"people": ["person_0002", "person_0003"]})
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"sha256": "5 0", "identities": [{"id": "person_0004"}, {"id": 7}, {}, 3]}\n')
+    training = first, second / "index.jsonl", manifest
+    lines = make(data, tmp_path / "cases.jsonl", "--n", 13, "--training", *training)
+    assert people_of(lines) == {0, 6, 7, 8, 9, 10, 11}
+    assert "1 clips of training do not say" in capsys.readouterr().out
+    with pytest.raises(UserError, match="12 identities, of which training names 12 and 0 others"):
+        make(data, tmp_path / "more.jsonl", "--n", 2)
+    with pytest.raises(UserError, match="/data/index.jsonl: no such file; .* a manifest.jsonl or an encoded"):
+        make(data, tmp_path / "more.jsonl", "--training", data)
+    with pytest.raises(UserError, match="index.jsonl is one of the inputs and would be overwritten"):
+        make(data, first / "index.jsonl", "--training", first)
 
 
 @pytest.mark.parametrize("n, people", [(1, 1), (2, 2), (3, 2), (10, 5), (50, 26), (100, 52)])
@@ -863,6 +1044,8 @@ def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
         (["make-cases", "--data", "v", "--out", "x.jsonl", "--n", "0"], "--n.*a whole number"),
         (["make-cases", "--data", "v", "--out", "old.jsonl"], "old_refs exists and would be replaced"),
         (["make-cases", "--data", "v", "--out", "v"], "v is a folder"),
+        (["make-cases", "--data", "v", "--out", "."], "[.] is a folder"),
+        (["make-cases", "--data", "v", "--out", "/"], "/ is a folder"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, argv, message):

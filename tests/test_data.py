@@ -727,6 +727,12 @@ def test_a_sample_is_the_same_in_any_batch_and_text_dropout_takes_the_caption_al
     assert 0.22 < float((often[:, 1] == 0).all(-1).float().mean()) < 0.38
 
 
+def test_training_drops_some_captions_unless_told_otherwise(mixed):
+    """Guidance subtracts what the network does without a caption, so it must have trained without one: for
+    most samples that would cost what captions teach."""
+    assert 0.05 <= data.Dataset(mixed).text_dropout <= 0.2
+
+
 def test_a_set_without_a_vit_has_no_features(tmp_path):
     dataset = make(tmp_path, sample(1, ("front",), ("front",)), encoders=Plain(vit=False))
     _, _, refs, vit = batch(dataset, (("front",), ("front",)), [0], 1)

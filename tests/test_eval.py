@@ -137,6 +137,18 @@ def test_only_a_reference_that_was_given_is_copied_and_only_far_from_it():
     assert not_given["copied"][1] is False
 
 
+@pytest.mark.parametrize("views", [("front",), ("left", "back"), VIEWS])
+def test_frames_count_for_copies_from_thirty_degrees_on(views):
+    """As the metric's words say. Case 0 turns from 0 to 180 degrees."""
+    clip, cast = toy.benchmark_cases()[0]
+    video = toy.render_clips([clip], [toy.pick(EVERYBODY, i) for i in cast], 20, 32)[0][0]
+    (found,) = evaluation.measure(video, 0, views)
+    assert "should face 30 degrees or more from all" in METRICS["copied"].words
+    for f, copied in enumerate(found["copied"]):
+        away = [abs((180 * f / 19 - toy.VIEW_YAW[view] + 180) % 360 - 180) for view in views]
+        assert (copied is not None) == (min(away) >= 30), f
+
+
 def test_noise_in_the_side_frames_alone_lowers_side_and_leaves_the_front():
     video = render(0)  # turns from 0 to 180 degrees
     g = torch.Generator().manual_seed(0)

@@ -20,7 +20,8 @@ FILES = {
     "lora": (230, "checkpoint"),
     "muon": (70, ""),
     "kernels": (380, "rope checkpoint"),
-    "encoders": (565, "checkpoint"),
+    "encoders": (533, "text checkpoint"),
+    "text": (77, "checkpoint"),
     "checkpoint": (330, ""),
     "encode": (200, "pictures rope checkpoint"),
     "pictures": (300, "rope checkpoint"),
@@ -53,7 +54,7 @@ OVER = {
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
-TEST_PACKAGES = {"pytest", "diffusers", "transformers", "peft"}
+TEST_PACKAGES = {"pytest", "diffusers", "transformers", "peft", "ftfy"}
 
 
 def imported(path):

@@ -49,7 +49,7 @@ def positions(L, top=100, seed=0):
     return torch.randint(0, top, (L, 3), generator=torch.Generator().manual_seed(seed))
 
 
-def truth_of(q, k, weight_q, weight_k, at, K):
+def truth_of(q, k, weight_q, weight_k, at, K, eps=EPS):
     """Wan's arithmetic in float64 and complex128, with the angles by their formula."""
     angles = []
     for axis, pairs in enumerate(axis_pairs(K)):
@@ -58,7 +58,7 @@ def truth_of(q, k, weight_q, weight_k, at, K):
     rotation = torch.polar(torch.ones_like(angle), angle)[:, None]  # [L, 1, K/2]
     outputs = []
     for x, weight in ((q.double(), weight_q.double()), (k.double(), weight_k.double())):
-        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, K // 2, 2)))
         outputs.append(torch.view_as_real(pairs * rotation).flatten(-2))
     return outputs
@@ -90,6 +90,25 @@ def test_float32_against_complex128(path, L, N, K):
     truth = truth_of(*args, at, K)
     assert found[0].shape == (1, L, N, K) and found[0].is_contiguous()
     assert max(relative_error(f, t) for f, t in zip(found, truth)) <= 4e-7
+
+
+@pytest.mark.parametrize("size, eps", [(1e-3, 1e-6), (1e-6, 1e-6), (0.0, 1e-6), (1.0, 0.3)])
+def test_eps_counts_where_a_row_is_small(path, size, eps):
+    """Forward and backward against float64; beside rows of mean square one, 1e-6 is within rounding."""
+    L, N, K = 3, 2, 24
+    leaves, at = qk(2, L, N, K), positions(L)
+    leaves = [(size * x if x.ndim == 3 else x).requires_grad_() for x in leaves]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    found = qk_norm_rope(*leaves, at, rope_tables(at, K), eps)
+    truth = truth_of(*exact, at, K, eps)
+    g = torch.randn(2, L, N, K, generator=torch.Generator().manual_seed(0))
+    found = *found, *torch.autograd.grad(found, leaves, [g, g])
+    truth = *truth, *torch.autograd.grad(truth, exact, [g.double(), g.double()])
+    for ours, right in zip(found, truth, strict=True):
+        if right.any():
+            assert relative_error(ours, right) <= 1e-5
+        else:
+            assert not ours.any()
 
 
 @interpreted

@@ -148,6 +148,39 @@ def test_a_long_caption_of_a_neighbour_changes_nothing(lengths):
         assert (together[n] - changed).abs().max() > 1e-4 * together.abs().max()
 
 
+def test_a_predicted_clip_is_reached_from_every_noise_level_of_twenty_plain_steps():
+    """One step of the velocity ends at the predicted x0, from sigma 0.05 on, the last of 20 steps without a
+    shift; below, dividing by sigma would blow up what is left of an error."""
+    net, raw = network(prediction="x0"), network(prediction="velocity")
+    x, _, text, refs, vit = inputs([VIEWS])
+    for sigma in (1.0, 0.2, 0.1, 0.05, 0.01, 0.0):
+        t = torch.full((B,), 1000 * sigma)
+        predicted, velocity = raw(x, t, text, refs, vit), net(x, t, text, refs, vit)
+        if sigma >= 0.05:
+            assert torch.allclose(x - sigma * velocity, predicted, atol=1e-4)
+        else:
+            assert torch.allclose(velocity, (x - predicted) / 0.05, rtol=1e-4, atol=1e-3)
+
+
+def test_mfi_tells_levels_and_people_apart():
+    """The same features at every level and for both people: their tokens differ by the embeddings alone."""
+    net = network()
+    levels, people = TINY.vit_levels, TINY.max_identities
+    features = torch.randn(B, 1, 17, TINY.vit_dim).expand(-1, levels, -1, -1)
+    tokens = torch.stack([net.mfi(features, k).unflatten(1, (levels, 17)) for k in range(people)])
+    plain = tokens[0, :, 0] - net.mfi.identity[0] - net.mfi.level[0]
+    for k in range(people):
+        for level in range(levels):
+            expected = plain + net.mfi.identity[k] + net.mfi.level[level]
+            torch.testing.assert_close(tokens[k, :, level], expected, rtol=0, atol=1e-5)
+    assert levels > 1 and (net.mfi.level[1] - net.mfi.level[0]).abs().max() > 0.01
+    for level in range(levels):  # a level's tokens are of its own features
+        other = features.clone()
+        other[:, level] = torch.randn(B, 17, TINY.vit_dim)
+        changed = (net.mfi(other, 0) - net.mfi(features, 0)).unflatten(1, (levels, 17)).abs().amax((0, 2, 3))
+        assert [bool(value > 0.01) for value in changed] == [k == level for k in range(levels)]
+
+
 def test_samples_of_a_batch_do_not_mix():
     net = network()
     x, t, text, refs, vit = inputs([VIEWS, ("front",)])

@@ -330,6 +330,26 @@ def test_what_is_transparent_in_a_video_is_white(tmp_path):
     encode(tmp_path / "clear.mov", clear, "qtrle", "argb")
     frame = frames_of(tmp_path / "clear.mov")[0]
     assert frame[:, :47].min() == 255 and frame[:, 49:].max() < 210
+    pale = [np.dstack((picture, np.full((64, 96), 51))).astype(np.uint8) for picture in gradient(4, 64, 96)]
+    encode(tmp_path / "pale.mov", pale, "qtrle", "argb")
+    frame = frames_of(tmp_path / "pale.mov")[2].astype(float)  # a fifth of it, four fifths white
+    assert np.abs(frame - (0.2 * gradient(4, 64, 96)[2] + 0.8 * 255)).max() <= 1
+
+
+@pytest.mark.parametrize("ratio, width", [(Fraction(2), 192), (Fraction(1, 2), 48), (Fraction(12, 11), 104)])
+def test_pixels_that_are_no_squares_become_squares(ratio, width, tmp_path):
+    """As on DVDs and tapes: the header says how wide a pixel is. The height stays."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = ratio
+        for picture in gradient(4, 64, 96):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    frame = frames_of(tmp_path / "a.mp4")[0]
+    assert frame.shape == (64, width, 3)
+    assert np.abs(frame.astype(float) - gradient(1, 64, width)[0]).mean() < 12
+    assert min(frames_of(tmp_path / "a.mp4", short_side=32)[0].shape[:2]) == 32
 
 
 def damage(path, seed=0):
@@ -579,6 +599,24 @@ def test_writing_a_video_and_reading_it_back(tmp_path):
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     assert len(frames) == 5 and frames[0].shape == (256, 384, 3)
     assert frames[0].max() < 20 and frames[4][..., 0].mean() > 230 and frames[4][..., 1].mean() < 20
+
+
+def test_a_smaller_crf_is_a_larger_and_truer_video(tmp_path):
+    """x264's own is 23, and what a video is written with where nothing is said."""
+    pictures, sizes, errors = gradient(9, 256, 320), [], []
+    video = from_bytes(torch.from_numpy(np.stack(pictures))).permute(3, 0, 1, 2)
+    video += 0.03 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
+    for crf in (10, 18, 23, 35):
+        write_video(tmp_path / "v.mp4", video, crf=crf)
+        written = (tmp_path / "v.mp4").read_bytes()
+        frames = np.stack(frames_of(tmp_path / "v.mp4")).astype(float)
+        sizes.append(len(written))
+        errors.append(((frames - to_bytes(video).permute(1, 2, 3, 0).numpy()) ** 2).mean())
+        if crf == 23:
+            write_video(tmp_path / "v.mp4", video)
+            assert (tmp_path / "v.mp4").read_bytes() == written
+    assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)
+    assert len(set(sizes)) == len(set(errors)) == 4
 
 
 def write_slowly(path, video):
