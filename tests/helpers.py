@@ -1,5 +1,7 @@
 """Small things that several test files use."""
 
+import socket
+
 import av
 import numpy as np
 import torch
@@ -28,3 +30,9 @@ def write_sound(path):
         frame.rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]

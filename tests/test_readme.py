@@ -1,18 +1,35 @@
 """README.md's commands, run in its order on the tiny preset or at least parsed; its tables beside what is
 printed; its picture and file names looked up."""
 
+import functools
 import itertools
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-from conftest import ROOT, call, run
+import pytest
+import torch
+from conftest import ROOT, TIMEOUT, WAN_SMALL, call, run
+from helpers import free_port
+from safetensors.torch import save_file
+from test_curate import Truth
+from test_importers import RIG, nersemble_tree
 from torch.distributed.run import parse_args as parse_torchrun
 
 import bench
 import curate
+import toy
+import train
 from checkpoint import Parser, UserError, find_checkpoint
 from encoders import NEGATIVE_PROMPT
+from faces import Faces
+from lora import NEW_PREFIXES
+from model import DiTConfig, HarmoView
+from pictures import write_video
 from rope import VIEWS
 from sample import BOUNDARY, SAMPLE_RECIPES, Found
 
@@ -101,6 +118,131 @@ def test_every_other_command_is_one_that_its_script_takes(tmp_path, monkeypatch)
             pass
     assert not wrong
     assert {"claims.py", "curate.py", "data.py", "eval.py", "sample.py", "train.py"} <= scripts
+
+
+NETWORK = dict(dim=256, ffn_dim=64, num_heads=2, num_layers=2, **WAN_SMALL)
+SMALLER = {  # flags of sizes, behind what is printed
+    "train.py": ["--steps", "1", "--batch", "4", "--micro-batch", "1", "--no-samples"],
+    "sample.py": ["--steps", "1", "--size", "32x32", "--frames", "5"],
+    "curate.py": ["--frames", "17", "--face-side", "100", "--sharpness", "30"],
+    "encode": ["--size", "32x32", "32x64", "--frames", "17", "5"],
+    "make-cases": ["--n", "2"],
+    "--cases": [], "--compare": [], "eval.py": ["--limit", "2", "--steps", "1"],
+    "claims.py": ["--seeds", "1", "--limit", "1", "--steps", "1", "--settings", "none", "--train",
+                  "--steps 1 --clips 2 2 --batch 2"]}
+
+
+@pytest.fixture
+def field(wan, tmp_path, monkeypatch):
+    """A working folder with all that README's commands name, small: checkpoints, videos, sets, pictures."""
+    monkeypatch.chdir(tmp_path)
+    truth = Truth()
+    for name, source in (("Wan2.1-T2V-1.3B", "2.1"), ("Wan2.2-T2V-A14B", "2.2")):
+        shutil.copytree(wan / source, f"ckpts/{name}")
+        for file in Path("ckpts", name).rglob("diffusion_pytorch_model.safetensors"):
+            tensors = HarmoView(DiTConfig(**NETWORK)).state_dict()
+            save_file({k: v for k, v in tensors.items() if not k.startswith(NEW_PREFIXES)}, file)
+    for folder in ("VIDEOS", "FACES", "THEIRS", "bench", "assets"):
+        Path(folder).mkdir()
+    Path("FACES/detection_Resnet50_Final.pth").touch()
+    for k, name in enumerate(("ann", "ben", "cho")):
+        for take, motion in enumerate(("sweeps rightwards", "looks around")):
+            wall = list(toy.BACKGROUNDS)[2 * k + take]
+            write_video(f"VIDEOS/{name}{take}.mp4", truth.shoot([k], [motion], wall=wall))
+    write_video("THEIRS/case-001.mp4", truth.shoot([1], ["looks around"]))
+    shutil.copy("THEIRS/case-001.mp4", "THEIRS/case-002.mp4")
+    toy.main(["--out", "look", "--size", "64", "--frames", "5"])
+    for view in ("front", "left"):
+        shutil.copy(f"look/ann_{view}.png", f"ann_{view}.png")
+    Path("prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n')
+    shutil.copytree(ROOT / "assets/base", "assets/base")
+    sets = {"mead": [f"M003/video/front/happy/level_1/00{n}.mp4" for n in (1, 2)],
+            "folders": ["a.mp4"]}
+    for kind, videos in sets.items():
+        for video in videos:
+            Path(f"SET-{kind}", video).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy("look/clip1.mp4" if video == "a.mp4" else f"look/clip{video[-5]}.mp4",
+                        Path(f"SET-{kind}", video))
+    Path("SET-folders/a.txt").write_text("a woman turns")
+    Path("SET-folders/refs/a").mkdir(parents=True)
+    shutil.copy("ann_front.png", "SET-folders/refs/a/front.png")
+    shutil.copy("look/clip1.mp4", "look/front.mp4")
+    nersemble_tree(Path("look"), Path("SET-nersemble"), RIG)
+    for name in ("curate.Faces", "benchmark.BenchmarkFaces"):
+        monkeypatch.setattr(name, type("Faces", (Faces,), {"__new__": lambda *_: truth}))
+    for name in ("1.3b", "14b"):
+        monkeypatch.setitem(train.CONFIGS, name, DiTConfig(**NETWORK))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    Path("small.py").write_text(f"""import functools, runpy, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import model
+for name in ("1.3b", "14b"):
+    model.CONFIGS[name] = model.DiTConfig(**{NETWORK})
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+
+
+def in_small(words):
+    """The words of a command, its script and flags for a smaller one."""
+    at = next(n for n, word in enumerate(words) if word.endswith(".py"))
+    script, rest = words[at], words[at + 1:]
+    more = next((flags for name, flags in SMALLER.items() if name in [script, *rest[:1]]), [])
+    if "--export" in rest or "--size" in more and "assets/base" in rest:
+        more = []  # a toy has one size
+    if script == "train.py" and not {"1.3b", "14b"} & set(rest):
+        more = [*more, "--clips", "2", "2"]
+    if script == "train.py" and "--resume" not in rest:
+        more = [*more, "--overwrite"]  # one card and eight are trained into one folder
+    if "--cases" in rest and "--ckpt" in rest:
+        more = SMALLER["sample.py"]
+    rest = [f"SET-{rest[1]}" if word == "SET" else word for word in rest]
+    return words[1:at], script, rest + more
+
+
+def run_with_torchrun(launcher, script, rest):
+    """Two processes for any number; of several machines two, of one process each."""
+    machines = "--nnodes" in launcher
+    numbers = {"--nproc-per-node": "1" if machines else "2", "--nnodes": "2",
+               "--rdzv-endpoint": f"localhost:{free_port()}"}
+    for flag, value in numbers.items():
+        if flag in launcher:
+            launcher[launcher.index(flag) + 1] = value
+    command = [sys.executable, "-m", "torch.distributed.run", *(["--standalone"] if not machines else []),
+               *launcher, "small.py", str(ROOT / script), *rest]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if machines else os.environ
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True) for _ in range(1 + machines)]
+    for process in processes:
+        said, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, said
+
+
+def test_every_other_command_runs_in_small(field):
+    """As printed, but for sizes, networks and numbers of processes: those of real weights, of own videos, of
+    eight cards and of four machines. What needs a trained network comes after training."""
+    # claims.py trains rows like this one; public LoRAs are in test_lora.py
+    commands = [words for words in untagged_commands() if not {"claims.py", "FILE:0.8"} & set(words)]
+    commands.append("python claims.py one-way --base assets/base".split())
+    later = [words for words in commands if {"out/1.3b", "out/14b", "--compare"} & set(words)]
+    later.sort(key=lambda words: "--compare" in words)
+    kinds = [words for words in commands if "import" in words]
+    ours = [words for words in commands if words not in later and words not in kinds]
+    for words in [*kinds, *ours, *later]:
+        launcher, script, rest = in_small(words)
+        if "import" in words or "curate.py" in words:
+            shutil.rmtree("DATA", ignore_errors=True)  # another set's
+        if "--training" in rest:
+            shutil.copytree("DATA/encoded", "TRAIN/encoded")
+            index = Path("TRAIN/encoded/index.jsonl")
+            index.write_text(index.read_text().replace("person_", "other_"))
+        if words[0] == "torchrun":
+            run_with_torchrun(launcher, script, rest)
+        else:
+            call(script, *rest, cwd=".")
+    assert find_checkpoint("out/14b/low_noise_model") and find_checkpoint("out/14b/high_noise_model")
+    assert Path("out/both/compare.html").exists() and Path("out/sample.mp4").exists()
 
 
 def test_the_two_commands_stand_in_the_first_screen():
