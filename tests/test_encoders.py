@@ -1,9 +1,11 @@
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 from transformers import Dinov2Config, Dinov2Model, UMT5Config, UMT5EncoderModel
@@ -346,14 +348,14 @@ def test_umt5_is_transformers_umt5():
         assert apart <= 1e-5
 
 
-def dinov2_pair(image_size=56):
+def dinov2_pair():
     """Ours and transformers', the same weights: 4 x 4 patches of 14 pixels."""
-    net = randomise(DINOv2(32, 3, 2, image_size=image_size, levels=(0, 1, 2)))
+    net = randomise(DINOv2(32, 3, 2, image_size=56, levels=(0, 1, 2)))
     config = Dinov2Config(
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
-        image_size=image_size,
+        image_size=56,
         layer_norm_eps=1e-6,
     )
     oracle = Dinov2Model(config).eval()
@@ -382,12 +384,10 @@ def test_dinov2_is_transformers_dinov2():
     apart = error(net(image), states)
     assert apart <= 1e-5
     # at another size transformers resizes the positions by size, the release by (h + 0.1) / side: pass ours
-    larger, oracle = dinov2_pair(84)
-    grid = net.positions(6, 6)
-    larger.pos_embed.data, oracle.embeddings.position_embeddings.data = net.pos_embed, grid
-    image = torch.randn(1, 3, 84, 84)
+    oracle.embeddings.interpolate_pos_encoding = lambda *_: net.positions(6, 3)
+    image = torch.randn(2, 3, 84, 42)
     states = torch.stack(oracle(image, output_hidden_states=True).hidden_states[1:], dim=1)
-    resized = error(larger(image), states)
+    resized = error(net(image), states)
     print(f"DINOv2: {apart:.1e} from transformers, {resized:.1e} at another size, its positions given")
     assert resized <= 1e-5
 
@@ -462,12 +462,8 @@ def test_wans_encoders_are_their_networks_one_at_a_time(wan_folder, wan_networks
     ids, mask = wan.tokenizer(["a person"])
     assert torch.equal(text[:1], wan_networks[TEXT_ENCODER](ids, mask)) and not text[1, 1:].any()
     first = weakref.ref(wan.network)
-    image = torch.rand(2, 3, 112, 112) * 2 - 1
-    states = wan.features(image)
+    states = wan.features(torch.rand(2, 3, 150, 210) * 2 - 1)
     assert first() is None and states.shape == (2, 2, 65, 64)
-    mean, std = torch.tensor(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))[..., None, None]
-    with torch.no_grad():
-        assert error(states, wan_networks[VIT](((image + 1) / 2 - mean) / std)) <= 1e-5
     second = weakref.ref(wan.network)
     video = torch.rand(1, 3, 5, 40, 64) * 2 - 1
     latent = wan.encode(video)
@@ -478,6 +474,21 @@ def test_wans_encoders_are_their_networks_one_at_a_time(wan_folder, wan_networks
     wan.drop()
     assert last() is None and wan.network is None
     assert (wan.name, wan.files, wan.latent_dtype, wan.mask_block) == ("wan", (), torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize("height, width", [(112, 112), (150, 211), (131, 97)])
+def test_the_vit_sees_the_middle_square_at_112_pixels(wan_folder, wan_networks, height, width):
+    """Resized as PIL does it, whose bicubic reads every pixel, then with ImageNet's mean and spread."""
+    torch.manual_seed(0)
+    image, side = torch.rand(2, 3, height, width) * 2 - 1, min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    planes = ((image + 1) / 2)[:, :, top : top + side, left : left + side].flatten(0, 1).numpy()
+    planes = [np.asarray(Image.fromarray(plane).resize((112, 112), Image.Resampling.BICUBIC))
+              for plane in planes]
+    mean, std = torch.tensor(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))[..., None, None]
+    with torch.no_grad():
+        expected = wan_networks[VIT]((torch.tensor(np.stack(planes)).unflatten(0, (2, 3)) - mean) / std)
+    assert error(WanEncoders(wan_folder, CPU).features(image), expected) <= 1e-5
 
 
 def test_offloaded_blocks_give_the_same_text(wan_folder):
