@@ -314,9 +314,12 @@ def test_vae_refuses_what_it_cannot_take(vae):
 
 
 # -------------------------------------------------------------------------------------------- umT5 and DINOv2
+@pytest.mark.parametrize("size", [1, 1e-3])  # of activations: a thousandth is as large as the norms' eps
 @torch.no_grad()
-def test_umt5_is_transformers_umt5():
+def test_umt5_is_transformers_umt5(size):
     net = randomise(UMT5(vocab=99, dim=32, ffn_dim=48, num_heads=4, num_layers=3))
+    for quiet in (net.token_embedding, *(m for b in net.blocks for m in (b.attn.o, b.ffn.fc2))):
+        quiet.weight *= size
     for block in net.blocks:
         block.attn.q.weight *= 8**-0.5  # T5 starts q smaller instead of dividing the scores
     config = UMT5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4)
@@ -348,9 +351,12 @@ def test_umt5_is_transformers_umt5():
         assert apart <= 1e-5
 
 
-def dinov2_pair():
-    """Ours and transformers', the same weights: 4 x 4 patches of 14 pixels."""
+def dinov2_pair(size):
+    """Ours and transformers', the same weights: 4 x 4 patches of 14 pixels, activations of that size."""
     net = randomise(DINOv2(32, 3, 2, image_size=56, levels=(0, 1, 2)))
+    for quiet in (net.cls_token, net.pos_embed, *net.patch_embed["proj"].parameters(),
+                  *(scale["gamma"] for block in net.blocks for scale in (block.ls1, block.ls2))):
+        quiet *= size
     config = Dinov2Config(
         hidden_size=32,
         num_hidden_layers=3,
@@ -376,9 +382,10 @@ def dinov2_pair():
     return net, oracle
 
 
+@pytest.mark.parametrize("size", [1, 1e-3])
 @torch.no_grad()
-def test_dinov2_is_transformers_dinov2():
-    net, oracle = dinov2_pair()
+def test_dinov2_is_transformers_dinov2(size):
+    net, oracle = dinov2_pair(size)
     image = torch.randn(3, 3, 56, 56)
     states = torch.stack(oracle(image, output_hidden_states=True).hidden_states[1:], dim=1)
     apart = error(net(image), states)

@@ -88,8 +88,11 @@ def test_a_share_of_the_captions_describes_and_clips_stay_alike(tmp_path):
     told = [b for a, b in pairs if a != b]
     assert 0 < len(told) < len(pairs) and all(" skin, " in words for words in told)
     assert all(re.sub(r"with \w+ skin.*? in a", "in a", b) == a for a, b in pairs)
-    (one,) = [i for i, (a, b) in enumerate(pairs) if b == told[0]]
-    assert toy.describe(toy.training_identities(6, 1, toy.TRAIN_SEED), one) in told[0]
+    for people, some in ((1, pairs[:6]), (2, pairs[6:])):
+        identities = toy.training_identities(6, people, toy.TRAIN_SEED)
+        told = [(i, b) for i, (a, b) in enumerate(some) if a != b]
+        assert told and all(re.findall(r"with (\w+ skin.*?) in a", words) == [
+            toy.describe(identities, i + 6 * k) for k in range(people)] for i, words in told)
 
 
 def test_the_left_patch_is_invisible_from_the_whole_right():
@@ -329,6 +332,11 @@ def test_a_cache_holds_the_clips_that_its_captions_say(cache):
         identities = toy.draw_identities(2 * people, toy.TRAIN_SEED + people)
         cast = [toy.pick(identities, range(2 * k, 2 * k + 2)) for k in range(people)]
         assert torch.equal(tensors["video"], to_bytes(toy.render_clips(clips, cast, 2, 32)[0]))
+        for k, identities in enumerate(cast):  # each person's own, with a light and a pose of their own
+            seed = 10**6 * people + 10**5 * k
+            of_clip = (clips, k, 2) if pairs == "in" else ()
+            refs = to_bytes(toy.render_references(identities, seed, 32, *of_clip))
+            assert torch.equal(tensors["refs"][:, k], refs)
 
 
 def test_a_cache_is_rendered_once(cache, monkeypatch):
