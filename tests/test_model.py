@@ -35,6 +35,7 @@ from model import (
 from rope import VIEWS
 
 TINY = CONFIGS["tiny"]
+MIXED = [("front", "left", "back"), ("right",)]  # two people, dropped views
 B, GRID, REF = 2, (3, 6, 10), (8, 4)  # no two sides alike, so that nothing can mix them up
 
 
@@ -48,7 +49,7 @@ def network(stirred=True, **changes):
     return net
 
 
-def inputs(views=(), seed=1):
+def inputs(views=(), seed=1, grid=GRID):
     """x, t, text, refs, vit; views: one tuple of view names per identity."""
     g = torch.Generator().manual_seed(seed)
 
@@ -57,7 +58,7 @@ def inputs(views=(), seed=1):
 
     refs = [{v: normal(B, TINY.in_dim, *REF) for v in VIEWS} for _ in range(2)]
     vit = [normal(B, TINY.vit_levels, 17, TINY.vit_dim) for _ in range(2)]
-    x, text = normal(B, TINY.in_dim, *GRID), normal(B, 30, TINY.text_dim)
+    x, text = normal(B, TINY.in_dim, *grid), normal(B, 30, TINY.text_dim)
     return (
         x,
         torch.tensor([300.0, 900.0]),
@@ -86,6 +87,24 @@ def test_a_zero_initialised_mfi_moves_nothing(layout):
     assert torch.equal(net(x, t, text, refs, vit), net(x, t, text, refs))
     net.mfi.proj.weight.data += 0.1
     assert not torch.equal(net(x, t, text, refs, vit), net(x, t, text, refs))
+
+
+def test_a_new_networks_blocks_are_the_identity_with_open_gates_and_look_at_their_own_place():
+    torch.manual_seed(0)
+    net = HarmoView(TINY)
+    x, t, text, refs, vit = inputs(MIXED)
+    assert torch.equal(net(x, t, text, refs, vit), x / (t / 1000).view(-1, 1, 1, 1, 1))  # x0 is zero
+    net.head.head.weight.data.normal_()
+    alone = net(x, t, text)
+    assert torch.equal(net(x, t, text + 1, refs, vit), alone) and not torch.equal(net(x, t / 2, text), alone)
+    alone.square().mean().backward()
+    for block in net.blocks:
+        assert block.self_attn.o.weight.grad.any() and block.ffn[2].weight.grad.any()
+        a, nothing = block.self_attn, torch.zeros(1, 60, TINY.dim)
+        rope = rope_of("jump", None, (3, 4, 5), (4, 2), 0, 16, TINY.dim // TINY.num_heads, x.device)
+        q, k = qk_norm_rope(a.q(nothing), a.k(nothing), a.norm_q.weight, a.norm_k.weight, *rope, TINY.eps)
+        nearest = torch.einsum("blnk,bmnk->lm", q, k).argmax(dim=1)
+        assert torch.equal(nearest, torch.arange(60))
 
 
 def test_a_missing_view_is_its_proxies():
@@ -560,15 +579,13 @@ def masked_forward(net, x, t, text, refs, vit):
     return (x - out) / (t / 1000).view(-1, 1, 1, 1, 1)  # the toy predicts x0
 
 
-MIXED = [("front", "left", "back"), ("right",)]  # two people, dropped views
-
-
-@pytest.mark.parametrize("views", [[VIEWS], MIXED, [(), ()]])
+@pytest.mark.parametrize("views, grid", [([VIEWS], GRID), (MIXED, GRID), ([(), ()], GRID),
+                                         (MIXED, (3, 38, 40))])  # so long that a CPU takes SDPA
 @pytest.mark.parametrize("changes", [{}, {"rope_layout": "before"}])
 @pytest.mark.parametrize("attention", CHOICES["reference_attention"])
-def test_attention_is_as_defined_with_a_mask(views, changes, attention):
+def test_attention_is_as_defined_with_a_mask(views, grid, changes, attention):
     net = network(reference_attention=attention, **changes)
-    x, t, text, refs, vit = inputs(views)
+    x, t, text, refs, vit = inputs(views, grid=grid)
     with torch.no_grad():
         expected = masked_forward(net, x, t, text, refs, vit)
         found = net(x, t, text, refs, vit)
