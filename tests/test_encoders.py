@@ -168,9 +168,7 @@ def to_diffusers(key):
 
 @pytest.fixture(scope="module")
 def vae():
-    net = randomise(WanVAE(dim=8))
-    net.decoder.head["2"].weight.data *= 0.2  # so that little of the video is clamped
-    return net
+    return randomise(WanVAE(dim=8))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +192,8 @@ def test_vae_is_diffusers_vae(vae, diffusers_vae, frames):
     encoded = error(latent, (diffusers_vae.encode(video).latent_dist.mode() - mean) / std)
     latent = torch.randn_like(latent)
     decoded = vae.decode(latent)
-    assert decoded.shape == video.shape and 0 <= (decoded.abs() == 1).float().mean() < 0.05
+    clamped = (decoded.abs() == 1).float().mean()
+    assert decoded.shape == video.shape and clamped < 0.05 and (frames == 1 or clamped > 0.01)
     decoded = error(decoded, diffusers_vae.decode(latent * std + mean).sample)
     print(f"{frames} frames: encode {encoded:.1e}, decode {decoded:.1e} from diffusers")
     assert max(encoded, decoded) <= 1e-5
@@ -238,7 +237,7 @@ def test_vae_memory_does_not_grow_with_frames(vae):
     assert long.peak - short.peak <= 60 * 3 * 32 * 32 * 4 + latents
 
 
-@pytest.mark.parametrize("length, tile, scale", [(7, 4, 8), (20, 8, 1), (8, 8, 8), (33, 16, 1), (90, 32, 8)])
+@pytest.mark.parametrize("length, tile, scale", [(7, 4, 8), (15, 8, 1), (8, 8, 8), (33, 16, 1), (60, 32, 8)])
 def test_tiles_cover_and_their_weights_add_up(length, tile, scale):
     total, last = torch.zeros(length * scale), 0
     for start, end, weight in tile_windows(length, tile, scale):
@@ -314,12 +313,9 @@ def test_vae_refuses_what_it_cannot_take(vae):
 
 
 # -------------------------------------------------------------------------------------------- umT5 and DINOv2
-@pytest.mark.parametrize("size", [1, 1e-3])  # of activations: a thousandth is as large as the norms' eps
 @torch.no_grad()
-def test_umt5_is_transformers_umt5(size):
+def test_umt5_is_transformers_umt5():
     net = randomise(UMT5(vocab=99, dim=32, ffn_dim=48, num_heads=4, num_layers=3))
-    for quiet in (net.token_embedding, *(m for b in net.blocks for m in (b.attn.o, b.ffn.fc2))):
-        quiet.weight *= size
     for block in net.blocks:
         block.attn.q.weight *= 8**-0.5  # T5 starts q smaller instead of dividing the scores
     config = UMT5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4)
@@ -351,12 +347,9 @@ def test_umt5_is_transformers_umt5(size):
         assert apart <= 1e-5
 
 
-def dinov2_pair(size):
-    """Ours and transformers', the same weights: 4 x 4 patches of 14 pixels, activations of that size."""
+def dinov2_pair():
+    """Ours and transformers', the same weights: 4 x 4 patches of 14 pixels."""
     net = randomise(DINOv2(32, 3, 2, image_size=56, levels=(0, 1, 2)))
-    for quiet in (net.cls_token, net.pos_embed, *net.patch_embed["proj"].parameters(),
-                  *(scale["gamma"] for block in net.blocks for scale in (block.ls1, block.ls2))):
-        quiet *= size
     config = Dinov2Config(
         hidden_size=32,
         num_hidden_layers=3,
@@ -382,10 +375,9 @@ def dinov2_pair(size):
     return net, oracle
 
 
-@pytest.mark.parametrize("size", [1, 1e-3])
 @torch.no_grad()
-def test_dinov2_is_transformers_dinov2(size):
-    net, oracle = dinov2_pair(size)
+def test_dinov2_is_transformers_dinov2():
+    net, oracle = dinov2_pair()
     image = torch.randn(3, 3, 56, 56)
     states = torch.stack(oracle(image, output_hidden_states=True).hidden_states[1:], dim=1)
     apart = error(net(image), states)

@@ -91,10 +91,10 @@ def test_compiled_blocks_run_with_adapters():
 
 
 def test_merged_is_unmerged_and_files_hold_adapters(tmp_path):
-    source, public = network(trained=4).state_dict(), network()
+    source, public = network(trained=6).state_dict(), network()
     with torch.device("meta"):
         net = HarmoView(public.config)
-        add_lora(net, 4)
+        add_lora(net, 6)
     load_weights(net, read_weights(save(tmp_path / "all.safetensors", source)))
     unmerged, weight = net(*inputs(net.config)), net.blocks[0].ffn[0].weight
     merge_lora(net)
@@ -181,6 +181,16 @@ def test_an_alpha_that_diffusers_or_peft_noted_counts(tmp_path, alpha):
     (tmp_path / "adapter_config.json").write_text(json.dumps(noted, default=str))
     assert apply_lora(net, tmp_path / "adapter_model.safetensors") == apply_lora(again, path) == (6, [])
     assert all(map(torch.equal, net.parameters(), again.parameters()))
+
+
+def test_a_pairs_own_alpha_comes_before_one_that_was_noted(tmp_path):
+    a, b = network(), network()
+    for net, noted in ((a, None), (b, {"lora_adapter_metadata": json.dumps({"lora_alpha": 9})})):
+        tensors = GOOD | {f"{Q}.alpha": 5.0}
+        assert apply_lora(net, save(tmp_path / "x.safetensors", tensors, noted)) == (1, [])
+    assert all(map(torch.equal, a.parameters(), b.parameters()))
+    step = a.blocks[0].self_attn.q.weight - network().blocks[0].self_attn.q.weight
+    torch.testing.assert_close(step.detach(), torch.full((128, 128), 2 * 5 / 2))
 
 
 def test_differences_pairs_and_keys_that_fit_nothing(tmp_path):
