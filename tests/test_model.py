@@ -191,14 +191,14 @@ def test_the_second_person_keeps_its_identity_where_the_first_has_no_front():
 
 def test_coordinates_are_waves_of_time_height_and_width():
     """Height and width in the same unit, so the left square of a wide picture looks like a square one."""
-    planes = coordinate_planes(12, 3, 4, 7, torch.device("cpu"))
-    assert planes.shape == (12, 3, 4, 7)
+    planes = coordinate_planes(18, 3, 4, 7, torch.device("cpu"))
+    assert planes.shape == (18, 3, 4, 7)
     for f, i, j in ((0, 0, 0), (1, 3, 2), (2, 1, 6)):
         places = f - 1, 2 * i / 3 - 1, 2 * j / 3 - 1
         expected = [1.5 * wave(2**k * math.pi / 4 * place)
-                    for k in (0, 1) for wave in (math.sin, math.cos) for place in places]
+                    for k in (0, 1, 2) for wave in (math.sin, math.cos) for place in places]
         assert planes[:, f, i, j].tolist() == pytest.approx(expected, abs=1e-6)
-    square = coordinate_planes(12, 3, 4, 4, torch.device("cpu"))
+    square = coordinate_planes(18, 3, 4, 4, torch.device("cpu"))
     assert torch.equal(planes[..., :4], square)
 
 
@@ -422,7 +422,8 @@ def oracle():
         num_attention_heads=2, attention_head_dim=24, text_dim=24, freq_dim=32, ffn_dim=96, num_layers=3,
         eps=EPS).eval()
     for name, p in net.named_parameters():
-        p.data = torch.randn_like(p) / (1 if "scale_shift" in name else p.shape[-1] ** 0.5)
+        one = p.ndim == 1 or "scale_shift" in name  # of size one, or attention would be nearly uniform
+        p.data = torch.randn_like(p) / (1 if one else p[0].numel() ** 0.5)
     theirs = net.state_dict()
     base = [name for name in HarmoView(SMALL_WAN).state_dict() if not name.startswith(NEW_PREFIXES)]
     assert sorted(map(their_name, base)) == sorted(theirs)
