@@ -248,6 +248,20 @@ def test_a_stage_ends_with_a_sample_sheet(fresh):
     ]
 
 
+def test_the_loss_is_of_the_velocity_on_the_straight_path():
+    """Each sample at its own noise level; text, refs and features are passed on."""
+    x0, noise, off = torch.randn(3, 2, 4, 3, 6, 2, generator=torch.Generator().manual_seed(0))
+    sigma, others = torch.tensor([0.3, 0.9]), ("text", "refs", "vit")
+
+    def model(x, t, *rest):
+        assert rest == others and t.tolist() == pytest.approx([300, 900])
+        for s, found, a, b in zip((0.3, 0.9), x, x0, noise, strict=True):
+            torch.testing.assert_close(found, (1 - s) * a + s * b)
+        return noise - x0 + off
+    loss = train.loss_of(model, (x0, *others), sigma, noise)
+    assert float(loss) == pytest.approx(float(off.square().mean()), rel=1e-5)
+
+
 def test_one_clip_can_be_overfitted(tiny):
     """80 steps on one clip with one person, then sampling from noise gives that clip."""
     torch.manual_seed(0)
