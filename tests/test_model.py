@@ -582,7 +582,7 @@ def masked_forward(net, x, t, text, refs, vit):
 
 @pytest.mark.parametrize("views, grid", [([VIEWS], GRID), (MIXED, GRID), ([(), ()], GRID),
                                          (MIXED, (3, 38, 40))])  # so long that a CPU takes SDPA
-@pytest.mark.parametrize("changes", [{}, {"rope_layout": "before"}])
+@pytest.mark.parametrize("changes", [{}, {"rope_layout": "before"}, {"rope_jump": 7}])
 @pytest.mark.parametrize("attention", CHOICES["reference_attention"])
 def test_attention_is_as_defined_with_a_mask(views, grid, changes, attention):
     net = network(reference_attention=attention, **changes)

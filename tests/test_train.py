@@ -392,10 +392,12 @@ def test_the_commands_that_made_the_shipped_networks_mean_what_they_meant(name, 
         key: list(value) if isinstance(value, tuple) else value for key, value in meta["flags"].items()}
 
 
-@pytest.mark.parametrize("what, more, rate", [
-    ("all", [], 1e-5), ("new", [], 1e-4), ("lora", [], 1e-4), ("lora", ["--adamw-lr", "0.5"], 0.5)])
-def test_wans_networks_train_with_adamw_and_what_is_added_ten_times_faster(what, more, rate, wan_set):
-    args = train.arguments(["--config", "1.3b", "--wan", "x", "--data", str(wan_set), "--train", what, *more])
+@pytest.mark.parametrize("config, what, more, rate", [
+    ("1.3b", "all", [], 1e-5), ("1.3b", "new", [], 1e-4), ("1.3b", "lora", [], 1e-4),
+    ("1.3b", "lora", ["--adamw-lr", "0.5"], 0.5), ("tiny", "lora", [], 3e-3)])
+def test_wans_networks_and_what_is_added_to_one_train_with_adamw_at_their_own_rates(config, what, more, rate,
+                                                                                    wan_set):
+    args = train.arguments(["--config", config, "--wan", "x", "--data", str(wan_set), "--train", what, *more])
     train.resolve(args, train.World(0, 1, torch.device("cpu")))
     assert (args.optimizer, args.adamw_lr) == ("adamw", rate)
 
@@ -463,6 +465,20 @@ def test_bad_steps_between_good_ones_do_not_add_up(fresh, monkeypatch):
     call("train.py", *FAST, "--stage", 1, "--steps", 21, cwd=fresh)
     lost = [line["loss"] is None for line in metrics(fresh / "out" / "tiny", 1)]
     assert lost == 10 * [True, False] + [True]
+
+
+def test_every_sample_of_every_step_stage_and_seed_has_noise_of_its_own(fresh, monkeypatch):
+    drawn = []
+
+    def watched(model, batch, sigma, noise):
+        if torch.is_grad_enabled():
+            drawn.extend(zip(sigma.tolist(), noise.flatten(1)[:, 0].tolist()))
+        return 0 * model.head.head.bias.sum()
+    monkeypatch.setattr(train, "loss_of", watched)
+    for seed in (0, 1):
+        for stage in (1, 2):
+            call("train.py", *FAST, "--stage", stage, "--steps", 3, "--seed", seed, "--out", seed, cwd=fresh)
+    assert all(len(set(numbers)) == 2 * 2 * 3 * 4 for numbers in zip(*drawn))
 
 
 def test_a_tenth_of_the_captions_is_lost_in_training_and_none_in_validation(fresh, monkeypatch):
@@ -1004,6 +1020,17 @@ def test_an_experts_slice_is_cut_out_of_the_law(kind, shift, low, high):
     assert (counts - 1 / 8).abs().max() < 0.025  # eight equal parts of the law
     for q in (0.1, 0.5, 0.9):
         assert levels.quantile(q) == pytest.approx(float(torch.quantile(inside, q)), abs=0.005)
+
+
+@pytest.mark.parametrize("flags, levels", [
+    ("", (100.0, "logit-normal", 0, math.inf)),
+    ("--timesteps uniform --shift 3", (3.0, "uniform", 0, math.inf)),
+    ("--expert high --boundary 0.6 --shift 9", (9.0, "logit-normal", 0.6, math.inf)),
+    ("--expert low --timesteps uniform --shift 9", (9.0, "uniform", 0, 0.875))])
+def test_flags_decide_the_law_of_noise_levels(flags, levels):
+    args = train.arguments(["--config", "tiny", *flags.split()])
+    train.resolve(args, train.World(0, 1, torch.device("cpu")))
+    assert args.levels == levels
 
 
 def test_the_shares_of_two_experts_are_one():
