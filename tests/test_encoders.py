@@ -98,10 +98,11 @@ def test_vit_gives_the_chosen_layers():
     assert DINOv2(8, num_layers=6, num_heads=1).levels == (2, 5)  # the middle one and the last
 
 
-def test_toy_codec_is_exactly_invertible():
-    codec, video = toy.ToyCodec(32), torch.randn(2, 3, 5, 16, 24)
+@pytest.mark.parametrize("size, shape", [(32, (48, 5, 4, 6)), (64, (192, 5, 2, 3))])  # 8 latents a side
+def test_toy_codec_is_exactly_invertible(size, shape):
+    codec, video = toy.ToyCodec(size), torch.randn(2, 3, 5, 16, 24)
     latent = codec.encode(video)
-    assert latent.shape == (2, 48, 5, 4, 6) and torch.equal(codec.decode(latent), video)
+    assert latent.shape == (2, *shape) and torch.equal(codec.decode(latent), video)
     assert torch.equal(codec.encode(video[:, :, 2:3])[:, :, 0], latent[:, :, 2])  # every frame is its own
 
 

@@ -299,6 +299,16 @@ def test_latents_are_pixels_and_come_back_as_such(encoders):
     assert torch.equal(encoders.decode(latent), video) and encoders.decode(3 * latent).abs().max() <= 1
 
 
+def test_the_frozen_networks_stay_as_they_were(encoders):
+    """As commit 3db879b made them: every checkpoint was trained on what these see."""
+    tokens = encoders.text(["a close-up of one person in a red shirt nods with the mouth closed"])
+    features = encoders.features(toy.benchmark_references(32)[:2, 0])
+    found = torch.stack([tokens[0, 5, :4], tokens[0, 16, :4], features[1, 0, 3, :4], features[1, 1, 3, :4]])
+    were = torch.tensor([[-0.1047, 1.3020, -1.2301, -0.3002], [-0.4067, 0.6951, 1.6271, -1.6642],
+                         [1.3225, -0.4802, 3.3102, 1.8405], [1.1702, -0.7805, 3.3034, 0.5060]])
+    torch.testing.assert_close(found, were, atol=1e-3, rtol=0)
+
+
 def test_the_frozen_networks_tell_captions_and_pictures_apart(encoders):
     clips = toy.draw_clips(20, 1, 0) + toy.draw_clips(20, 2, 0)
     tokens = encoders.text([toy.caption(clip) for clip in clips])
