@@ -1,9 +1,11 @@
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 from transformers import Dinov2Config, Dinov2Model, UMT5Config, UMT5EncoderModel
@@ -96,10 +98,11 @@ def test_vit_gives_the_chosen_layers():
     assert DINOv2(8, num_layers=6, num_heads=1).levels == (2, 5)  # the middle one and the last
 
 
-def test_toy_codec_is_exactly_invertible():
-    codec, video = toy.ToyCodec(32), torch.randn(2, 3, 5, 16, 24)
+@pytest.mark.parametrize("size, shape", [(32, (48, 5, 4, 6)), (64, (192, 5, 2, 3))])  # 8 latents a side
+def test_toy_codec_is_exactly_invertible(size, shape):
+    codec, video = toy.ToyCodec(size), torch.randn(2, 3, 5, 16, 24)
     latent = codec.encode(video)
-    assert latent.shape == (2, 48, 5, 4, 6) and torch.equal(codec.decode(latent), video)
+    assert latent.shape == (2, *shape) and torch.equal(codec.decode(latent), video)
     assert torch.equal(codec.encode(video[:, :, 2:3])[:, :, 0], latent[:, :, 2])  # every frame is its own
 
 
@@ -166,9 +169,7 @@ def to_diffusers(key):
 
 @pytest.fixture(scope="module")
 def vae():
-    net = randomise(WanVAE(dim=8))
-    net.decoder.head["2"].weight.data *= 0.2  # so that little of the video is clamped
-    return net
+    return randomise(WanVAE(dim=8))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,8 @@ def test_vae_is_diffusers_vae(vae, diffusers_vae, frames):
     encoded = error(latent, (diffusers_vae.encode(video).latent_dist.mode() - mean) / std)
     latent = torch.randn_like(latent)
     decoded = vae.decode(latent)
-    assert decoded.shape == video.shape and 0 <= (decoded.abs() == 1).float().mean() < 0.05
+    clamped = (decoded.abs() == 1).float().mean()
+    assert decoded.shape == video.shape and clamped < 0.05 and (frames == 1 or clamped > 0.01)
     decoded = error(decoded, diffusers_vae.decode(latent * std + mean).sample)
     print(f"{frames} frames: encode {encoded:.1e}, decode {decoded:.1e} from diffusers")
     assert max(encoded, decoded) <= 1e-5
@@ -236,7 +238,7 @@ def test_vae_memory_does_not_grow_with_frames(vae):
     assert long.peak - short.peak <= 60 * 3 * 32 * 32 * 4 + latents
 
 
-@pytest.mark.parametrize("length, tile, scale", [(7, 4, 8), (20, 8, 1), (8, 8, 8), (33, 16, 1), (90, 32, 8)])
+@pytest.mark.parametrize("length, tile, scale", [(7, 4, 8), (15, 8, 1), (8, 8, 8), (33, 16, 1), (60, 32, 8)])
 def test_tiles_cover_and_their_weights_add_up(length, tile, scale):
     total, last = torch.zeros(length * scale), 0
     for start, end, weight in tile_windows(length, tile, scale):
@@ -346,14 +348,14 @@ def test_umt5_is_transformers_umt5():
         assert apart <= 1e-5
 
 
-def dinov2_pair(image_size=56):
+def dinov2_pair():
     """Ours and transformers', the same weights: 4 x 4 patches of 14 pixels."""
-    net = randomise(DINOv2(32, 3, 2, image_size=image_size, levels=(0, 1, 2)))
+    net = randomise(DINOv2(32, 3, 2, image_size=56, levels=(0, 1, 2)))
     config = Dinov2Config(
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
-        image_size=image_size,
+        image_size=56,
         layer_norm_eps=1e-6,
     )
     oracle = Dinov2Model(config).eval()
@@ -382,12 +384,10 @@ def test_dinov2_is_transformers_dinov2():
     apart = error(net(image), states)
     assert apart <= 1e-5
     # at another size transformers resizes the positions by size, the release by (h + 0.1) / side: pass ours
-    larger, oracle = dinov2_pair(84)
-    grid = net.positions(6, 6)
-    larger.pos_embed.data, oracle.embeddings.position_embeddings.data = net.pos_embed, grid
-    image = torch.randn(1, 3, 84, 84)
+    oracle.embeddings.interpolate_pos_encoding = lambda *_: net.positions(6, 3)
+    image = torch.randn(2, 3, 84, 42)
     states = torch.stack(oracle(image, output_hidden_states=True).hidden_states[1:], dim=1)
-    resized = error(larger(image), states)
+    resized = error(net(image), states)
     print(f"DINOv2: {apart:.1e} from transformers, {resized:.1e} at another size, its positions given")
     assert resized <= 1e-5
 
@@ -462,12 +462,8 @@ def test_wans_encoders_are_their_networks_one_at_a_time(wan_folder, wan_networks
     ids, mask = wan.tokenizer(["a person"])
     assert torch.equal(text[:1], wan_networks[TEXT_ENCODER](ids, mask)) and not text[1, 1:].any()
     first = weakref.ref(wan.network)
-    image = torch.rand(2, 3, 112, 112) * 2 - 1
-    states = wan.features(image)
+    states = wan.features(torch.rand(2, 3, 150, 210) * 2 - 1)
     assert first() is None and states.shape == (2, 2, 65, 64)
-    mean, std = torch.tensor(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))[..., None, None]
-    with torch.no_grad():
-        assert error(states, wan_networks[VIT](((image + 1) / 2 - mean) / std)) <= 1e-5
     second = weakref.ref(wan.network)
     video = torch.rand(1, 3, 5, 40, 64) * 2 - 1
     latent = wan.encode(video)
@@ -478,6 +474,21 @@ def test_wans_encoders_are_their_networks_one_at_a_time(wan_folder, wan_networks
     wan.drop()
     assert last() is None and wan.network is None
     assert (wan.name, wan.files, wan.latent_dtype, wan.mask_block) == ("wan", (), torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize("height, width", [(112, 112), (150, 211), (131, 97)])
+def test_the_vit_sees_the_middle_square_at_112_pixels(wan_folder, wan_networks, height, width):
+    """Resized as PIL does it, whose bicubic reads every pixel, then with ImageNet's mean and spread."""
+    torch.manual_seed(0)
+    image, side = torch.rand(2, 3, height, width) * 2 - 1, min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    planes = ((image + 1) / 2)[:, :, top : top + side, left : left + side].flatten(0, 1).numpy()
+    planes = [np.asarray(Image.fromarray(plane).resize((112, 112), Image.Resampling.BICUBIC))
+              for plane in planes]
+    mean, std = torch.tensor(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))[..., None, None]
+    with torch.no_grad():
+        expected = wan_networks[VIT]((torch.tensor(np.stack(planes)).unflatten(0, (2, 3)) - mean) / std)
+    assert error(WanEncoders(wan_folder, CPU).features(image), expected) <= 1e-5
 
 
 def test_offloaded_blocks_give_the_same_text(wan_folder):

@@ -58,9 +58,9 @@ def test_a_fresh_adapter_changes_no_bit_and_no_name(stored, bf16):
         before = net(*inputs(net.config, stored))
         add_lora(net, 4)
         assert torch.equal(net(*inputs(net.config, stored)), before)
-    now, a = dict(net.named_parameters()), net.blocks[0].ffn[0].lora_A.detach()
+    now, a = dict(net.named_parameters()), net.blocks[0].ffn[2].lora_A.detach()
     assert now.keys() - base.keys() == ADAPTERS and all(now[name] is p for name, p in base.items())
-    assert a.dtype == F32 and a.shape == (4, 48) and float(a.std()) == pytest.approx(48**-0.5, rel=0.3)
+    assert a.dtype == F32 and a.shape == (4, 96) and float(a.std()) == pytest.approx(96**-0.5, rel=0.2)
     with pytest.raises(AssertionError, match="adapters already"):
         add_lora(net, 4)
 
@@ -91,10 +91,10 @@ def test_compiled_blocks_run_with_adapters():
 
 
 def test_merged_is_unmerged_and_files_hold_adapters(tmp_path):
-    source, public = network(trained=4).state_dict(), network()
+    source, public = network(trained=6).state_dict(), network()
     with torch.device("meta"):
         net = HarmoView(public.config)
-        add_lora(net, 4)
+        add_lora(net, 6)
     load_weights(net, read_weights(save(tmp_path / "all.safetensors", source)))
     unmerged, weight = net(*inputs(net.config)), net.blocks[0].ffn[0].weight
     merge_lora(net)
@@ -181,6 +181,16 @@ def test_an_alpha_that_diffusers_or_peft_noted_counts(tmp_path, alpha):
     (tmp_path / "adapter_config.json").write_text(json.dumps(noted, default=str))
     assert apply_lora(net, tmp_path / "adapter_model.safetensors") == apply_lora(again, path) == (6, [])
     assert all(map(torch.equal, net.parameters(), again.parameters()))
+
+
+def test_a_pairs_own_alpha_comes_before_one_that_was_noted(tmp_path):
+    a, b = network(), network()
+    for net, noted in ((a, None), (b, {"lora_adapter_metadata": json.dumps({"lora_alpha": 9})})):
+        tensors = GOOD | {f"{Q}.alpha": 5.0}
+        assert apply_lora(net, save(tmp_path / "x.safetensors", tensors, noted)) == (1, [])
+    assert all(map(torch.equal, a.parameters(), b.parameters()))
+    step = a.blocks[0].self_attn.q.weight - network().blocks[0].self_attn.q.weight
+    torch.testing.assert_close(step.detach(), torch.full((128, 128), 2 * 5 / 2))
 
 
 def test_differences_pairs_and_keys_that_fit_nothing(tmp_path):

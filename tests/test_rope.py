@@ -14,7 +14,7 @@ from rope import (
     video_positions,
 )
 
-GRID = dict(T=6, H=4, W=4, ref_hw=(4, 4))
+GRID = dict(T=6, H=4, W=5, ref_hw=(3, 6))  # no two sides alike, so that no rule can mix them up
 SUBSETS = [s for n in range(5) for s in itertools.combinations(VIEWS, n)]
 
 
@@ -31,6 +31,11 @@ def slots(layout, present, proxy_tokens=4, **grid):
             at += n
     assert at == len(positions)
     return found
+
+
+def alone(positions):
+    """Where the tokens of a slot of GRID would be without a layout: those of a reference, or two proxies."""
+    return video_positions(1, 3, 6) if len(positions) == 18 else torch.tensor([[0, 1, 3]] * 2)
 
 
 def test_video_positions_are_t_slowest():
@@ -87,40 +92,45 @@ def test_jump_dropping_views_of_one_person_moves_nobody(first):
         if k == 1 or view in first:
             assert torch.equal(everything[k, view], some[k, view])
         else:  # proxies at the centre of the slot that the view left
-            assert some[k, view].unique(dim=0).tolist() == [[everything[k, view][0, 0].item(), 2, 2]]
+            assert some[k, view].unique(dim=0).tolist() == [[everything[k, view][0, 0].item(), 1, 3]]
 
 
-def test_jump_keeps_identities_apart():
-    jump, T = 16, GRID["T"]
-    found = slots("jump", [VIEWS, VIEWS])
+@pytest.mark.parametrize("jump", [16, 7])
+def test_jump_keeps_identities_apart(jump):
+    T, found = GRID["T"], slots("jump", [VIEWS, VIEWS], jump=jump)
     times = {slot: set(p[:, 0].tolist()) for slot, p in found.items()}
     assert times == {(k, v): {T + jump * (k + 1) + VIEWS.index(v)} for k in (0, 1) for v in VIEWS}
     assert all(min(times[1, v]) - max(times[0, v]) >= jump for v in VIEWS)
     assert min(min(t) for t in times.values()) - (T - 1) >= jump
-    grid = video_positions(1, 4, 4)[:, 1:]
+    grid = video_positions(1, 3, 6)[:, 1:]
     assert all(torch.equal(p[:, 1:], grid) for p in found.values())
 
 
-def test_rd_shares_one_time_and_shifts_in_space():
-    found = slots("rd", [("front", "left"), ("back",)], proxy_tokens=0)
-    for i, slot in enumerate([(0, "front"), (0, "left"), (1, "back")], 1):
-        assert torch.equal(
-            found[slot], video_positions(1, 4, 4) + torch.tensor([GRID["T"] + 1, i * 4, i * 4])
-        )
+@pytest.mark.parametrize("layout, time", [("rd", GRID["T"] + 1), ("before", -1)])
+@pytest.mark.parametrize("proxy_tokens", [0, 2])
+def test_rd_and_before_share_one_time_and_shift_in_space(layout, time, proxy_tokens):
+    """Each is one whole frame of the video further; a group of proxies takes a place as a reference does."""
+    found = slots(layout, [("front", "left"), ("back",)], proxy_tokens)
+    taken = [slot for slot, positions in found.items() if len(positions)]
+    assert len(taken) == (8 if proxy_tokens else 3)
+    for i, slot in enumerate(taken, 1):
+        assert torch.equal(found[slot], alone(found[slot]) + torch.tensor([time, i * 4, i * 5]))
 
 
-def test_append_counts_on_as_further_frames():
-    found = slots("append", [("front", "left"), ("back",)], proxy_tokens=0)
-    for i, slot in enumerate([(0, "front"), (0, "left"), (1, "back")]):
-        assert torch.equal(found[slot], video_positions(1, 4, 4) + torch.tensor([GRID["T"] + i, 0, 0]))
+@pytest.mark.parametrize("proxy_tokens", [0, 2])
+def test_append_counts_on_as_further_frames(proxy_tokens):
+    found = slots("append", [("front", "left"), ("back",)], proxy_tokens)
+    taken = [positions for positions in found.values() if len(positions)]
+    for i, positions in enumerate(taken):
+        assert torch.equal(positions, alone(positions) + torch.tensor([GRID["T"] + i, 0, 0]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_two_tokens_share_a_position_but_proxies(layout):
     present = [("front", "back"), VIEWS]
     references = reference_positions(layout, present, **GRID, proxy_tokens=0)
-    everything = torch.cat((video_positions(6, 4, 4), references))
-    assert len(everything.unique(dim=0)) == len(everything) == 96 + 6 * 16
+    everything = torch.cat((video_positions(6, 4, 5), references))
+    assert len(everything.unique(dim=0)) == len(everything) == 6 * 20 + 6 * 18
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

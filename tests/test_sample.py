@@ -5,6 +5,7 @@ import re
 import shutil
 import weakref
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -54,6 +55,26 @@ def test_euler_visits_the_shifted_times():
     assert seen == pytest.approx([1000 * 3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25)], rel=1e-6)
 
 
+@pytest.mark.parametrize("solver, first", [("unipc", Fraction(999, 1000)), ("dpm++", Fraction(1)),
+                                           ("euler", Fraction(1))])
+@pytest.mark.parametrize("steps, shift", [(1, 5), (5, 3), (14, 8), (40, 12), (50, 5)])
+def test_noise_levels_and_times_are_wans(solver, first, steps, shift):
+    """Its get_sampling_sigmas and its UniPC's, in exact fractions; times are cut to whole ones."""
+    sigma, times = sample.schedule(steps, shift, solver)
+    levels = [first * (1 - Fraction(i, steps)) for i in range(steps + 1)]
+    levels = [shift * level / (1 + (shift - 1) * level) for level in levels]
+    assert sigma.tolist() == pytest.approx([float(level) for level in levels], rel=1e-12)
+    whole = [level if solver == "euler" else Fraction(int(1000 * level), 1000) for level in levels[:-1]]
+    assert times.tolist() == pytest.approx([float(1000 * level) for level in whole], rel=1e-12)
+
+
+def test_wans_recipes_are_its_authors():
+    """As in its wan/configs and generate.py."""
+    found = {name: [recipe[key] for key in ("steps", "shift", "solver", "guide_text", "fps")]
+             for name, recipe in sample.SAMPLE_RECIPES.items() if name != "toy"}
+    assert found == {"wan2.1": [50, 5.0, "unipc", (5.0,), 16], "wan2.2": [40, 12.0, "unipc", (4.0, 3.0), 16]}
+
+
 def test_euler_converges_at_first_order():
     """dx/dsigma = x from sigma 1 to 0 shrinks x by e."""
     error = [
@@ -72,8 +93,9 @@ def test_guidance_is_the_weighted_sum_of_three_predictions():
 
     x, text, no_text = torch.zeros(1), torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 3.0)
     full, alone, nothing = 20 + 100, 2, 3
-    for a, b in ((1, 1), (1, 2), (3, 1.5), (0, 0)):
+    for a, b in ((1, 1), (1, 2), (3, 1.5), (0, 0), (4, None)):  # None: the caption's
         velocity = sample.guided(model, text, no_text, [{"front": 0}], [0], (a,), b)
+        b = a if b is None else b
         assert velocity(x, torch.tensor(5.0)) == nothing + a * (alone - nothing) + b * (full - alone)
 
 
@@ -237,6 +259,38 @@ def test_a_video_does_not_depend_on_its_batch(tiny, precision, near):
     for number in (1, 2):
         (alone,) = sample.generate(model, encoders, toy_jobs([number]), FAST, 3)
         torch.testing.assert_close(together[number], alone, atol=near, rtol=0)
+
+
+def test_sampling_with_references_is_its_parts(tiny):
+    """Two people, one without a front, two guidance scales, two videos in one batch."""
+    found = sample.find(tiny / "out" / "tiny")
+    model, encoders = sample.load(found, precision="fp32")
+    network = model.load[0]()
+    torch.manual_seed(0)
+    for p in network.parameters():
+        p += 0.05 * torch.randn_like(p)
+    model.load = [lambda: network]
+    recipe = sample.SAMPLE_RECIPES["toy"] | dict(steps=2, shift=3.0, guide_text=(2.0,), guide_refs=1.5,
+                                                 negative="a dark room")
+    views = ("left",), ("front", "back")
+    jobs = [Job(PROMPT, [{view: toy.benchmark_references(32)[i, VIEWS.index(view)] for view in names}
+                         for i, names in zip(people, views)], seed, (32, 64))
+            for seed, people in ((5, (0, 1)), (3, (2, 3)))]
+    videos = sample.generate(model, encoders, jobs, recipe, found.frames, batch=2)
+    text, no_text = encoders.text([PROMPT]), encoders.text(["a dark room"])
+    for job, video in zip(jobs, videos, strict=True):
+        refs = [{view: encoders.encode(p[None, :, None])[:, :, 0] for view, p in person.items()}
+                for person in job.references]
+        vit = [None, encoders.features(job.references[1]["front"][None])]
+        x = torch.randn(1, 48, 3, 8, 16, generator=torch.Generator().manual_seed(job.seed))
+        for sigma, after in ((1.0, 0.75), (0.75, 0)):  # a half, shifted by 3
+            with torch.no_grad():
+                nothing, caption, both = (network(x, torch.tensor([1000 * sigma]), *given) for given in (
+                    (no_text, [{}, {}]), (text, [{}, {}]), (text, refs, vit)))
+            x = x + (after - sigma) * (nothing + 2 * (caption - nothing) + 1.5 * (both - caption))
+        truth = encoders.decode(x)[0]
+        assert (truth.abs() < 1).float().mean() > 0.5 and rms(truth) > 0.1
+        torch.testing.assert_close(video, truth, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["t2v", "harmony"])  # the first stage has both names: see --no-curriculum

@@ -88,8 +88,11 @@ def test_a_share_of_the_captions_describes_and_clips_stay_alike(tmp_path):
     told = [b for a, b in pairs if a != b]
     assert 0 < len(told) < len(pairs) and all(" skin, " in words for words in told)
     assert all(re.sub(r"with \w+ skin.*? in a", "in a", b) == a for a, b in pairs)
-    (one,) = [i for i, (a, b) in enumerate(pairs) if b == told[0]]
-    assert toy.describe(toy.training_identities(6, 1, toy.TRAIN_SEED), one) in told[0]
+    for people, some in ((1, pairs[:6]), (2, pairs[6:])):
+        identities = toy.training_identities(6, people, toy.TRAIN_SEED)
+        told = [(i, b) for i, (a, b) in enumerate(some) if a != b]
+        assert told and all(re.findall(r"with (\w+ skin.*?) in a", words) == [
+            toy.describe(identities, i + 6 * k) for k in range(people)] for i, words in told)
 
 
 def test_the_left_patch_is_invisible_from_the_whole_right():
@@ -296,6 +299,16 @@ def test_latents_are_pixels_and_come_back_as_such(encoders):
     assert torch.equal(encoders.decode(latent), video) and encoders.decode(3 * latent).abs().max() <= 1
 
 
+def test_the_frozen_networks_stay_as_they_were(encoders):
+    """As commit 3db879b made them: every checkpoint was trained on what these see."""
+    tokens = encoders.text(["a close-up of one person in a red shirt nods with the mouth closed"])
+    features = encoders.features(toy.benchmark_references(32)[:2, 0])
+    found = torch.stack([tokens[0, 5, :4], tokens[0, 16, :4], features[1, 0, 3, :4], features[1, 1, 3, :4]])
+    were = torch.tensor([[-0.1047, 1.3020, -1.2301, -0.3002], [-0.4067, 0.6951, 1.6271, -1.6642],
+                         [1.3225, -0.4802, 3.3102, 1.8405], [1.1702, -0.7805, 3.3034, 0.5060]])
+    torch.testing.assert_close(found, were, atol=1e-3, rtol=0)
+
+
 def test_the_frozen_networks_tell_captions_and_pictures_apart(encoders):
     clips = toy.draw_clips(20, 1, 0) + toy.draw_clips(20, 2, 0)
     tokens = encoders.text([toy.caption(clip) for clip in clips])
@@ -329,6 +342,11 @@ def test_a_cache_holds_the_clips_that_its_captions_say(cache):
         identities = toy.draw_identities(2 * people, toy.TRAIN_SEED + people)
         cast = [toy.pick(identities, range(2 * k, 2 * k + 2)) for k in range(people)]
         assert torch.equal(tensors["video"], to_bytes(toy.render_clips(clips, cast, 2, 32)[0]))
+        for k, identities in enumerate(cast):  # each person's own, with a light and a pose of their own
+            seed = 10**6 * people + 10**5 * k
+            of_clip = (clips, k, 2) if pairs == "in" else ()
+            refs = to_bytes(toy.render_references(identities, seed, 32, *of_clip))
+            assert torch.equal(tensors["refs"][:, k], refs)
 
 
 def test_a_cache_is_rendered_once(cache, monkeypatch):

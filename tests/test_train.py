@@ -249,6 +249,20 @@ def test_a_stage_ends_with_a_sample_sheet(fresh):
     ]
 
 
+def test_the_loss_is_of_the_velocity_on_the_straight_path():
+    """Each sample at its own noise level; text, refs and features are passed on."""
+    x0, noise, off = torch.randn(3, 2, 4, 3, 6, 2, generator=torch.Generator().manual_seed(0))
+    sigma, others = torch.tensor([0.3, 0.9]), ("text", "refs", "vit")
+
+    def model(x, t, *rest):
+        assert rest == others and t.tolist() == pytest.approx([300, 900])
+        for s, found, a, b in zip((0.3, 0.9), x, x0, noise, strict=True):
+            torch.testing.assert_close(found, (1 - s) * a + s * b)
+        return noise - x0 + off
+    loss = train.loss_of(model, (x0, *others), sigma, noise)
+    assert float(loss) == pytest.approx(float(off.square().mean()), rel=1e-5)
+
+
 def test_one_clip_can_be_overfitted(tiny):
     """80 steps on one clip with one person, then sampling from noise gives that clip."""
     torch.manual_seed(0)
@@ -346,22 +360,74 @@ def test_muon_makes_updates_orthogonal():
         assert ((muon.orthogonalize(x) - a @ b).norm() / (a @ b).norm()) < 0.35
 
 
-def test_our_muon_is_torchs():
-    torch.manual_seed(0)
-    ours, theirs = (
-        [torch.nn.Parameter(torch.ones(8, 16)), torch.nn.Parameter(torch.ones(16, 8))] for _ in range(2)
-    )
-    a = muon.Muon(ours, lr=0.01, weight_decay=0.1)
-    b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, atol=2e-3, rtol=0)  # torch's multiplies in bf16
-        assert (p - 1).abs().max() > 0.01
+def step_all(parameters, optimizers, steps=4):
+    """Optimizer steps with gradients of sizes that change, the same at every call."""
+    g = torch.Generator().manual_seed(1)
+    for size in torch.linspace(1, 3, steps):
+        for p in parameters:
+            p.grad = size * torch.randn(p.shape, generator=g)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_our_muon_is_torchs(monkeypatch):
+    shapes, found = ((8, 16), (16, 8), (8, 16), (24, 24), (5, 40)), []
+    for kind, more in ((muon.Muon, {}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})):
+        torch.manual_seed(0)
+        found.append([torch.nn.Parameter(torch.randn(shape)) for shape in shapes])
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's multiplies in bf16
+        step_all(found[-1], [kind(found[-1], lr=0.1, weight_decay=0.1, **more)])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_has_its_optimizer_rate_and_decay(optimizer, monkeypatch):
+    """Muon has the blocks' matrices, AdamW the rest and, where asked, all; what is frozen stays."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    args = Namespace(optimizer=optimizer, muon_lr=0.02, adamw_lr=0.004, weight_decay=0.3)
+    ours, theirs, optimizers = HarmoView(CONFIGS["tiny"]), HarmoView(CONFIGS["tiny"]), []
+    theirs.load_state_dict(ours.state_dict())
+    frozen = {"blocks.0.ffn.0.weight", "patch_embedding.weight"}
+    for net in (ours, theirs):
+        for name in frozen:
+            net.get_parameter(name).requires_grad_(False)
+    for name, p in theirs.named_parameters():
+        if name in frozen:
+            continue
+        if optimizer == "muon" and name.startswith("blocks.") and name.endswith(".weight") and p.ndim == 2:
+            assert re.search(r"attn\.[qkvo]\.|ffn\.[02]\.", name)
+            optimizers.append(torch.optim.Muon([p], 0.02, 0.3, adjust_lr_fn="match_rms_adamw"))
+        else:
+            optimizers.append(torch.optim.AdamW([p], 0.004, (0.9, 0.95), weight_decay=0.3))
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    step_all([p for p in ours.parameters() if p.requires_grad], muon.make_optimizers(ours, args))
+    step_all([p for p in theirs.parameters() if p.requires_grad], optimizers)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, before[name]) == (name in frozen)
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ["toy", "base", "base64", "base-plain"])
+def test_the_commands_that_made_the_shipped_networks_mean_what_they_meant(name, tmp_path, monkeypatch):
+    """All that is not in the command is a default, of a flag or of a recipe."""
+    monkeypatch.chdir(tmp_path)
+    meta = json.loads((ROOT / "assets" / name / "checkpoint.json").read_text())
+    words = meta["command"].split()[1:]
+    args = train.arguments([*words, "--precision", "bf16", "--config", meta["preset"]])
+    train.resolve(args, train.World(0, 1, torch.device("cpu")))
+    assert train.step_flags(args, meta["stage"]) == {
+        key: list(value) if isinstance(value, tuple) else value for key, value in meta["flags"].items()}
+
+
+@pytest.mark.parametrize("config, what, more, rate", [
+    ("1.3b", "all", [], 1e-5), ("1.3b", "new", [], 1e-4), ("1.3b", "lora", [], 1e-4),
+    ("1.3b", "lora", ["--adamw-lr", "0.5"], 0.5), ("tiny", "lora", [], 3e-3)])
+def test_wans_networks_and_what_is_added_to_one_train_with_adamw_at_their_own_rates(config, what, more, rate,
+                                                                                    wan_set):
+    args = train.arguments(["--config", config, "--wan", "x", "--data", str(wan_set), "--train", what, *more])
+    train.resolve(args, train.World(0, 1, torch.device("cpu")))
+    assert (args.optimizer, args.adamw_lr) == ("adamw", rate)
 
 
 def test_noise_levels_are_shifted_logit_normals():
@@ -400,16 +466,82 @@ def test_a_step_without_finite_gradients_changes_nothing(fresh, drawn, monkeypat
         return real(*args) * (float("nan") if len(calls) == 2 else 1)
 
     monkeypatch.setattr(train, "loss_of", spoiled)
-    train.main([*map(str, FAST), "--stage", "1", "--steps", "3"])
+    train.main([*map(str, FAST), "--stage", "1", "--steps", "3", "--save-every", "1", "--keep", "3"])
     assert "step 2: gradient norm nan; step skipped" in capsys.readouterr().out
-    state = weights(fresh / "out" / "tiny")["model.safetensors"]
-    assert all(torch.isfinite(v).all() for v in state.values())
+    saved = [{path.name: safetensors.torch.load(path.read_bytes()) for path in folder.glob("*.safetensors")}
+             for folder in steps_in(fresh / "out" / "tiny" / "stage1")]
+    assert_equal(saved[0], saved[1])  # the averages and the optimizers' state too
+    assert all(torch.isfinite(v).all() for v in saved[2]["model.safetensors"].values())
+    assert not torch.equal(*(state["ema.safetensors"]["head.head.weight"] for state in saved[1:]))
     monkeypatch.setattr(train, "loss_of", lambda *args: real(*args) * float("nan"))
     drawn.clear()
     with pytest.raises(UserError, match="10 steps in a row without a finite gradient") as error:
         train.main([*map(str, FAST), "--stage", "1", "--steps", "20", "--out", "nan"])
     assert f", the last one 10 with {drawn[9]}; try" in str(error.value)
     assert re.fullmatch("clip [0-9-]+(, clip [0-9-]+){3}", drawn[9]) and drawn[8] != drawn[9]
+
+
+def test_bad_steps_between_good_ones_do_not_add_up(fresh, monkeypatch):
+    """Ten in a row end a stage; here every other one is bad."""
+    calls = []
+
+    def spoiled(model, *_):
+        calls.append(1)
+        return (float("nan") if len(calls) % 2 else 0) * model.head.head.bias.sum()
+    monkeypatch.setattr(train, "loss_of", spoiled)
+    call("train.py", *FAST, "--stage", 1, "--steps", 21, cwd=fresh)
+    lost = [line["loss"] is None for line in metrics(fresh / "out" / "tiny", 1)]
+    assert lost == 10 * [True, False] + [True]
+
+
+def test_every_sample_of_every_step_stage_and_seed_has_noise_of_its_own(fresh, monkeypatch):
+    drawn = []
+
+    def watched(model, batch, sigma, noise):
+        if torch.is_grad_enabled():
+            drawn.extend(zip(sigma.tolist(), noise.flatten(1)[:, 0].tolist()))
+        return 0 * model.head.head.bias.sum()
+    monkeypatch.setattr(train, "loss_of", watched)
+    for seed in (0, 1):
+        for stage in (1, 2):
+            call("train.py", *FAST, "--stage", stage, "--steps", 3, "--seed", seed, "--out", seed, cwd=fresh)
+    assert all(len(set(numbers)) == 2 * 2 * 3 * 4 for numbers in zip(*drawn))
+
+
+def test_a_tenth_of_the_captions_is_lost_in_training_and_none_in_validation(fresh, monkeypatch):
+    lost = {True: [], False: []}
+
+    def watched(model, batch, *_):  # an empty caption is one token, </s>
+        lost[torch.is_grad_enabled()] += (batch[1].any(dim=2).sum(dim=1) == 1).tolist()
+        return 0 * model.head.head.bias.sum()
+    monkeypatch.setattr(train, "loss_of", watched)
+    call("train.py", *FAST, "--stage", 1, "--steps", 100, cwd=fresh)
+    assert len(lost[True]) == 400 and 25 < sum(lost[True]) < 55
+    assert len(lost[False]) > 50 and not any(lost[False])
+
+
+def test_mv2id_asks_for_no_references_from_other_clips(fresh, monkeypatch):
+    """In a set where one clip alone has such references, only steps that ask for them are of that one."""
+    encoded = next((fresh / "cache").glob("toy-*/toy-cross-mask0*"))
+    lines = [json.loads(line) for line in (encoded / "index.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["views"] = [dict.fromkeys(person, False) for person in line["views"]]
+    (encoded / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def steps_of_one_clip(*flags):
+        clips = []
+
+        def watched(model, batch, *_):
+            if torch.is_grad_enabled():
+                clips.append(len(batch[0].unique(dim=0)))
+            return 0 * model.head.head.bias.sum()
+        monkeypatch.setattr(train, "loss_of", watched)
+        call("train.py", *FAST, "--stage", 1, "--steps", 1, "--data", encoded, *flags, cwd=fresh)
+        clips.clear()
+        call("train.py", *FAST, "--stage", 2, "--steps", 16, "--data", encoded, *flags, cwd=fresh)
+        return clips.count(1)
+    assert 3 < steps_of_one_clip() < 13  # asked for in half of them
+    assert steps_of_one_clip("--mv2id", "--mask", 0, "--out", "mv2id") == 0
 
 
 def test_switches_of_the_method(fresh):
@@ -950,6 +1082,17 @@ def test_an_experts_slice_is_cut_out_of_the_law(kind, shift, low, high):
         assert levels.quantile(q) == pytest.approx(float(torch.quantile(inside, q)), abs=0.005)
 
 
+@pytest.mark.parametrize("flags, levels", [
+    ("", (100.0, "logit-normal", 0, math.inf)),
+    ("--timesteps uniform --shift 3", (3.0, "uniform", 0, math.inf)),
+    ("--expert high --boundary 0.6 --shift 9", (9.0, "logit-normal", 0.6, math.inf)),
+    ("--expert low --timesteps uniform --shift 9", (9.0, "uniform", 0, 0.875))])
+def test_flags_decide_the_law_of_noise_levels(flags, levels):
+    args = train.arguments(["--config", "tiny", *flags.split()])
+    train.resolve(args, train.World(0, 1, torch.device("cpu")))
+    assert args.levels == levels
+
+
 def test_the_shares_of_two_experts_are_one():
     for kind in ("logit-normal", "uniform"):
         high, low = (data.NoiseLevels(5.0, kind, *part) for part in ((0.875, math.inf), (0, 0.875)))
@@ -1004,13 +1147,16 @@ def test_experts_that_do_not_fit_are_one_line(fresh, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ what trains
 @pytest.mark.parametrize("what", ["new", "lora"])
 def test_on_a_frozen_base_only_what_is_added_trains(fresh, what, monkeypatch):
-    """Over two stages and a resume; then what was trained is sampled, and exported as one network."""
+    """Over two stages and a resume; then what was trained is sampled, and exported as one network. Frozen
+    weights need no gradient, so a step costs two forwards instead of three."""
     monkeypatch.chdir(fresh)
-    flags = [*map(str, FAST), "--precision", "fp32"]
+    flags, passes = [*map(str, FAST), "--precision", "fp32"], []
+    monkeypatch.setattr(train.Metrics, "speed", lambda self: passes.append(self.passes) or {})
     train.main([*flags, "--stage", "1", "--steps", "1"])
     base = weights(Path("out/tiny"))["ema.safetensors"]
     flags += ["--train", what, "--rank", "4", "--steps", "4", "--save-every", "2"]
     train.main([*flags, "--stage", "2"])
+    assert passes == [3, 2, 2, 2, 2]
     straight = weights(Path("out/tiny/stage2"))
     adapters = {name for name in straight["ema.safetensors"] if "lora_" in name}
     assert len(adapters) == (40 if what == "lora" else 0)
@@ -1067,6 +1213,29 @@ def test_validation_is_the_same_for_any_number_of_processes(fresh, monkeypatch):
     means = [float(part[:, :n].mean()) for part, n in zip(found[1], counts, strict=True)]
     assert means == pytest.approx([found[0][name] for name in one.cases], rel=1e-6)
     assert found[0] == pytest.approx(second, rel=1e-6)
+
+
+def test_validation_is_at_fixed_quantiles_with_noise_of_its_own_for_each_case(tmp_path):
+    """On three clips with one person and two with two: fewer than it could take."""
+    clips = toy.render_cache(tmp_path, 32, 3, (3, 2), seed=5)
+    folder = toy.encode_cache(clips, toy.ToyEncoders(clips, 32))
+    valid = train.Validation(folder, CONFIGS["tiny"], train.World(0, 1, torch.device("cpu")))
+    levels, noises = data.NoiseLevels(3.0), []
+    drawn = torch.stack([levels.draw(torch.Generator().manual_seed(i)) for i in range(4000)])
+
+    def loss_of(model, batch, sigma, noise):
+        noises.append(noise.flatten()[:9])
+        return sigma.mean()
+    found = valid.losses(loss_of, None, levels, "fp32")
+    shares = [float((drawn < loss).float().mean()) for name, loss in found.items() if name.startswith("t ")]
+    assert shares == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9], abs=0.03)
+    mean = sum(found[name] for name in found if name.startswith("t ")) / 5
+    for name, loss in found.items():
+        assert loss == pytest.approx(int(name[2:]) / 1000 if name.startswith("t ") else mean, abs=6e-4)
+    assert len(noises) == 5 * (3 * 5 + 2) and len(torch.stack(noises).unique(dim=0)) == 5 * 5
+    first = list(noises)
+    noises.clear()
+    assert valid.losses(loss_of, None, levels, "fp32") == found and all(map(torch.equal, first, noises))
 
 
 def test_a_toy_is_validated_on_a_set_that_is_given(fresh, monkeypatch):
