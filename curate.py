@@ -62,7 +62,7 @@ EXTRACT = {  # flag: type, default, meaning; rows are made anew where one change
     "side": (degrees, 35, "a left or right view has at least this |yaw|"),
     "side-end": (degrees, 90, "and at most this"),
     "margin": (not_negative, 0.6, "of a reference around the face, in face sides"),
-    "crf": (in_range(int, 0, 51, "0 to 51"), 18, "x264's for the clips; 18 is hard to tell from the source"),
+    "crf": (in_range(int, 0, 51, "0 to 51"), 19, "x264's for the clips; 19 is hard to tell from the source"),
 }
 GROUP = {
     "people": (in_range(int, 1, PEOPLE, f"1 to {PEOPLE}"), PEOPLE, "most people of a clip"),

@@ -154,7 +154,7 @@ def read_job(line, seed):
     return Job(entry["prompt"], None, entry["seed"], files=entry["refs"])
 
 
-def write_video(path, video, fps=16, comment="", crf=18):
+def write_video(path, video, fps=16, comment="", crf=19):
     """video [3, F, H, W] in -1..1 -> H.264 MP4, yuv420p; frames under 256 pixels are enlarged to that. crf:
     x264's quality from 0, lossless, to 51."""
     _, frames, height, width = video.shape
@@ -163,7 +163,8 @@ def write_video(path, video, fps=16, comment="", crf=18):
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = grow * width, grow * height, "yuv420p"
-        stream.options = {"crf": str(crf)}
+        # with mbtree, this x264 writes the same pictures in different bits now and then
+        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
         for f in range(frames):
             picture = to_image(video[:, f], grow * height, grow * width)
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))

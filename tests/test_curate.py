@@ -999,7 +999,7 @@ def test_clips_are_coded_as_well_as_the_flag_says(tmp_path):
         clip = np.stack(list(curate.read_frames(tmp_path / "out" / row["video"], 16)))
         errors.append(((clip - source) ** 2).mean())
         sizes.append((tmp_path / "out" / row["video"]).stat().st_size)
-        assert report["settings"]["crf"] == (int(flags[1]) if flags else 18)
+        assert report["settings"]["crf"] == (int(flags[1]) if flags else 19)
     assert errors == sorted(errors) and sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
 
 

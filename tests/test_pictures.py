@@ -602,17 +602,17 @@ def test_writing_a_video_and_reading_it_back(tmp_path):
 
 
 def test_a_smaller_crf_is_a_larger_and_truer_video(tmp_path):
-    """x264's own is 23, and what a video is written with where nothing is said."""
+    """19 is what a video is written with where nothing is said."""
     pictures, sizes, errors = gradient(9, 256, 320), [], []
     video = from_bytes(torch.from_numpy(np.stack(pictures))).permute(3, 0, 1, 2)
     video += 0.03 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
-    for crf in (10, 18, 23, 35):
+    for crf in (10, 19, 23, 35):
         write_video(tmp_path / "v.mp4", video, crf=crf)
         written = (tmp_path / "v.mp4").read_bytes()
         frames = np.stack(frames_of(tmp_path / "v.mp4")).astype(float)
         sizes.append(len(written))
         errors.append(((frames - to_bytes(video).permute(1, 2, 3, 0).numpy()) ** 2).mean())
-        if crf == 23:
+        for _ in range(8 * (crf == 19)):  # and every time the same bits
             write_video(tmp_path / "v.mp4", video)
             assert (tmp_path / "v.mp4").read_bytes() == written
     assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)

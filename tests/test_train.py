@@ -385,7 +385,7 @@ def test_our_muon_is_torchs(monkeypatch):
 def test_every_parameter_has_its_optimizer_rate_and_decay(optimizer, monkeypatch):
     """Muon has the blocks' matrices, AdamW the rest and, where asked, all; what is frozen stays."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    args = Namespace(optimizer=optimizer, muon_lr=0.02, adamw_lr=0.004, weight_decay=0.3)
+    args = Namespace(optimizer=optimizer, muon_lr=0.02, adamw_lr=0.004, new_lr=0.001, weight_decay=0.3)
     ours, theirs, optimizers = HarmoView(CONFIGS["tiny"]), HarmoView(CONFIGS["tiny"]), []
     theirs.load_state_dict(ours.state_dict())
     frozen = {"blocks.0.ffn.0.weight", "patch_embedding.weight"}
@@ -399,7 +399,8 @@ def test_every_parameter_has_its_optimizer_rate_and_decay(optimizer, monkeypatch
             assert re.search(r"attn\.[qkvo]\.|ffn\.[02]\.", name)
             optimizers.append(torch.optim.Muon([p], 0.02, 0.3, adjust_lr_fn="match_rms_adamw"))
         else:
-            optimizers.append(torch.optim.AdamW([p], 0.004, (0.9, 0.95), weight_decay=0.3))
+            rate = 0.001 if name.startswith(NEW_PREFIXES) else 0.004
+            optimizers.append(torch.optim.AdamW([p], rate, (0.9, 0.95), weight_decay=0.3))
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     step_all([p for p in ours.parameters() if p.requires_grad], muon.make_optimizers(ours, args))
     step_all([p for p in theirs.parameters() if p.requires_grad], optimizers)
@@ -416,18 +417,10 @@ def test_the_commands_that_made_the_shipped_networks_mean_what_they_meant(name, 
     words = meta["command"].split()[1:]
     args = train.arguments([*words, "--precision", "bf16", "--config", meta["preset"]])
     train.resolve(args, train.World(0, 1, torch.device("cpu")))
-    assert train.step_flags(args, meta["stage"]) == {
-        key: list(value) if isinstance(value, tuple) else value for key, value in meta["flags"].items()}
-
-
-@pytest.mark.parametrize("config, what, more, rate", [
-    ("1.3b", "all", [], 1e-5), ("1.3b", "new", [], 1e-4), ("1.3b", "lora", [], 1e-4),
-    ("1.3b", "lora", ["--adamw-lr", "0.5"], 0.5), ("tiny", "lora", [], 3e-3)])
-def test_wans_networks_and_what_is_added_to_one_train_with_adamw_at_their_own_rates(config, what, more, rate,
-                                                                                    wan_set):
-    args = train.arguments(["--config", config, "--wan", "x", "--data", str(wan_set), "--train", what, *more])
-    train.resolve(args, train.World(0, 1, torch.device("cpu")))
-    assert (args.optimizer, args.adamw_lr) == ("adamw", rate)
+    flags = train.step_flags(args, meta["stage"])
+    assert {name: flags[name] for name in meta["flags"] if name in flags} == {
+        name: value for name, value in meta["flags"].items() if name not in ("no_curriculum", "lr_span")}
+    assert flags["stage lr"] == (meta["flags"]["lr_span"] or list(train.STAGES[meta["stage"]].lr))
 
 
 def test_noise_levels_are_shifted_logit_normals():
@@ -520,28 +513,11 @@ def test_a_tenth_of_the_captions_is_lost_in_training_and_none_in_validation(fres
     assert len(lost[False]) > 50 and not any(lost[False])
 
 
-def test_mv2id_asks_for_no_references_from_other_clips(fresh, monkeypatch):
-    """In a set where one clip alone has such references, only steps that ask for them are of that one."""
-    encoded = next((fresh / "cache").glob("toy-*/toy-cross-mask0*"))
-    lines = [json.loads(line) for line in (encoded / "index.jsonl").read_text().splitlines()]
-    for line in lines[1:]:
-        line["views"] = [dict.fromkeys(person, False) for person in line["views"]]
-    (encoded / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def steps_of_one_clip(*flags):
-        clips = []
-
-        def watched(model, batch, *_):
-            if torch.is_grad_enabled():
-                clips.append(len(batch[0].unique(dim=0)))
-            return 0 * model.head.head.bias.sum()
-        monkeypatch.setattr(train, "loss_of", watched)
-        call("train.py", *FAST, "--stage", 1, "--steps", 1, "--data", encoded, *flags, cwd=fresh)
-        clips.clear()
-        call("train.py", *FAST, "--stage", 2, "--steps", 16, "--data", encoded, *flags, cwd=fresh)
-        return clips.count(1)
-    assert 3 < steps_of_one_clip() < 13  # asked for in half of them
-    assert steps_of_one_clip("--mv2id", "--mask", 0, "--out", "mv2id") == 0
+def test_mv2id_asks_for_no_references_from_other_clips():
+    for flags, factor in (([], 1), (["--mv2id"], 0)):
+        args = train.arguments(flags)
+        for number, stage in train.STAGES.items():
+            assert train.stage_of(number, args).cross == factor * stage.cross
 
 
 def test_switches_of_the_method(fresh):
@@ -1217,9 +1193,12 @@ def test_validation_is_the_same_for_any_number_of_processes(fresh, monkeypatch):
 
 def test_validation_is_at_fixed_quantiles_with_noise_of_its_own_for_each_case(tmp_path):
     """On three clips with one person and two with two: fewer than it could take."""
-    clips = toy.render_cache(tmp_path, 32, 3, (3, 2), seed=5)
-    folder = toy.encode_cache(clips, toy.ToyEncoders(clips, 32))
-    valid = train.Validation(folder, CONFIGS["tiny"], train.World(0, 1, torch.device("cpu")))
+    folders = []
+    for seed in (5, 6):
+        clips = toy.render_cache(tmp_path, 32, 3, (3, 2), seed=seed)
+        folders.append(toy.encode_cache(clips, toy.ToyEncoders(clips, 32)))
+    world = train.World(0, 1, torch.device("cpu"))
+    valid = train.Validation(folders[0], CONFIGS["tiny"], world, data.Dataset(folders[1]))
     levels, noises = data.NoiseLevels(3.0), []
     drawn = torch.stack([levels.draw(torch.Generator().manual_seed(i)) for i in range(4000)])
 
