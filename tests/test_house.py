@@ -24,7 +24,7 @@ FILES = {
     "text": (77, "checkpoint"),
     "checkpoint": (330, ""),
     "encode": (200, "encoders manifest parallel pictures rope checkpoint"),
-    "pictures": (300, "rope checkpoint"),
+    "pictures": (395, "rope checkpoint"),
     "toy": (625, "encode manifest pictures encoders rope checkpoint"),
     "manifest": (190, "pictures rope checkpoint"),
     "importers": (430, "manifest pictures rope checkpoint"),

@@ -121,6 +121,61 @@ def test_cmyk_jpeg_reads_right(tmp_path):
     torch.testing.assert_close(mean, torch.tensor([1.0, -1, -1]), atol=0.03, rtol=0)
 
 
+def icc_profile(primaries):
+    """An ICC profile of version 2, by its specification: D50 colorants in the columns [3, 3], gamma 2.2."""
+    def fixed(value):
+        return round(value * 65536).to_bytes(4, "big", signed=True)
+
+    white = [0.9642, 1.0, 0.8249]
+    tags = [(b"desc", b"desc" + bytes(4) + (2).to_bytes(4, "big") + b"P\0" + bytes(79)),
+            (b"cprt", b"text" + bytes(4) + b"-\0"),
+            (b"wtpt", b"XYZ " + bytes(4) + b"".join(map(fixed, white)))]
+    for k, name in enumerate((b"r", b"g", b"b")):
+        tags.append((name + b"XYZ", b"XYZ " + bytes(4) + b"".join(map(fixed, primaries[:, k]))))
+        gamma = (1).to_bytes(4, "big") + round(2.2 * 256).to_bytes(2, "big")
+        tags.append((name + b"TRC", b"curv" + bytes(4) + gamma))
+    table, body, start = len(tags).to_bytes(4, "big"), b"", 132 + 12 * len(tags)
+    for name, content in tags:
+        table += name + (start + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += content + bytes(-len(content) % 4)
+    header = bytearray(128)
+    header[8:12], header[12:24] = b"\2\x40\0\0", b"mntrRGB XYZ "
+    header[36:40], header[68:80] = b"acsp", b"".join(map(fixed, white))
+    header[:4] = (128 + len(table) + len(body)).to_bytes(4, "big")
+    return bytes(header) + table + body
+
+
+# D50 colorants of Display P3 and sRGB, as their profiles state them
+P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_a_pictures_profile_says_what_its_colours_are(format, mode, tmp_path):
+    """Telephones take photos in Display P3: read as sRGB, a red coat is 20 levels too pale."""
+    if format == "JPEG" and mode != "RGB" or format == "WEBP" and mode == "P":
+        pytest.skip("no such file")
+    colours = np.array([[160, 90, 70], [190, 140, 120], [90, 150, 60], [128, 128, 128]], np.uint8)
+    picture = Image.fromarray(colours.repeat(16, 0)[None].repeat(16, 0))
+    picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[format]
+    picture.save(tmp_path / "a", format, icc_profile=icc_profile(P3), **options)
+    linear = (np.linalg.inv(SRGB) @ P3 @ (colours / 255).T ** 2.2).clip(0, 1)
+    expected = 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear).T
+    read = ((read_picture(tmp_path / "a", (16, 64))[:, 8, 8::16] + 1) * 127.5).T.numpy()
+    assert np.abs(read - expected).max() < 4 < 15 < np.abs(expected - colours).max()
+
+
+@pytest.mark.parametrize("profile", [b"rubbish", icc_profile(P3)[:300]])
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA"])
+def test_a_profile_of_other_channels_or_none_at_all_changes_nothing(profile, mode, tmp_path):
+    Image.new("LA", (16, 16), (100, 255)).convert(mode).save(tmp_path / "a.png", icc_profile=profile)
+    Image.new("L", (16, 16), 100).save(tmp_path / "b.png", icc_profile=icc_profile(P3))
+    for name in "ab":
+        assert (to_bytes(read_picture(tmp_path / f"{name}.png", (16, 16))) == 100).all()
+
+
 def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -236,17 +291,30 @@ def test_fuzzed_pictures_survive_with_reasons(kind, tmp_path, no_hang):
 
 
 # ------------------------------------------------------------------------------------------------ read_frames
-def encode(path, frames, codec="libx264", pix_fmt="yuv420p", times=None, rate=16, options=None):
-    """uint8 pictures [H, W, 3 or 4] -> a video; times in seconds for a variable rate."""
+def encode(path, frames, codec="libx264", pix_fmt="yuv420p", times=None, rate=16, options=None, matrix=None,
+           settings=None, **tags):
+    """uint8 pictures [H, W, 3 or 4] -> a video; times in seconds for a variable rate; settings of the codec;
+    matrix: of its colours; tags: what the file says of them."""
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
-        for k, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgba" if picture.shape[2] == 4 else "rgb24")
-            if times:
-                frame.pts, frame.time_base = round(times[k] * 1000), Fraction(1, 1000)
-            container.mux(stream.encode(frame.reformat(format=pix_fmt)))
-        container.mux(stream.encode())
+        stream = new_stream(container, frames, codec, pix_fmt, rate, settings, **tags)
+        write_pictures(container, stream, frames, times, matrix)
+
+
+def new_stream(container, frames, codec="libx264", pix_fmt="yuv420p", rate=16, settings=None, **tags):
+    stream = container.add_stream(codec, rate=rate, options=settings or {})
+    stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+    for tag, value in tags.items():
+        setattr(stream if tag == "disposition" else stream.codec_context, tag, value)
+    return stream
+
+
+def write_pictures(container, stream, frames, times=None, matrix=None):
+    for k, picture in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(picture, format="rgba" if picture.shape[2] == 4 else "rgb24")
+        if times:
+            frame.pts, frame.time_base = round(times[k] * 1000), Fraction(1, 1000)
+        container.mux(stream.encode(frame.reformat(format=stream.pix_fmt, dst_colorspace=matrix)))
+    container.mux(stream.encode())
 
 
 def gradient(n, height, width):
@@ -308,20 +376,184 @@ def test_jumping_time_stamps_do_not_fill_the_memory(tmp_path):
         frames_of(tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize("turn", (90, 180, 270))
-def test_rotated_videos_stand_upright(tmp_path, turn):
-    """As phones write them: the pictures lie on their side and the header says by how much to turn them."""
-    picture = gradient(1, 64, 96)[0]
-    encode(tmp_path / "a.mp4", [np.rot90(picture, turn // 90).copy()] * 4)
+STANDING = {  # how a picture lies in the file -> (what turns it back: a, b, c, d of the display matrix)
+    "as it is": (lambda p: p, (1, 0, 0, 1)),
+    "90": (lambda p: np.rot90(p, 1), (0, 1, -1, 0)),
+    "180": (lambda p: np.rot90(p, 2), (-1, 0, 0, -1)),
+    "270": (lambda p: np.rot90(p, 3), (0, -1, 1, 0)),
+    "mirrored": (lambda p: p[:, ::-1], (-1, 0, 0, 1)),
+    "on its head": (lambda p: p[::-1], (1, 0, 0, -1)),
+    "transposed": (lambda p: p.swapaxes(0, 1), (0, 1, 1, 0)),
+    "mirrored and turned": (lambda p: np.rot90(p, 2).swapaxes(0, 1), (0, -1, -1, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", STANDING)
+def test_videos_stand_upright_and_are_not_mirrored(tmp_path, kind):
+    """As phones write them: the pictures lie on a side and the header says how to turn and mirror them."""
+    picture, (lay, (a, b, c, d)) = gradient(1, 64, 96)[0], STANDING[kind]
+    encode(tmp_path / "a.mp4", [np.ascontiguousarray(lay(picture))] * 4)
     content = bytearray((tmp_path / "a.mp4").read_bytes())
-    cosine, sine = ((0, 1), (-1, 0), (0, -1))[turn // 90 - 1]
-    matrix = (cosine << 16, sine << 16, 0, -sine << 16, cosine << 16, 0, 0, 0, 1 << 30)
+    matrix = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     at = content.index(b"tkhd") + 44
     content[at : at + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in matrix)
     (tmp_path / "a.mp4").write_bytes(content)
     upright = frames_of(tmp_path / "a.mp4")[0]
     assert upright.shape == picture.shape
     assert np.abs(upright.astype(float) - picture).mean() < 12
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.mp4", "a.mkv", "a.ts"])
+def test_pictures_come_in_their_order_where_they_are_stored_in_another(name, tmp_path):
+    """H.264 with B-frames. AVI keeps no times of its own for them."""
+    encode(tmp_path / name, gradient(24, 64, 96), rate=24, settings={"bf": "3", "b-adapt": "0", "qp": "8"})
+    frames = frames_of(tmp_path / name, 24)
+    assert [round(frame[..., 2].mean() / 8) for frame in frames] == list(range(24))
+
+
+def test_where_times_fall_back_pictures_are_counted(tmp_path):
+    """Two recordings in one file, the second one's clock begun anew."""
+    for n in (0, 1):
+        encode(tmp_path / f"{n}.ts", gradient(20, 64, 96)[10 * n : 10 * n + 10])
+    (tmp_path / "both.ts").write_bytes(b"".join((tmp_path / f"{n}.ts").read_bytes() for n in (0, 1)))
+    blue = [round(frame[..., 2].mean() / 8) for frame in frames_of(tmp_path / "both.ts")]
+    assert blue == list(range(20))
+
+
+def luma(colour, kr, kb):
+    """What is stored of R'G'B' in 0..255, of limited range, by the definition of BT.601 and BT.709."""
+    r, g, b = np.array(colour) / 255
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    return 16 + 219 * y, 128 + 112 * (b - y) / (1 - kb), 128 + 112 * (r - y) / (1 - kr)
+
+
+BT601, BT709 = (0.299, 0.114), (0.2126, 0.0722)
+SKIN, LEAF = (224, 172, 140), (30, 160, 50)
+
+
+@pytest.mark.parametrize("height, weights", [(480, BT601), (718, BT601), (720, BT709), (1080, BT709)])
+def test_a_written_video_says_what_its_colours_are(height, weights, tmp_path):
+    video = from_bytes(torch.tensor([SKIN, LEAF], dtype=torch.uint8)).T.reshape(3, 1, 1, 2)
+    write_video(tmp_path / "v.mp4", video.repeat_interleave(height // 2, 3).expand(-1, 3, height, -1))
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        context, frame = container.streams.video[0].codec_context, next(container.decode(video=0))
+        tags = context.colorspace, context.color_primaries, context.color_trc, context.color_range
+    assert tags == (1 if weights == BT709 else 5, 1, 1, 1)
+    planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
+    for x, colour in ((0.25, SKIN), (0.75, LEAF)):
+        stored = [plane[len(plane) // 2, int(x * width)] for plane, width in zip(
+            planes, (height // 2 * 2, height // 2, height // 2))]
+        assert np.abs(np.array(stored) - luma(colour, *weights)).max() < 2
+        picture = frames_of(tmp_path / "v.mp4")[0]
+        assert np.abs(picture[height // 2, int(x * picture.shape[1])].astype(float) - colour).max() <= 3
+
+
+@pytest.mark.parametrize("height, matrix, tags", [
+    (480, 5, {}), (480, 1, {"colorspace": 1}), (480, 5, {"colorspace": 6}), (720, 1, {}),
+    (720, 1, {"colorspace": 1}), (720, 5, {"colorspace": 6}), (720, 9, {"colorspace": 9})])
+def test_colours_are_read_by_the_files_tag_or_as_players_guess(height, matrix, tags, tmp_path):
+    picture = np.full((height, 96, 3), SKIN, np.uint8)
+    picture[:, 48:] = LEAF
+    encode(tmp_path / "a.mp4", [picture] * 2, matrix=matrix, **tags)
+    frame = frames_of(tmp_path / "a.mp4")[0].astype(float)
+    assert np.abs(frame - picture)[:, [8, 88]].max() <= 3
+
+
+@pytest.mark.parametrize("tags, says", [
+    ({"color_trc": 18, "color_primaries": 9, "colorspace": 9}, "HLG"),
+    ({"color_trc": 16, "color_primaries": 9, "colorspace": 9}, "PQ"),
+    ({"color_trc": 14, "color_primaries": 9, "colorspace": 9}, "BT.2020"),
+    ({"color_trc": 1, "color_primaries": 12, "colorspace": 1}, "P3")])
+def test_colours_that_common_screens_do_not_show_are_a_reason(tags, says, tmp_path):
+    encode(tmp_path / "a.mov", gradient(4, 64, 96), pix_fmt="yuv420p10le", **tags)
+    with pytest.raises(UserError, match=f"{says}.*BT.709") as error:
+        frames_of(tmp_path / "a.mov")
+    assert one_line(error)
+
+
+COVER = dict(codec="mjpeg", pix_fmt="yuvj420p", disposition=av.stream.Disposition.attached_pic)
+
+
+@pytest.mark.parametrize("first, pictures", [
+    (dict(codec="mpeg4"), noise(2)), (COVER, noise(1, 512))], ids=["preview", "cover"])
+def test_the_video_is_read_and_not_its_preview_or_cover(first, pictures, tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        streams = new_stream(container, pictures, **first), new_stream(container, gradient(16, 64, 96))
+        for stream, frames in zip(streams, (pictures, gradient(16, 64, 96))):
+            write_pictures(container, stream, frames)
+    frames = frames_of(tmp_path / "a.mp4")
+    assert len(frames) == 16 and np.abs(frames[3].astype(float) - gradient(4, 64, 96)[3]).mean() < 12
+
+
+def test_a_cover_alone_is_no_video(tmp_path):
+    encode(tmp_path / "a.mp4", noise(1), **COVER)
+    with pytest.raises(UserError, match="no video in it"):
+        frames_of(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    "codec, name", [("libvpx", "a.webm"), ("libvpx-vp9", "a.webm"), ("libvpx-vp9", "a.mkv")])
+def test_what_is_transparent_in_webm_is_white(codec, name, tmp_path):
+    alpha = np.where(np.arange(96) < 48, 0, 255)[None].repeat(64, 0)
+    pictures = [np.dstack((picture, alpha)).astype(np.uint8) for picture in gradient(6, 64, 96)]
+    encode(tmp_path / name, pictures, codec, "yuva420p", settings={"auto-alt-ref": "0"})
+    frames = frames_of(tmp_path / name)
+    assert len(frames) == 6
+    assert frames[3][:, :44].min() > 250 and np.abs(
+        frames[3].astype(float) - gradient(4, 64, 96)[3])[:, 52:].mean() < 12
+
+
+def test_interlaced_videos_have_no_combs(tmp_path):
+    """A square that moves by 4 pixels from one half picture to the next, so that combs have teeth of 4."""
+    square = np.zeros((24, 64, 160, 3), np.uint8)
+    for k in range(24):
+        square[k, 20:44, 4 + 4 * k : 36 + 4 * k] = 255
+    comb = np.stack([np.where(np.arange(64)[:, None, None] % 2 == 0, square[k], square[k + 1])
+                     for k in range(0, 24, 2)])
+    encode(tmp_path / "a.mp4", list(comb), rate=12, settings={"x264-params": "tff=1:qp=8"})
+    frames = np.stack(frames_of(tmp_path / "a.mp4", 12)).astype(float)
+    assert frames.shape == comb.shape
+    wrong = [np.abs(frames[1:-1] - square[half::2][1:-1]).mean() for half in (0, 1)]
+    assert min(wrong) < 0.6 < 2 < max(wrong)  # which half, the file says
+
+
+def test_a_damaged_sound_track_is_no_damage_to_the_pictures(tmp_path):
+    """A file whose end, all of it sound, is missing."""
+    with av.open(str(tmp_path / "a.mp4"), "w", options={"movflags": "faststart"}) as container:
+        video, sound = new_stream(container, gradient(16, 64, 96)), container.add_stream("aac", 48000)
+        sound.layout = "mono"
+        write_pictures(container, video, gradient(16, 64, 96))
+        for k in range(140):
+            noise = np.random.default_rng(k).random((1, 1024), np.float32)
+            frame = av.AudioFrame.from_ndarray(noise, "fltp", "mono")
+            frame.rate = 48000
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:-3000])
+    assert len(frames_of(tmp_path / "a.mp4")) == 16
+
+
+@pytest.mark.parametrize("level, name, text, is_damage", [
+    (av.logging.WARNING, "h264", "Video uses a wasteful way to store B-frames", False),  # as of packed Xvid
+    (av.logging.ERROR, "aac", "Number of bands exceeds limit", False),
+    (av.logging.ERROR, "mjpeg", "the cover's error", False),
+    (av.logging.ERROR, "mov,mp4,m4a,3gp,3g2,mj2", "stream 1, offset 0x10: partial file", False),
+    (av.logging.ERROR, "mov,mp4,m4a,3gp,3g2,mj2", "stream 0, offset 0x10: partial file", True),
+    (av.logging.ERROR, "matroska,webm", "Read error", True),
+    (av.logging.ERROR, "h264", "error while decoding MB 1 2", True)])
+def test_only_errors_of_a_videos_own_decoder_are_damage(level, name, text, is_damage, tmp_path):
+    encode(tmp_path / "a.mp4", gradient(4, 64, 96))
+    with pytest.raises(UserError, match="damaged") if is_damage else contextlib.nullcontext():
+        with watch_decoder():
+            assert len(list(read_frames(tmp_path / "a.mp4", 16))) == 4
+            av.logging.log(level, name, text)
+
+
+def test_a_name_with_a_colon_is_a_files(tmp_path, monkeypatch):
+    """FFmpeg reads "take:" as a protocol where it stands alone."""
+    monkeypatch.chdir(tmp_path)
+    write_video("take:1.mp4", torch.zeros(3, 4, 64, 96))
+    assert len(list(read_frames("take:1.mp4", 16))) == 4
 
 
 def test_what_is_transparent_in_a_video_is_white(tmp_path):
