@@ -7,6 +7,7 @@
   our checkpoints        a folder with safetensors and a readable checkpoint.json
 """
 import argparse
+import array
 import contextlib
 import hashlib
 import json
@@ -272,6 +273,32 @@ def read_lines(path):
             with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict)]
+
+
+class Lines:
+    """The lines of a text file, bytes, those aside that are blank; each is read when it is asked for, and in
+    memory it is two numbers: where it begins, and its place among all lines, from 1 on."""
+
+    def __init__(self, path):
+        self.path, self.places, self.numbers, place = Path(path), array.array("q"), array.array("q"), 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self.places.append(place)
+                    self.numbers.append(number)
+                place += len(line)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, index):
+        with open(self.path, "rb") as file:
+            file.seek(self.places[index])
+            return file.readline()
+
+    def __iter__(self):
+        with open(self.path, "rb") as file:
+            yield from (line for line in file if line.strip())
 
 
 def fingerprint(*parts):

@@ -8,7 +8,6 @@ Clips are encoded once, so the training loop reads latents only. The toy and Wan
 """
 import array
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import json
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 import importers
 import manifest
-from checkpoint import Parser, UserError, in_range, nonempty, run_script
+from checkpoint import Lines, Parser, UserError, in_range, nonempty, run_script
 from encode import encode_flags, encode_manifest, read_sample, read_settings, sample_path, unpack
 from rope import VIEWS
 
@@ -226,19 +225,17 @@ class Dataset:
         self.folder, self.text_dropout = Path(folder), text_dropout
         self.settings = read_settings(self.folder)
         self.ids = set()  # who is in the clips, where that is known
-        groups, self.places, lost = {}, array.array("q", [0]), 0  # where each line begins, in bytes
-        with open(self.folder / "index.jsonl", "rb") as file:
-            for number, line in enumerate(file):
-                self.places.append(self.places[-1] + len(line))
-                try:
-                    entry = json.loads(line)
-                    persons = tuple(tuple(person.items()) for person in entry["views"])
-                    groups.setdefault((tuple(entry["shape"]), persons), array.array("q")).append(number)
-                    self.ids.update(name for name in entry["people"] if name is not None)
-                except (ValueError, LookupError, TypeError, AttributeError):
-                    lost += 1
+        self.lines, groups, lost = Lines(self.folder / "index.jsonl"), {}, 0
+        for number, line in enumerate(self.lines):
+            try:
+                entry = json.loads(line)
+                persons = tuple(tuple(person.items()) for person in entry["views"])
+                groups.setdefault((tuple(entry["shape"]), persons), array.array("q")).append(number)
+                self.ids.update(name for name in entry["people"] if name is not None)
+            except (ValueError, LookupError, TypeError, AttributeError):
+                lost += 1
         if lost:
-            print(f"{folder}/index.jsonl: {lost} of {len(self.places) - 1} lines are damaged, left out: "
+            print(f"{folder}/index.jsonl: {lost} of {len(self.lines)} lines are damaged, left out: "
                   "encode again")
         if not groups:
             raise UserError(f"{folder} holds no encoded sample: see the output of `python data.py encode`")
@@ -251,9 +248,7 @@ class Dataset:
 
     def entry(self, number):
         """A line of index.jsonl."""
-        with open(self.folder / "index.jsonl", "rb") as file:
-            file.seek(self.places[number])
-            return json.loads(file.readline())
+        return json.loads(self.lines[number])
 
     def sample(self, number, views, bucket):
         """The tensors of a sample that these views need, or of the next one in its Bucket."""
@@ -307,16 +302,6 @@ class Dataset:
             raise UserError(f"{self.folder} is encoded with {'; '.join(wrong)}: encode with other networks")
 
 
-def prefetch(items):
-    """Yield the items of an iterator, each prepared by a thread while the one before it is in use."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        end = object()
-        following = thread.submit(next, items, end)
-        while (item := following.result()) is not end:
-            following = thread.submit(next, items, end)
-            yield item
-
-
 # -------------------------------------------------------------------------------------------------------- CLI
 class Kind(NamedTuple):
     """What of a row of train.STAGES decides which clips it draws."""
@@ -326,13 +311,8 @@ class Kind(NamedTuple):
     cross: float
 
 
-def show_draws(entries, batch=8):
-    """Print how steps would draw these lines of a manifest, were all clips of one shape."""
-    groups = {}
-    for number, entry in enumerate(entries):
-        persons = tuple(tuple((view, bool(picture.get("cross"))) for view, picture in person["views"].items())
-                        for person in entry["identities"])
-        groups.setdefault((None, persons), []).append(number)
+def show_draws(groups, batch=8):
+    """Print how steps would draw these groups of clips, were all of one shape."""
     print(f"what steps of {batch} clips draw:")
     for kind in (Kind("front", "front", (1,), 0), Kind("all views", "all", (1, 2), 0),
                  Kind("all views, from other clips where there are any", "all", (1, 2), 1)):
@@ -351,7 +331,8 @@ def main(argv=None):
     add("--mirror", action="store_true", help="exchange left and right: the set's are the person's own")
     add = what.add_parser("show", help="summary of a set, contact sheet of a sample").add_argument
     add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
-    add("--index", type=in_range(int, 0, 10**9, "a number from 0 on"), default=0, help="which clip")
+    add("--index", type=in_range(int, 0, 10**9, "a number from 0 on"),
+        help="this clip alone (default: a page of 20)")
     add("--out", type=nonempty, default="out/show.png", help="PNG to write")
     args = p.parse_args(argv)
     if args.what == "import":

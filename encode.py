@@ -3,6 +3,8 @@ latents only. Mv2ID's region masks are painted here, before any network sees a r
 
 `python data.py encode` makes one of a manifest; the toy world makes its own.
 """
+import concurrent.futures
+import contextlib
 import json
 import sys
 import zlib
@@ -13,11 +15,12 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (UserError, atomic_file, count, fingerprint, fraction, frame_rate, in_range, lock,
-                        nonempty, probe_writable, read_lines, uses_bf16)
+                        nonempty, probe_writable, uses_bf16)
 from encoders import WanEncoders
-from manifest import samples_of
+from manifest import Samples
 from parallel import World
 from pictures import from_bytes, picture_size, to_bytes
+from rope import VIEWS
 
 # An encoded set is a folder: settings.json, index.jsonl with a line a sample, and a file each, which holds
 # "latents" [C, T, H, W], "text" [S, E] at its true length, and for person k "refs.k.VIEW" [variants, C, h,
@@ -53,39 +56,68 @@ def unpack(stored):
 
 def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, size=1):
     """Encode those of the Samples whose files are not in the set yet; process `rank` of `size` takes every
-    size-th.
+    size-th, and asks for no other.
 
+    samples   a sequence; one that cannot be had raises UserError when it is asked for
     settings  JSON-able; a set that was made with others is refused
     mask      region masking: this fraction of each reference is hidden before any network sees it
     variants  differently masked versions of each reference
-    Each process that ends writes index.jsonl, in the order of `samples`, with all that is there by then, and
-    failed.jsonl, with reasons. Returns how many are encoded and how many failed; None while others work.
+    The process that ends last writes index.jsonl and failed.jsonl, with reasons, in the order of `samples`.
+    Returns how many are encoded and how many failed; None while others work.
     """
     folder = Path(folder)
     settings = {"schema": "harmoview encoded set", "version": VERSION, "mask": mask,
                 "variants": variants if mask else 1, "vit": encoders.vit_shape, **settings}
+    open_set(folder, settings, rank)
+    if not sample_path(folder, "empty").exists():
+        write_sample(folder, "empty", {"text": encoders.text([""])[0].half()})
+    mine, lines, todo, done = range(rank, len(samples), size), [], {}, []
+    with tqdm(total=len(mine), desc="encoding", unit=" clips", disable=None if rank == 0 else True) as bar:
+        for number in mine:
+            try:
+                sample = samples[number]
+                name = fingerprint(sample.name, sample.stamp, settings)
+                lines.append({"name": name, "source": sample.source, "people": sample.ids, "shape": None,
+                              "views": sample.cross})
+                if not sample_path(folder, name).exists():
+                    todo[name] = sample
+            except UserError as error:
+                lines.append({"source": f"sample {number + 1}", "error": str(error)})
+                print(f"left out: {error}", file=sys.stderr)
+            # so many at a time, as each network is loaded once for them
+            if len(todo) == 64 or len(lines) == 4096 or number == mine[-1]:
+                failed = encode_samples(todo, folder, encoders, settings) if todo else {}
+                done += [finished(line, failed, folder) for line in lines]
+                bar.update(len(lines))
+                lines, todo = [], {}
+    return write_index(folder, done, len(samples), rank, size)
+
+
+def open_set(folder, settings, rank):
+    """Make a new set's folder, or look whether the one there was made with these settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = not (folder / "settings.json").exists()
-    stored = settings if new else read_settings(folder)
+    if not (folder / "settings.json").exists():
+        visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        if visible and not sample_path(folder, "empty").exists():
+            raise UserError(f"{folder} holds files, and is no encoded set: give another --out")
+        with atomic_file(folder / "settings.json") as path:
+            path.write_text(json.dumps(settings, indent=1))
+    stored = read_settings(folder)
     if different := [f"{name} {stored.get(name)} there, {value} here" for name, value in settings.items()
                      if stored.get(name) != value]:
         raise UserError(f"{folder} was encoded with other settings ({'; '.join(different)}): "
                         "give the same, or another --out")
-    named = {fingerprint(sample.name, sample.stamp, settings): sample for sample in samples}
-    there, mine = names_in(folder), list(named)[rank::size]  # cut before anything is left out: all cut alike
-    todo = [name for name in mine if name not in there]
-    if new or "empty" not in there:
-        write_sample(folder, "empty", {"text": encoders.text([""])[0].half()})
-        with atomic_file(folder / "settings.json") as path:
-            path.write_text(json.dumps(settings, indent=1))
-    failed = {}
-    with tqdm(total=len(todo), desc="encoding", unit=" clips", disable=None if rank == 0 else True) as bar:
-        for first in range(0, len(todo), 64):  # so many at a time, as each network is loaded once for them
-            batch = {name: named[name] for name in todo[first:first + 64]}
-            failed |= encode_samples(batch, folder, encoders, settings)
-            bar.update(len(batch))
-    with lock(folder, wait=True):
-        return write_index(folder, named, set(mine), failed)
+    for part in folder.glob(f"part-{rank}-of-*.jsonl"):  # of a run that others did not end
+        part.unlink(missing_ok=True)
+
+
+def finished(line, failed, folder):
+    """A line of the index, or with the reason why there is none, as it is written."""
+    if reason := failed.get(line.get("name")):
+        line = {"name": line["name"], "source": line["source"], "error": reason}
+    elif "error" not in line:
+        line["shape"] = shape_of(folder, line["name"])
+    return json.dumps(line) + "\n"
 
 
 def names_in(folder):
@@ -93,28 +125,30 @@ def names_in(folder):
     return {path.stem for path in folder.glob("??/[!.]*.safetensors")}
 
 
-def write_index(folder, named, mine, failed):
-    """Write index.jsonl and failed.jsonl: of the samples `mine` this process knows how it went, of the others
-    what is in the folder. named: {name: Sample}; failed: {name: reason}"""
-    there = names_in(folder)
-    shapes = {line["name"]: line["shape"] for line in read_lines(folder / "index.jsonl")}
-    reasons = {line["name"]: line["error"] for line in read_lines(folder / "failed.jsonl")}
-    reasons = {name: reason for name, reason in reasons.items() if name not in mine} | failed
-    lines, without = [], []
-    for name, sample in named.items():
-        line = {"name": name, "source": sample.source}
-        if name in there:
-            shape = shapes.get(name) or shape_of(folder, name)
-            lines.append(line | {"people": sample.ids, "shape": shape, "views": sample.cross})
-        elif name in reasons:
-            without.append(line | {"error": reasons[name]})
-    for name, entries in (("index", lines), ("failed", without)):
-        with atomic_file(folder / f"{name}.jsonl") as path:
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    if len(lines) + len(without) < len(named):
-        return None
-    remove_unused(folder, there - named.keys() - {"empty"})
-    return len(lines), len(without)
+def write_index(folder, lines, total, rank, size):
+    """Write this process's lines, and once those of all are there, index.jsonl and failed.jsonl of them."""
+    parts, names, failed = [folder / f"part-{n}-of-{size}.jsonl" for n in range(size)], set(), 0
+    with lock(folder, wait=True):
+        with atomic_file(parts[rank]) as path:
+            path.write_text("".join(lines))
+        if not all(part.exists() for part in parts):
+            return None
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(part)) for part in parts]
+            index, without = (stack.enter_context(open(stack.enter_context(atomic_file(folder / name)), "w"))
+                              for name in ("index.jsonl", "failed.jsonl"))
+            for number in range(total):
+                line = json.loads(files[number % size].readline())
+                if line.get("name") in names:
+                    line = {"source": line["source"], "error": "the same clip, caption and pictures again"}
+                if "error" not in line:
+                    names.add(line["name"])
+                failed += "error" in line
+                (without if "error" in line else index).write(json.dumps(line) + "\n")
+        remove_unused(folder, names_in(folder) - names - {"empty"})
+        for part in folder.glob("part-*-of-*.jsonl"):
+            part.unlink()
+    return len(names), failed
 
 
 def remove_unused(folder, names):
@@ -146,40 +180,57 @@ def read_settings(folder):
 def encode_samples(named, folder, encoders, settings):
     """Write the file of each Sample, one network after the other, since the real ones do not fit into memory
     together -> {name: reason} of those that cannot be read. named: {name: Sample}"""
-    def pictures(name, k, view):
-        """[variants, 3, h, w], the same at every call."""
-        picture = named[name].people[k][view]()
-        if not settings["mask"]:
-            return picture[None]
-        generator = torch.Generator().manual_seed(int(fingerprint(name, k, view)[:15], 16))
-        return torch.stack([mask_regions(picture, settings["mask"], encoders.mask_block, generator)
-                            for _ in range(settings["variants"])])
-
-    def add_features(tensors, name, sample):
-        for k, views in enumerate(sample.people):
-            if "front" in views and encoders.vit_shape:
-                tensors[f"vit.{k}"] = encoders.features(pictures(name, k, "front")).half()
-
-    def add_latents(tensors, name, sample):
-        tensors["latents"] = pack(encoders.encode(sample.read_video()[None])[0], encoders.latent_dtype)
-        for k, views in enumerate(sample.people):
-            for view in views:
-                refs = [encoders.encode(p[None, :, None])[0, :, 0] for p in pictures(name, k, view)]
-                tensors[f"refs.{k}.{view}"] = pack(torch.stack(refs), encoders.latent_dtype)
-        write_sample(folder, name, tensors)
     text, failed = encoders.text([sample.caption for sample in named.values()]), {}
     tensors = {name: {"text": tokens[:int(tokens.any(dim=1).nonzero().max()) + 1].half()}
                for name, tokens in zip(named, text)}
-    for add in (add_features, add_latents):
-        for name, sample in named.items():
+
+    def pictures(name, views=VIEWS):
+        """{(person, view): [variants, 3, h, w]} of a Sample, the same at every call."""
+        return {(k, view): variants_of(read(), (name, k, view), settings, encoders.mask_block)
+                for k, person in enumerate(named[name].people) for view, read in person.items()
+                if view in views}
+
+    def inputs(read):
+        """Yield the samples' names and what `read` gives of each; of the next one meanwhile."""
+        def attempt(name):
             try:
-                if name not in failed:
-                    add(tensors[name], name, sample)
+                return name, read(name)
             except UserError as error:
                 failed[name] = str(error)
-                tqdm.write(f"{sample.source} is left out: {error}", file=sys.stderr)
+                tqdm.write(f"{named[name].source} is left out: {error}", file=sys.stderr)
+        yield from filter(None, prefetch(map(attempt, [name for name in named if name not in failed])))
+    if encoders.vit_shape:
+        for name, fronts in inputs(lambda name: pictures(name, ("front",))):
+            for (k, _), variants in fronts.items():
+                tensors[name][f"vit.{k}"] = encoders.features(variants).half()
+    for name, (video, references) in inputs(lambda name: (named[name].read_video(), pictures(name))):
+        found = tensors.pop(name)
+        found["latents"] = pack(encoders.encode(video[None])[0], encoders.latent_dtype)
+        for (k, view), variants in references.items():
+            latents = [encoders.encode(picture[None, :, None])[0, :, 0] for picture in variants]
+            found[f"refs.{k}.{view}"] = pack(torch.stack(latents), encoders.latent_dtype)
+        write_sample(folder, name, found)
     encoders.drop()
     return failed
+
+
+def variants_of(picture, key, settings, block):
+    """A picture [3, h, w] -> [variants, 3, h, w], each with regions masked as `key` decides."""
+    if not settings["mask"]:
+        return picture[None]
+    generator = torch.Generator().manual_seed(int(fingerprint(*key)[:15], 16))
+    return torch.stack([mask_regions(picture, settings["mask"], block, generator)
+                        for _ in range(settings["variants"])])
+
+
+def prefetch(items):
+    """Yield the items of an iterator, each prepared by a thread while the one before it is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        end = object()
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
 
 
 def checksum(tensor):
@@ -239,13 +290,15 @@ def encode_manifest(args):
     world = World.here()
     dtype = torch.bfloat16 if uses_bf16(world.device, args.precision) else torch.float32
     encoders = WanEncoders(args.wan, world.device, dtype, args.offload, args.tile)
-    samples = samples_of(args.data, args.size, args.frames, args.fps)
+    samples = Samples(args.data, args.size, args.frames, args.fps)
     settings = {"size": sorted(map(list, args.size)), "frames": sorted(args.frames), "fps": args.fps,
                 "networks": encoders.sizes, "tile": args.tile, "precision": str(dtype)}
     out = Path(args.out or f"{args.data}/encoded")
     probe_writable(out)
     done = encode(samples, out, encoders, settings, args.mask, args.mask_variants, world.rank, world.size)
-    if done:
+    if done is None:
+        print(f"process {world.rank} of {world.size} is done; the one that ends last writes the set's list")
+    else:
         encoded, failed = done
         left_out = f"{failed} left out (failed.jsonl has the reasons)"
         if not encoded:

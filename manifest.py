@@ -5,6 +5,7 @@ A manifest is DIR/manifest.jsonl: {"video": "clips/a.mp4", "caption": "...", "id
 Other keys are kept and not read; cross: the picture is from another clip. Paths stay below DIR. curate.py
 writes one, and `python data.py import`; `python data.py encode` reads it.
 """
+import array
 import collections
 import functools
 import itertools
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from checkpoint import (UserError, as_user_error, atomic_file, check_outputs, fingerprint, is_text,
+from checkpoint import (Lines, UserError, as_user_error, atomic_file, check_outputs, fingerprint, is_text,
                         probe_writable)
 from pictures import Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 from rope import VIEWS
@@ -41,40 +42,59 @@ class Sample(NamedTuple):
     stamp: str = ""  # of its files: another one where they were replaced
 
 
-def read_manifest(folder):
-    """Lines of a folder's manifest.jsonl; prints the reason of each that is left out, and how many."""
+def lines_of(folder):
+    """The Lines of a folder's manifest.jsonl."""
     path = Path(folder) / "manifest.jsonl"
     if not path.is_file():
         if (path.parent / "settings.json").is_file():
             raise UserError(f"{folder} is an encoded set, expected the folder of its manifest, by default "
                             f"{Path(os.path.abspath(folder)).parent}")
         raise UserError(f"{path}: no such file; curate.py writes one, and `python data.py import`")
-    entries, skipped, lines = [], 0, {}
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    for n, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    return Lines(path)
+
+
+def read_line(line, folder):
+    """A line of a manifest, bytes -> its object. Raises ValueError with the reason why it cannot be used."""
+    text = line.decode("utf-8-sig", "replace")
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected a JSON object, got {text.strip()[:60]!r}") from None
+    check_entry(entry, Path(folder))
+    return entry
+
+
+def entries_of(folder):
+    """Yield (place among the lines, object) of a manifest's lines that can be used; print the reason of each
+    other one, and at the end how many."""
+    lines, names, silent = lines_of(folder), {}, 0
+    for place, line in enumerate(lines):
         try:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                raise ValueError(f"expected a JSON object, got {line[:60]!r}") from None
-            check_entry(entry, path.parent)
-            first = lines.setdefault(name_of(entry), n)
-            if first < n:
-                raise ValueError(f"it is line {first} again")
-            entries.append(entry)
+            entry = read_line(line, folder)
+            first = names.setdefault(name_of(entry), place)
+            if first < place:
+                raise ValueError(f"it is line {lines.numbers[first]} again")
+            silent += not entry["caption"].strip()
+            yield place, entry
         except (ValueError, RecursionError) as error:
-            reason = " ".join(f"{path} line {n} left out: {error}".split())[:300]
-            print(reason.encode(errors="replace").decode())  # a lone surrogate cannot be printed
-            skipped += 1
-    if skipped:
-        print(f"{path}: {len(entries)} lines read, {skipped} left out")
-    if silent := sum(not entry["caption"].strip() for entry in entries):
-        print(f"{path}: {silent} of {len(entries)} clips have no caption and will train without one")
-    if not entries:
-        raise UserError(f"{path} holds no line that can be used")
-    return entries
+            reason = f"{lines.path} line {lines.numbers[place]} left out: {error}"
+            print(printable(reason))
+    if len(names) < len(lines):
+        print(f"{lines.path}: {len(names)} lines read, {len(lines) - len(names)} left out")
+    if silent:
+        print(f"{lines.path}: {silent} of {len(names)} clips have no caption and will train without one")
+    if not names:
+        raise UserError(f"{lines.path} holds no line that can be used")
+
+
+def printable(reason):
+    """One line, not too long; a lone surrogate cannot be printed."""
+    return " ".join(reason.split())[:300].encode(errors="replace").decode()
+
+
+def read_manifest(folder):
+    """The objects of a folder's manifest.jsonl; prints the reason of each line that is left out."""
+    return [entry for _, entry in entries_of(folder)]
 
 
 def check_entry(entry, folder):
@@ -91,7 +111,7 @@ def check_entry(entry, folder):
         raise ValueError(f"expected a JSON object, got {json.dumps(entry)[:60]}")
     for key in ("video", "caption"):
         expect(is_text(entry.get(key)), "text", key)
-    people, paths = entry.get("identities"), [entry["video"]]
+    people = entry.get("identities")
     expect(isinstance(people, list) and 1 <= len(people) <= PEOPLE, f"a list of 1 to {PEOPLE} people",
            "identities")
     for k, person in enumerate(people):
@@ -105,12 +125,17 @@ def check_entry(entry, folder):
             expect(isinstance(picture, dict), "an object", *at)
             expect(is_text(picture.get("image")), "a file name", *at, "image")
             expect(isinstance(picture.get("cross", False), bool), "true or false", *at, "cross")
-            paths.append(picture["image"])
-    for path in paths:
+    for path in paths_of(entry):
         if os.path.isabs(path) or ".." in Path(path).parts:
             raise ValueError(f"{path[:99]} leaves the folder")
         if not os.path.isfile(folder / path):  # unlike Path's, False for any name
             raise ValueError(f"{path[:99]}: no such file")
+
+
+def paths_of(entry):
+    """The files of a manifest's entry: its video, and its pictures by person and view."""
+    return [entry["video"], *(person["views"][view]["image"] for person in entry["identities"]
+                              for view in sorted(person["views"]))]
 
 
 def name_of(entry):
@@ -120,9 +145,22 @@ def name_of(entry):
     return fingerprint(entry["video"], entry["caption"], pictures)
 
 
-def samples_of(folder, sizes, frames, fps):
-    """A manifest's lines as Samples of the nearest of `sizes` [(H, W)] and the most of `frames` that fit."""
-    return [sample_of(entry, Path(folder), sizes, sorted(frames), fps) for entry in read_manifest(folder)]
+class Samples:
+    """A manifest's lines as Samples of the nearest of `sizes` [(H, W)] and the most of `frames` that fit. A
+    line is read, and its files are looked for, when it is asked for; UserError where it cannot be used."""
+
+    def __init__(self, folder, sizes, frames, fps):
+        self.lines, self.how = lines_of(folder), (sizes, sorted(frames), fps)
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, place):
+        path, line = self.lines.path, self.lines[place]
+        try:
+            return sample_of(read_line(line, path.parent), path.parent, *self.how)
+        except ValueError as error:
+            raise UserError(printable(f"{path} line {self.lines.numbers[place]}: {error}")) from None
 
 
 def sample_of(entry, folder, sizes, frames, fps):
@@ -150,50 +188,64 @@ def sample_of(entry, folder, sizes, frames, fps):
     for person in entry["identities"]:
         people.append({view: reader(picture["image"]) for view, picture in person["views"].items()})
         cross.append({view: bool(picture.get("cross")) for view, picture in person["views"].items()})
-    files = [path, *(folder / who["views"][view]["image"] for who in entry["identities"]
-                     for view in sorted(who["views"]))]
-    stamp = ", ".join(f"{found.st_size} {found.st_mtime_ns}" for found in map(os.stat, files))
+    files = [os.stat(folder / name) for name in paths_of(entry)]
+    stamp = ", ".join(f"{found.st_size} {found.st_mtime_ns}" for found in files)
     ids = [person.get("id") for person in entry["identities"]]
     return Sample(name_of(entry), entry["video"], entry["caption"], read_video, people, cross, ids, stamp)
 
 
 def show(folder, number, out):
-    """Print what a manifest's set holds, and write a contact sheet of one of its clips to `out`; returns the
-    lines."""
+    """Print what a manifest's set holds, and write a contact sheet to `out`: of clip `number`, from 0 on, or
+    where that is None, of 20 spread evenly over the set. Returns {(None, the views of each person): places
+    of such lines}, as data.Sampler takes them."""
     real = out.resolve()
     if real.suffix != ".png" or out.suffix != ".png":
         raise UserError(f"--out {out}: expected a file name that ends in .png")
     for base in (Path(folder), Path(folder) / "source"):
         if real.is_relative_to(base.resolve()):
             raise UserError(f"--out {out} lies in {base}, among the set's own files: choose another --out")
-    entries = read_manifest(folder)
-    if number >= len(entries):
-        raise UserError(f"--index {number}: the set has {len(entries)} clips, from 0 on")
-    views, identities, pictures = collections.Counter(), set(), []
-    for entry in entries:
-        for person in entry["identities"]:
-            identities.add(str(person.get("id")))
-            views.update(person["views"].keys())
-            pictures += person["views"].values()
-    people = collections.Counter(len(entry["identities"]) for entry in entries)
-    cross = sum(bool(picture.get("cross")) for picture in pictures)
-    print(f"{len(entries)} clips, {len(identities)} identities; clips by number of people: {dict(people)}\n"
-          f"references: {', '.join(f'{views[view]} {view}' for view in VIEWS)}; {cross} of {len(pictures)} "
+    groups, identities, people, views, cross = {}, set(), collections.Counter(), collections.Counter(), 0
+    places = array.array("q")
+    for place, entry in entries_of(folder):
+        persons = tuple(tuple((view, bool(picture.get("cross"))) for view, picture in person["views"].items())
+                        for person in entry["identities"])
+        groups.setdefault((None, persons), array.array("q")).append(len(places))
+        places.append(place)
+        people[len(persons)] += 1
+        identities.update(fingerprint(person.get("id")) for person in entry["identities"])
+        views.update(view for person in persons for view, _ in person)
+        cross += sum(is_cross for person in persons for _, is_cross in person)
+    if number is not None and number >= len(places):
+        raise UserError(f"--index {number}: the set has {len(places)} clips, from 0 on")
+    print(f"{len(places)} clips, {len(identities)} identities; clips by number of people: {dict(people)}\n"
+          f"references: {', '.join(f'{views[view]} {view}' for view in VIEWS)}; {cross} of {views.total()} "
           "from another clip than theirs")
-    entry = entries[number]
-    path = Path(folder) / entry["video"]
     probe_writable(out.parent)
-    check_outputs([out], [path])
-    with as_user_error(path), watch_decoder():
-        frames = np.stack(list(itertools.islice(read_frames(path, 16, 480), 81)))
-    video = from_bytes(torch.from_numpy(frames)).permute(3, 0, 1, 2)
-    references = []
-    for person in entry["identities"]:
-        references.append({view: read_picture(Path(folder) / picture["image"], video.shape[2:], SIDE)
-                           for view, picture in person["views"].items()})
-    names = ", ".join(str(person.get("id")) for person in entry["identities"])
-    job = Job(entry["caption"], references, video=video, note=f" ({entry['video']}; {names})")
+    spread = dict.fromkeys(np.linspace(0, len(places) - 1, 20).round().astype(int).tolist())
+    lines, jobs, reasons = lines_of(folder), [], []
+    for index in spread if number is None else [number]:
+        entry = read_line(lines[places[index]], folder)
+        check_outputs([out], [Path(folder) / path for path in paths_of(entry)])
+        try:
+            jobs.append(job_of(entry, Path(folder), 112 if number is None else 480))
+            jobs[-1].note = f" ({index}: {entry['video']}{jobs[-1].note})"
+        except UserError as error:
+            reasons.append(f"clip {index} cannot be shown: {error}")
+    if not jobs:
+        raise UserError(reasons[0])
     with atomic_file(out) as temporary:
-        contact_sheet([job], 224).save(temporary, "PNG")
-    print(f"{entry['video']}: {entry['caption']}\n{out}")
-    return entries
+        contact_sheet(jobs, 112 if number is None else 224).save(temporary, "PNG")
+    print("\n".join([*reasons, str(out)]))
+    return groups
+
+
+def job_of(entry, folder, short_side):
+    """A manifest's entry as a Job to show: at most 81 pictures of its clip, the people's names as note."""
+    path = folder / entry["video"]
+    with as_user_error(path), watch_decoder():
+        frames = np.stack(list(itertools.islice(read_frames(path, 16, short_side), 81)))
+    video = from_bytes(torch.from_numpy(frames)).permute(3, 0, 1, 2)
+    references = [{view: read_picture(folder / picture["image"], video.shape[2:], SIDE)
+                   for view, picture in person["views"].items()} for person in entry["identities"]]
+    names = ", ".join(str(person.get("id")) for person in entry["identities"])
+    return Job(entry["caption"], references, video=video, note=f"; {names}")

@@ -41,6 +41,7 @@ from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autoca
                         fraction, in_range, load_tensors, lock, nonempty, not_negative, pack_optimizers,
                         parent_of, positive, probe_writable, read_meta, run_script, save_checkpoint,
                         seed_number, sha256_of, steps_in, temporary_name, unpack_optimizers, uses_bf16)
+from encode import prefetch
 from kernels import use_fused
 from lora import TRAINS, set_trained
 from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
@@ -477,7 +478,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
     bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
                disable=None if world.rank == 0 else True)
     skipped, began = 0, time.perf_counter()
-    batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, world))
+    batches = prefetch(micro_batches(stage, number, first_step, args, dataset, world))
     for step in bar:
         clips, micro_steps = metrics.next(batches)
         # learning rate

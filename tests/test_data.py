@@ -25,7 +25,7 @@ import manifest
 import toy
 import train
 from checkpoint import UserError, read_lines
-from encode import encode, mask_regions, names_in, pack, read_sample, sample_path, unpack
+from encode import encode, mask_regions, names_in, pack, prefetch, read_sample, sample_path, unpack
 from encoders import WanEncoders
 from manifest import Sample
 from model import CONFIGS
@@ -310,7 +310,7 @@ def test_what_cannot_be_read_has_a_reason_and_the_rest_is_encoded(tmp_path):
     encoders = Plain()
     mended = [sample(2, ("front",)) if s.name == "0002" else s for s in samples]
     make(tmp_path, *mended, encoders=encoders)
-    assert sources(tmp_path) == ["1", "2", "5"] and encoders.encoded == 2  # of the fourth, the clip is sound
+    assert sources(tmp_path) == ["1", "2", "5"] and encoders.encoded == 1
     assert sources(tmp_path, "failed") == ["3", "4"]
 
 
@@ -390,7 +390,7 @@ def test_a_damaged_empty_caption_is_one_line_that_names_it(tmp_path):
 def test_replaced_files_are_encoded_again(tmp_path):
     """Another video and another picture of the same names; the same files give the same bits."""
     def again():
-        make(tmp_path / "set", *manifest.samples_of(tmp_path, [(16, 16)], [1], 8), mask=0.5)
+        make(tmp_path / "set", *manifest.Samples(tmp_path, [(16, 16)], [1], 8), mask=0.5)
         return {line["source"]: line["name"] for line in read_lines(tmp_path / "set/index.jsonl")}
 
     toy.write_samples(tmp_path, 16, 1, 8)
@@ -410,7 +410,7 @@ def test_what_does_not_change_the_latents_does_not_change_their_files(tmp_path):
     encoders, path = Plain(), tmp_path / "manifest.jsonl"
 
     def again():
-        samples = manifest.samples_of(tmp_path, [(16, 16)], [1], 8)
+        samples = manifest.Samples(tmp_path, [(16, 16)], [1], 8)
         return encode(samples, tmp_path / "set", encoders, {}), sources(tmp_path / "set")
 
     assert again() == ((4, 0), ["clip1", "clip2", "clip3", "clip4"]) and encoders.encoded == 0
@@ -515,6 +515,85 @@ def test_processes_cut_the_samples_alike_whatever_is_there(ranks, tmp_path):
     found = [encode(samples, tmp_path, encoders, {}, rank=rank, size=size) for rank in ranks]
     assert found == [None, None, (8, 1)] and encoders.encoded == 8
     assert sources(tmp_path) == [str(n) for n in range(9) if n != 3] and sources(tmp_path, "failed") == ["3"]
+
+
+class Asked(list):
+    """Samples that note which of them are asked for; one of None cannot be had."""
+
+    def __init__(self, *samples):
+        super().__init__(samples)
+        self.places = []
+
+    def __getitem__(self, place):
+        self.places.append(place)
+        if super().__getitem__(place) is None:
+            raise UserError(f"line {place}: no such file")
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_process_asks_for_its_own_samples_once_and_in_order(size, tmp_path):
+    """At the size of a set of millions, what every process reads of all clips is hours and memory."""
+    samples = [None if n == 4 else sample(n, ("front",)) for n in range(10)]
+    for rank in range(size):
+        asked = Asked(*samples)
+        found = encode(asked, tmp_path, Plain(), {}, rank=rank, size=size)
+        assert asked.places == list(range(rank, 10, size)) and (found is None) == (rank < size - 1)
+    assert found == (9, 1) and sources(tmp_path) == [str(n) for n in range(10) if n != 4]
+    failed, = read_lines(tmp_path / "failed.jsonl")
+    assert failed == {"source": "sample 5", "error": "line 4: no such file"}
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_part_that_a_killed_run_left_is_not_taken_for_this_runs(tmp_path):
+    """The first process of two ended, the second was killed; then the list of samples grew."""
+    encode([sample(n, ("front",)) for n in range(4)], tmp_path, Plain(), {}, rank=0, size=2)
+    grown = [sample(n, ("front",)) for n in range(6)]
+    assert encode(grown, tmp_path, Plain(), {}, rank=0, size=2) is None
+    assert encode(grown, tmp_path, Plain(), {}, rank=1, size=2) == (6, 0)
+    assert sources(tmp_path) == list("012345")
+    encode(grown[:2], tmp_path, Plain(), {}, rank=0, size=3)
+    assert encode(grown, tmp_path, Plain(), {}) == (6, 0) and not list(tmp_path.glob("part-*"))
+
+
+def test_a_sample_that_is_there_twice_is_encoded_once_and_the_second_has_that_reason(tmp_path):
+    for rank in (0, 1):
+        samples = [sample(n, ("front",)) for n in (1, 2, 2, 1)]
+        found = encode(samples, tmp_path, Plain(), {}, rank=rank, size=2)
+    assert found == (2, 2) and sources(tmp_path) == ["1", "2"]
+    assert [(line["source"], line["error"]) for line in read_lines(tmp_path / "failed.jsonl")] == [
+        (f"clips/{n}.mp4", "the same clip, caption and pictures again") for n in (2, 1)]
+
+
+def test_the_next_clip_is_read_while_one_is_encoded(tmp_path):
+    """Or a GPU would wait for a decoder."""
+    begun = [threading.Event() for _ in range(4)]
+
+    def watched(n):
+        plain = sample(n, ("front",))
+
+        def read_video():
+            begun[n].set()
+            return plain.read_video()
+        return plain._replace(read_video=read_video)
+
+    class Waiting(Plain):
+        def encode(self, video):
+            if video.shape[2] > 1:
+                number = numbers_of(video)[0]
+                assert number == 3 or begun[number + 1].wait(20)
+            return super().encode(video)
+
+    assert numbers_of(batch(make(tmp_path, *map(watched, range(4)), encoders=Waiting()), (("front",),),
+                            range(4), 1, 2, 3, 4)[0]) == [0, 1, 2, 3]
+
+
+def test_a_folder_with_other_files_becomes_no_set(tmp_path):
+    """As of a run: its files and the set's would mix."""
+    (tmp_path / "checkpoint.json").write_text("{}")
+    with pytest.raises(UserError, match="holds files, and is no encoded set: give another --out") as error:
+        make(tmp_path, sample(1, ("front",)))
+    assert one_line(error) and content(tmp_path).keys() == {"checkpoint.json"}
 
 
 # ------------------------------------------------------------------------------------------ what a step draws
@@ -818,14 +897,14 @@ def test_prefetched_items_are_the_same_and_one_ahead():
             made.append((n, threading.get_ident()))
             yield n
 
-    for n in data.prefetch(items()):
+    for n in prefetch(items()):
         end = time.monotonic() + 5
         while len(made) < min(n + 2, 20):
             assert time.monotonic() < end
         assert len(made) <= n + 3
     assert [n for n, _ in made] == list(range(20))
     assert threading.get_ident() not in {thread for _, thread in made}
-    assert list(data.prefetch(iter([]))) == [] and list(data.prefetch(iter([None, 0]))) == [None, 0]
+    assert list(prefetch(iter([]))) == [] and list(prefetch(iter([None, 0]))) == [None, 0]
 
 
 @pytest.mark.parametrize("error", [UserError("no whole sample is left"), KeyError("x"), KeyboardInterrupt()])
@@ -835,7 +914,7 @@ def test_what_goes_wrong_in_the_thread_comes_through(error):
         yield 2
         raise error
 
-    got, found = [], data.prefetch(items())
+    got, found = [], prefetch(items())
     with pytest.raises(type(error), match=str(error) or None):
         got += [next(found), next(found)]
         next(found)
@@ -844,10 +923,10 @@ def test_what_goes_wrong_in_the_thread_comes_through(error):
 
 def test_what_stops_early_leaves_no_thread():
     before = threading.active_count()
-    for n in data.prefetch(iter(range(1000))):
+    for n in prefetch(iter(range(1000))):
         if n == 3:
             break
-    items = data.prefetch(iter(range(1000)))
+    items = prefetch(iter(range(1000)))
     next(items)
     items.close()
     end = time.monotonic() + 5
@@ -998,7 +1077,7 @@ def test_torchrun_spreads_the_clips(world, wan, tmp_path, monkeypatch):
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         data.main([*common, str(tmp_path / "two")])
-        assert len(read_lines(tmp_path / "two/index.jsonl")) == 2 + 2 * rank
+        assert len(read_lines(tmp_path / "two/index.jsonl")) == 4 * rank  # once all are done
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 

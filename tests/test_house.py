@@ -13,7 +13,7 @@ FILES = {
     "rope": (105, "checkpoint"),
     "model": (420, "rope kernels lora checkpoint"),
     "data": (330, "importers manifest pictures encode encoders rope checkpoint"),
-    "train": (610, "model data toy monitor muon parallel pictures kernels lora rope checkpoint"),
+    "train": (610, "model data toy encode monitor muon parallel pictures kernels lora rope checkpoint"),
     "monitor": (230, "model data parallel rope checkpoint"),
     "sample": (460, "model data toy parallel pictures encoders kernels lora rope checkpoint"),
     "parallel": (245, "checkpoint"),
@@ -26,7 +26,7 @@ FILES = {
     "encode": (200, "encoders manifest parallel pictures rope checkpoint"),
     "pictures": (395, "rope checkpoint"),
     "toy": (625, "encode manifest pictures encoders rope checkpoint"),
-    "manifest": (190, "pictures rope checkpoint"),
+    "manifest": (240, "pictures rope checkpoint"),
     "importers": (430, "manifest pictures rope checkpoint"),
     "curate": (400, "manifest pictures faces rope checkpoint"),
     "faces": (540, "checkpoint"),
@@ -41,16 +41,16 @@ FILES = {
 OVER = {
     "model": (601, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
-    "train": (664, "FSDP2, adapters, experts and a base beside the bare loop"),
+    "train": (665, "FSDP2, adapters, experts and a base beside the bare loop"),
     "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
-    "data": (365, "which clips a step draws"),
-    "encode": (253, "its own command line, which stood in data.py"),
+    "data": (345, "which clips a step draws"),
+    "encode": (306, "its own command line, which stood in data.py"),
     "monitor": (243, "a validation refuses people of the training set"),
     "toy": (696, "captions that describe people, for a base model"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (628, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (655, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (282, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows"),

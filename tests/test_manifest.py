@@ -14,7 +14,7 @@ from test_pictures import damage, encode, gradient, noise
 import manifest
 import toy
 from checkpoint import UserError
-from manifest import read_manifest, samples_of
+from manifest import read_manifest, Samples
 from pictures import read_frames, read_picture, to_bytes
 from rope import VIEWS
 
@@ -146,7 +146,7 @@ def test_fuzzed_manifests_never_surprise(folder, capsys):
         (folder / "manifest.jsonl").write_bytes(content + b"\n" + whole + b"\n")
         found = read_manifest(folder)
         assert manifest.name_of(found[-1]) == manifest.name_of(entry())
-        samples_of(folder, [(32, 32)], [5], 16)  # no key that it reads may be missing
+        Samples(folder, [(32, 32)], [5], 16)  # no key that it reads may be missing
     capsys.readouterr().out.encode()
 
 
@@ -192,7 +192,7 @@ def videos(folder, **kinds):
 def test_a_clip_gets_the_nearest_size_and_the_most_frames(tmp_path):
     videos(tmp_path, wide=(16, 64, 112), square=(9, 64, 64), tall=(21, 112, 64), almost=(8, 64, 76))
     sizes = [(32, 56), (48, 48), (56, 32)]
-    found = {s.caption: s for s in samples_of(tmp_path, sizes, [13, 5, 9], 16)}
+    found = {s.caption: s for s in Samples(tmp_path, sizes, [13, 5, 9], 16)}
     shapes = {name: tuple(sample.read_video().shape) for name, sample in found.items()}
     assert shapes == {"wide": (3, 13, 32, 56), "square": (3, 9, 48, 48), "tall": (3, 13, 56, 32),
                       "almost": (3, 5, 48, 48)}
@@ -208,21 +208,21 @@ def test_shapes_are_compared_as_ratios(tmp_path):
     """Twice as wide is as far from a square as twice as high is."""
     videos(tmp_path, wide=(5, 32, 44), tall=(5, 44, 32))
     for sizes in ([(32, 32), (32, 64)], [(32, 32), (64, 32)]):
-        assert [s.read_video().shape[2:] for s in samples_of(tmp_path, sizes, [5], 16)] == [(32, 32)] * 2
+        assert [s.read_video().shape[2:] for s in Samples(tmp_path, sizes, [5], 16)] == [(32, 32)] * 2
 
 
 def test_frames_and_pictures_are_those_of_the_files(tmp_path):
     videos(tmp_path, a=(9, 64, 96))
-    sample, = samples_of(tmp_path, [(64, 96)], [5], 16)
+    sample, = Samples(tmp_path, [(64, 96)], [5], 16)
     video = sample.read_video()
     assert video.abs().max() <= 1 and video.dtype == torch.float32
     for f, frame in zip(range(5), read_frames(tmp_path / "a.mp4", 16)):
         assert np.array_equal(to_bytes(video[:, f]).permute(1, 2, 0).numpy(), frame)
     assert torch.equal(sample.people[0]["front"](), read_picture(tmp_path / "front.png", (64, 96)))
     # half the rate, every second frame; and where the shape differs, the middle
-    half, = samples_of(tmp_path, [(64, 96)], [5], 8)
+    half, = Samples(tmp_path, [(64, 96)], [5], 8)
     assert torch.equal(half.read_video()[:, 1], video[:, 2])
-    middle = samples_of(tmp_path, [(64, 64)], [5], 16)[0].read_video()
+    middle = Samples(tmp_path, [(64, 64)], [5], 16)[0].read_video()
     assert float((middle - video[..., 16:80]).abs().mean()) < 0.01
 
 
@@ -231,10 +231,10 @@ def test_a_name_is_its_lines_own(tmp_path):
     line = read_manifest(tmp_path)[0]
     again = dict(reversed(line.items()))  # the same in another order
     write(tmp_path, line, again, line | {"caption": "b"})
-    names = [sample.name for sample in samples_of(tmp_path, [(32, 32)], [5], 16)]
-    assert len(set(names)) == len(names) == 2  # one sample is not trained on twice as often
+    names = [sample.name for sample in Samples(tmp_path, [(32, 32)], [5], 16)]
+    assert names[0] == names[1] != names[2]
     write(tmp_path, again)
-    assert samples_of(tmp_path, [(32, 32)], [5], 16)[0].name == names[0]
+    assert Samples(tmp_path, [(32, 32)], [5], 16)[0].name == names[0]
 
 
 @pytest.mark.parametrize("kind, says", [
@@ -255,7 +255,7 @@ def test_what_cannot_be_read_is_an_error_when_it_is_read(kind, says, tmp_path):
         (tmp_path / "front.png").write_text("x")
     if kind == "small picture":
         Image.new("RGB", (15, 40)).save(tmp_path / "front.png")
-    sample, = samples_of(tmp_path, [(64, 64)], [9, 17], 16)
+    sample, = Samples(tmp_path, [(64, 64)], [9, 17], 16)
     with pytest.raises(UserError, match=says) as error:
         sample.people[0]["front"]()
         sample.read_video()
@@ -271,12 +271,29 @@ def test_show_counts_and_writes_a_sheet(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "4 clips, 4 identities; clips by number of people: {1: 2, 2: 2}"
     assert said[1] == "references: 6 front, 6 left, 6 right, 6 back; 24 of 24 from another clip than theirs"
-    caption = (tmp_path / "world/captions.txt").read_text().splitlines()[2]
-    assert said[2:] == [f"clip3.mp4: {caption}", str(tmp_path / "show.png")]
+    assert said[2:] == [str(tmp_path / "show.png")]
     with Image.open(tmp_path / "show.png") as sheet:  # two people, eight frames of them, and words
         assert sheet.format == "PNG" and sheet.width > 2 * 224 + 8 * 448 and sheet.height > 224
         for x in (6, 6 + 448 + 6, sheet.width - 448):
             assert len(sheet.crop((x, 6, x + 448, 230)).convert("P").getcolors()) > 20
+
+
+def test_show_makes_a_page_of_clips_spread_over_the_set(tmp_path, capsys):
+    """Twenty of 39, the first and the last among them; one of those cannot be read."""
+    world = tmp_path / "world"
+    videos(world, a=(5, 32, 32), b=(5, 32, 64))
+    pair = read_manifest(world)
+    lines = [pair[0] | {"caption": f"clip {n}"} for n in range(38)] + [pair[1]]
+    (world / "text.mp4").write_text("no video")
+    write(world, *lines[:2], pair[0] | {"video": "text.mp4"}, "no line", *lines[3:])
+    groups = manifest.show(world, None, tmp_path / "show.png")
+    (key, places), = groups.items()
+    assert key == (None, ((("front", False), ("left", True)),)) and list(places) == list(range(39))
+    said = capsys.readouterr().out.splitlines()
+    assert "line 4 left out" in said[0] and said[2].startswith("39 clips, 1 identities")
+    assert said[-2] == f"clip 2 cannot be shown: {world}/text.mp4: damaged or no video (InvalidDataError)"
+    with Image.open(tmp_path / "show.png") as sheet:
+        assert sheet.height == 19 * (112 + 17 + 12) + 6 and sheet.width >= 6 + 112 + 5 * 224
 
 
 def test_show_counts_people_of_any_name(tmp_path, capsys):
