@@ -45,7 +45,7 @@ OVER = {
     "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
-    "data": (345, "which clips a step draws"),
+    "data": (346, "which clips a step draws"),
     "encode": (306, "its own command line, which stood in data.py"),
     "monitor": (243, "a validation refuses people of the training set"),
     "toy": (696, "captions that describe people, for a base model"),
