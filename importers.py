@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import UserError, as_user_error, atomic_file, is_text, lock, remove
-from manifest import SIDE, check_entry
+from manifest import check_entry
 from pictures import VIDEOS, open_video, read_picture, view_of, watch_decoder
 from rope import VIEWS
 
@@ -123,7 +123,7 @@ def check_row(row, out, seen):
         raise ValueError(row["lacks"])
     for who in row["identities"]:
         for image in {view["image"] for view in who["views"].values()} - seen:
-            read_picture(file_in(out, image), (16, 16), SIDE)
+            read_picture(file_in(out, image), (16, 16))
     line = {"video": row["video"], "caption": " ".join(row["caption"].split()),
             "fps": int(fps) if fps.is_integer() else fps, "frames": frames,
             "source": row["video"].removeprefix("source/"), "identities": row["identities"]}

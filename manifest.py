@@ -27,7 +27,6 @@ from rope import VIEWS
 
 
 PEOPLE = 2  # most people of a clip, as many as a network here tells apart
-SIDE = 16  # least side of a reference in pixels
 
 
 class Sample(NamedTuple):
@@ -183,7 +182,7 @@ def sample_of(entry, folder, sizes, frames, fps):
         return from_bytes(torch.from_numpy(np.stack(pictures[:most]))).permute(3, 0, 1, 2)
 
     def reader(image):
-        return lambda: read_picture(folder / image, size(), SIDE)
+        return lambda: read_picture(folder / image, size())
     people, cross = [], []
     for person in entry["identities"]:
         people.append({view: reader(picture["image"]) for view, picture in person["views"].items()})
@@ -245,7 +244,7 @@ def job_of(entry, folder, short_side):
     with as_user_error(path), watch_decoder():
         frames = np.stack(list(itertools.islice(read_frames(path, 16, short_side), 81)))
     video = from_bytes(torch.from_numpy(frames)).permute(3, 0, 1, 2)
-    references = [{view: read_picture(folder / picture["image"], video.shape[2:], SIDE)
+    references = [{view: read_picture(folder / picture["image"], video.shape[2:])
                    for view, picture in person["views"].items()} for person in entry["identities"]]
     names = ", ".join(str(person.get("id")) for person in entry["identities"])
     return Job(entry["caption"], references, video=video, note=f"; {names}")

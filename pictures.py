@@ -56,10 +56,11 @@ def to_image(picture, height, width=None):
 
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+SIDE = 16  # least side of a picture that can show somebody, in pixels
 
 
-def read_picture(path, size, least=1):
-    """A picture file of at least `least` pixels a side -> [3, H, W] in -1..1, size (H, W): EXIF orientation,
+def read_picture(path, size):
+    """A picture file of at least SIDE pixels a side -> [3, H, W] in -1..1, size (H, W): EXIF orientation,
     colours in sRGB, alpha on white, Lanczos fit, white padding."""
     formats = f"a {', '.join(PICTURE_FORMATS)} file"
     if not Path(path).is_file():  # a pipe might never end
@@ -73,8 +74,8 @@ def read_picture(path, size, least=1):
                 image.load()
     except Exception as error:  # Pillow's readers raise a dozen kinds
         raise UserError(f"{path}: not a readable picture ({error}); expected {formats}") from None
-    if min(image.size) < least:
-        raise UserError(f"{path}: {image.width} x {image.height} pixels, expected at least {least} a side")
+    if min(image.size) < SIDE:
+        raise UserError(f"{path}: {image.width} x {image.height} pixels, expected at least {SIDE} a side")
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A")
