@@ -78,20 +78,20 @@ def read_picture(path, size):
         raise UserError(f"{path}: {image.width} x {image.height} pixels, expected at least {SIDE} a side")
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    alpha = image.convert("RGBA").getchannel("A")
-    image = to_srgb(image)
-    image.putalpha(alpha)
+    clear = image.convert("RGBA")
+    image = to_srgb(image if image.mode in ("L", "CMYK") else clear.convert("RGB"), image.info)
+    image.putalpha(clear.getchannel("A"))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.pad(image, size[::-1], Image.Resampling.LANCZOS, color="white")
     return from_bytes(torch.from_numpy(np.array(image))).permute(2, 0, 1)
 
 
-def to_srgb(image):
-    """PIL image -> the same in RGB, its colours as its profile says (telephones' are in Display P3)."""
-    plain = image if image.mode in ("L", "CMYK") else image.convert("RGB")
-    with contextlib.suppress(ImageCms.PyCMSError):  # no profile, or one of other channels: as if it were sRGB
-        profile = io.BytesIO(image.info["icc_profile"]) if "icc_profile" in image.info else None
-        return ImageCms.profileToProfile(plain, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+def to_srgb(image, info):
+    """PIL image -> the same in RGB, its colours as the file's profile says (telephones' are in Display P3)."""
+    if profile := info.get("icc_profile"):
+        with contextlib.suppress(ImageCms.PyCMSError):  # rubbish, or of other channels: as if it were sRGB
+            return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                             outputMode="RGB")
     return image.convert("RGB")
 
 

@@ -262,10 +262,11 @@ def test_pillows_warnings_stay_its_own(tmp_path, capfd):
     junk = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0e\x01\x02\0\xff\0\0\0\xff\0\0\0"  # cut short
     Image.new("RGB", (16, 16)).save(tmp_path / "a.jpg", exif=junk)
     Image.new("P", (16, 16)).save(tmp_path / "a.png", transparency=bytes(range(256)))
+    Image.effect_noise((16, 16), 99).convert("RGBA").quantize(8).save(tmp_path / "b.png")
     for filter in ("always", "error"):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter(filter)
-            for name in ("a.jpg", "a.png"):
+            for name in ("a.jpg", "a.png", "b.png"):
                 assert read_picture(tmp_path / name, (8, 8)).shape == (3, 8, 8)
         assert not told
     assert capfd.readouterr() == ("", "")
