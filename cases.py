@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, check_outputs, count,
-                        is_seed, is_text, probe_writable, read_lines, seed_number)
+                        is_seed, is_text, probe_writable, read_lines, read_text, seed_number)
 from manifest import read_manifest
 from rope import VIEWS
 
@@ -44,7 +44,7 @@ def read_cases(path):
     with as_user_error(path):
         if not path.is_file():
             raise UserError(f"{path}: no such file; `python eval.py make-cases` writes one")
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        text = read_text(path, spare=True)
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -68,8 +68,8 @@ def read_case(entry, folder):
     name, prompt, refs = entry["id"], entry["prompt"], entry["refs"]
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError(f"its id {name!r:.60} is none of letters, digits, '.', '_' and '-', at most 100")
-    if not is_text(prompt) or not prompt.strip():
-        raise ValueError("no prompt")
+    if not is_text(prompt) or not prompt.strip() or "\ufffd" in prompt:
+        raise ValueError("no prompt, or none that is text in UTF-8")
     if not isinstance(refs, list) or not 1 <= len(refs) <= MOST_PEOPLE:
         raise ValueError(f"refs: expected a list of one to {MOST_PEOPLE} people")
     for views in refs:

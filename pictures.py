@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from checkpoint import UserError, atomic_file, is_seed, is_text
+from checkpoint import UserError, atomic_file, is_seed, is_text, read_text
 from rope import VIEWS
 
 
@@ -114,14 +114,8 @@ def read_references(people, size):
 def read_jobs(path, seed):
     """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...}, the
     last two optional -> Jobs, their pictures not read yet. seed: of lines without one."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("a pipe or folder")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable text file ({error})") from None
     jobs = []
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 jobs.append(read_job(line, seed))
@@ -171,7 +165,8 @@ def write_video(path, video, fps=16, comment="", crf=19):
         container.mux(stream.encode())
 
 
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".flv")
+VIDEOS = (".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg",
+          ".vob", ".flv")
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv"  # of others, playlists open further files and addresses
 
 
@@ -180,7 +175,7 @@ def open_video(path):
     """Yield a file's PyAV container and its video stream; whatever goes wrong meanwhile is a UserError."""
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        with av.open(str(path), options=options) as container:
+        with av.open(f"file:{path}", options=options) as container:  # or take:1.mp4 is a protocol
             if not container.streams.video:
                 raise UserError("no video in it")
             container.streams.video[0].codec_context.thread_count = 1
