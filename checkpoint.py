@@ -287,8 +287,6 @@ def read_text(path, spare=False):
     kind = encoding_of(data)
     try:
         text = data.decode("utf-8-sig" if kind == "UTF-8" else kind, "replace" if spare else "strict")
-        if not spare and "\0" in text:
-            raise UserError(f"{path}: not a readable text file (it holds zero bytes)")
     except UnicodeDecodeError as error:
         if kind != "UTF-8":
             raise UserError(f"{path}: not a readable text file ({kind}, cut short or damaged)") from None

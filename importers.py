@@ -101,7 +101,7 @@ def check_row(row, out, seen):
     seen: pictures that are known to be sound"""
     if isinstance(row, Exception):
         raise row
-    if not is_text(row["caption"]) or "\ufffd" in row["caption"]:
+    if not is_text(row["caption"]) or re.search("[\0\ufffd]", row["caption"]):
         raise ValueError("its caption is not text in UTF-8")
     if not row["caption"].strip():
         raise ValueError("no caption")
