@@ -29,6 +29,7 @@ from cases import Case
 from checkpoint import UserError, sha256_of, source_hash
 from curate import EXTRACT, MIDDLE, ask, follow
 from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align, find_faces
+from manifest import Names
 from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder, wrap
 from report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
                     in_columns, interval, mean, one, per_frame, plot, read_results, show, table, write_page)
@@ -380,13 +381,14 @@ def files_of(case):
     return [*itertools.chain(*(views.values() for views in case.refs)), *itertools.chain(*case.eval_refs)]
 
 
-def find_video(case, folder):
-    """A case's video in a folder; UserError where there is none or more than one."""
+def find_video(case, names):
+    """A case's video in the folder of some Names; UserError where there is none or more than one."""
     if case.fault:
         raise UserError(case.fault)
-    found = [path for suffix in VIDEOS if (path := Path(folder) / f"{case.id}{suffix}").is_file()]
+    found = [path for suffix in VIDEOS
+             if (path := names.folder / names.find(f"{case.id}{suffix}")).is_file()]
     if len(found) != 1:
-        raise UserError("more than one video" if found else f"no video {case.id}.mp4 in {folder}")
+        raise UserError("more than one video" if found else f"no video {case.id}.mp4 in {names.folder}")
     return found[0]
 
 
@@ -401,11 +403,11 @@ def tasks_of(cases, folder, args):
     """-> a Task per case. The hashes are alike on every machine, so that results can be compared."""
     patterns = itertools.chain(Faces.FILES.values(), *Aesthetic.FILES.values())
     networks = sorted({(path.name, path.stat().st_size) for p in patterns for path in args.faces.glob(p)})
-    tasks = []
+    tasks, names = [], Names(folder)
     for case in cases:
         files = []
         try:
-            video = find_video(case, folder)
+            video = find_video(case, names)
             content = sha256_of(video)[:12]
             files = list(map(sha256_of, files_of(case)))
         except (UserError, OSError) as error:

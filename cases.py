@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, check_outputs, count,
-                        is_seed, is_text, probe_writable, read_lines, seed_number)
-from manifest import read_manifest
+                        is_seed, is_text, probe_writable, read_lines, read_text, seed_number)
+from manifest import Names, read_manifest
 from rope import VIEWS
 
 MOST_PEOPLE, MOST_REFS = 4, 10
@@ -40,16 +40,16 @@ class Case(NamedTuple):
 
 def read_cases(path):
     """A file of cases -> Cases; a line that cannot be used becomes one with a fault."""
-    path, cases, known = Path(path), [], set()
+    path, cases, known, names = Path(path), [], set(), Names(Path(path).parent)
     with as_user_error(path):
         if not path.is_file():
             raise UserError(f"{path}: no such file; `python eval.py make-cases` writes one")
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        text = read_text(path, spare=True)
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            case = read_case(json.loads(line), path.parent)
+            case = read_case(json.loads(line), names)
             if case.id in known:
                 raise ValueError(f"a second case {case.id}")
         except (OSError, ValueError, RecursionError) as error:
@@ -61,15 +61,15 @@ def read_cases(path):
     return cases
 
 
-def read_case(entry, folder):
-    """A line's object -> Case. Raises ValueError for anything else."""
+def read_case(entry, names):
+    """A line's object -> Case. Raises ValueError for anything else. names: Names of the file's folder"""
     if not isinstance(entry, dict) or not {"id", "prompt", "refs"} <= entry.keys():
         raise ValueError("expected an object with id, prompt and refs")
     name, prompt, refs = entry["id"], entry["prompt"], entry["refs"]
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError(f"its id {name!r:.60} is none of letters, digits, '.', '_' and '-', at most 100")
-    if not is_text(prompt) or not prompt.strip():
-        raise ValueError("no prompt")
+    if not is_text(prompt) or not prompt.strip() or "\ufffd" in prompt:
+        raise ValueError("no prompt, or none that is text in UTF-8")
     if not isinstance(refs, list) or not 1 <= len(refs) <= MOST_PEOPLE:
         raise ValueError(f"refs: expected a list of one to {MOST_PEOPLE} people")
     for views in refs:
@@ -88,7 +88,10 @@ def read_case(entry, folder):
     if not is_seed(seed) or not isinstance(entry.get("places", True), bool):
         raise ValueError("seed is no whole number from 0 on, or places neither true nor false")
 
+    folder = names.folder
+
     def inside(file):
+        file = names.find(file) if is_text(file) else file
         if not is_text(file) or os.path.isabs(file) or not (folder / file).resolve().is_relative_to(
                 folder.resolve()):
             raise ValueError(f"{file!r:.80} leaves the folder")
@@ -200,8 +203,9 @@ def make_cases(argv):
     if not args.training and not training[0].is_file():
         print(f"{training.pop()}: no training set to look at, so nobody is left out; --training names others")
     check_outputs([args.out], [args.data / "manifest.jsonl", *training])
-    if folder.exists() and not args.out.exists():
-        raise UserError(f"{folder} exists and would be replaced: choose another --out")
+    for path in (args.out, folder):
+        if os.path.lexists(path):  # somebody may have edited it
+            raise UserError(f"{path} exists and would be replaced: choose another --out")
     named, clips = read_training(training)
     pictures, seen = pictures_of(read_manifest(args.data), clips)
     refused = pictures.keys() & (named | seen)

@@ -8,8 +8,11 @@
 """
 import argparse
 import array
+import codecs
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -277,11 +280,14 @@ def read_lines(path):
 
 class Lines:
     """The lines of a text file, bytes, those aside that are blank; each is read when it is asked for, and in
-    memory it is two numbers: where it begins, and its place among all lines, from 1 on."""
+    memory it is two numbers: where it begins, and its place among all lines, from 1 on.
+    text  what is in the file, where that is no UTF-8"""
 
-    def __init__(self, path):
+    def __init__(self, path, text=None):
         self.path, self.places, self.numbers, place = Path(path), array.array("q"), array.array("q"), 0
-        with open(path, "rb") as file:
+        self.open = (functools.partial(open, path, "rb") if text is None else
+                     functools.partial(io.BytesIO, text.encode()))
+        with self.open() as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     self.places.append(place)
@@ -292,13 +298,60 @@ class Lines:
         return len(self.places)
 
     def __getitem__(self, index):
-        with open(self.path, "rb") as file:
+        with self.open() as file:
             file.seek(self.places[index])
             return file.readline()
 
     def __iter__(self):
-        with open(self.path, "rb") as file:
+        with self.open() as file:
             yield from (line for line in file if line.strip())
+
+
+def read_text(path, spare=False):
+    """The text of a user's file, its lines ended by a newline: UTF-8; or UTF-16 by its mark or its zero
+    bytes, which is said once a folder. One old code page cannot be told from another, so these are refused,
+    with what the words would be in some of them.
+    spare  bytes that are no text become \\ufffd: for files where a damaged line shall cost itself alone"""
+    if not Path(path).is_file():  # a pipe would never end
+        raise UserError(f"{path}: not a readable text file "
+                        f"({'a folder or a device' if Path(path).exists() else 'no such file'})")
+    data = Path(path).read_bytes()
+    kind = encoding_of(data)
+    try:
+        text = data.decode("utf-8-sig" if kind == "UTF-8" else kind, "replace" if spare else "strict")
+    except UnicodeDecodeError as error:
+        if kind != "UTF-8":
+            raise UserError(f"{path}: not a readable text file ({kind}, cut short or damaged)") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        words = data[:error.start].split(b"\n")[-1][-12:] + data[error.start:].split(b"\n")[0][:12]
+        pages = (f"{page}: {codecs.getincrementaldecoder(page)('replace').decode(words)!r}"
+                 for page in ("CP1251", "CP1252", "GB18030"))
+        raise UserError(f"{path}: not a readable text file (line {line} is not UTF-8; in old code pages it "
+                        f"has {', '.join(pages)}): convert it, for example with "
+                        f"iconv -f CP1251 -t UTF-8 {Path(path).name} > new") from None
+    if kind != "UTF-8" and (Path(path).parent, kind) not in said_encodings:
+        said_encodings.add((Path(path).parent, kind))
+        print(f"{path}: read as {kind}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+said_encodings = set()  # (folder, encoding): ten thousand captions are one message
+
+
+def encoding_of(data):
+    """What the bytes of a text are in, by their mark or their zero bytes, else UTF-8."""
+    for kind, marks in {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # UTF-16's begins alike
+                        "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}.items():
+        if data.startswith(marks):
+            return kind
+    zeros = data[::2].count(0), data[1::2].count(0)
+    if max(zeros) > 2 * min(zeros) and 50 * sum(zeros) >= len(data):
+        kind = "UTF-16-BE" if zeros[0] > zeros[1] else "UTF-16-LE"
+        # of Latin text each other byte is zero; of others the spaces' only, but as UTF-8 they are nothing
+        plain = 4 * sum(zeros) < len(data) and not re.search(rb"[\x01-\x08\x0e-\x1f\x80-\xff]", data)
+        controls = re.search("[\0-\x08\x0e-\x1f\ufffd]", data.decode(kind, "replace"))
+        return "UTF-8" if plain or controls else kind
+    return "UTF-8"
 
 
 def fingerprint(*parts):

@@ -6,17 +6,19 @@
    It fills one folder rows/NAME, whole or not at all; a restart goes on with the next video. Spread it with
    torchrun, or over machines with --shard i/n and one --out.
 2. group    reads the rows only, where none is missing: tracks become identities across videos, clips get
-   references, and clips/, refs/, manifest.jsonl, report.json and report.png are written.
+   references, and what is new of clips/, refs/, manifest.jsonl, report.json and report.png is written.
+   What a hand has changed there or put there stays, and is said.
 
 Views are named as the viewer sees them. A back view is a frame for which the detector still gives a head, as
 RetinaFace rarely does. Without ArcFace's weights an identity is one track, and references come from the clip
 itself. Read beside a video: <stem>.txt, its caption (or columns file_name|video|video_path|path and
-caption|prompt|text of metadata.csv or .jsonl in --videos), and <stem>_mask.mp4, white where the people are.
+caption|prompt|text|cap of metadata.csv, .tsv, .json or .jsonl in --videos), and <stem>_mask.mp4, white where
+the people are. Captions are mended there; those that --caption-url gave, in OUT/captions.jsonl.
 """
 import base64
 import bisect
 import collections
-import csv
+import contextlib
 import hashlib
 import io
 import itertools
@@ -40,10 +42,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, frame_rate, in_range,
-                        is_text, lock, nonempty, not_negative, probe_writable, read_lines, run_script,
-                        save_tensors, sha256_of)
-from faces import Faces, find_faces, iou
-from manifest import PEOPLE
+                        is_text, lock, nonempty, not_negative, probe_writable, read_lines, read_text,
+                        run_script, save_tensors, sha256_of, temporary_name)
+from faces import MOST_FACES, Faces, find_faces, iou
+from manifest import PEOPLE, Names, check_columns, find_tables, find_videos, read_rows, value_of
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
                       write_video)
 from rope import VIEWS
@@ -72,7 +74,7 @@ GROUP = {
     "near-copy": (cosine, 0.97, "a track that is more alike is a copy of this take: no cross-pair"),
     "gap": (not_negative, 10, "seconds from a clip to a cross-pair in another shot of its video"),
 }
-ROWS = 5  # to be raised where a change of the code changes rows
+ROWS = 6  # to be raised where a change of the code changes rows
 STEP = 4  # frames from one detection to the next, so that windows of 4n+1 frames begin and end on one
 GAP = 2  # detections that a track may miss in a row: half a second, as long as a hand before a face
 IOU = 0.3  # least overlap of a face with itself a quarter of a second before
@@ -115,18 +117,23 @@ def extract(path, detector, args, folder):
 
 
 def write_row(folder, row):
-    """Write row.json: what is known of a video, the sizes of the folder's other files, and a checksum."""
-    row = row | {"files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}}
+    """Write row.json: what is known of a video, sizes and hashes of the other files, and a checksum."""
+    row = row | {"files": {file.name: [file.stat().st_size, sha256_of(file)]
+                           for file in sorted(folder.iterdir())}}
     row["checksum"] = hashlib.sha256(json.dumps(row).encode()).hexdigest()
     (folder / "row.json").write_text(json.dumps(row))
 
 
 def read_row(folder):
-    """What write_row wrote, or None where it or a file of it is missing or damaged: to be extracted again."""
+    """What write_row wrote, or None where it or a file of it is missing or damaged: to be extracted again.
+    What is younger than row.json, which came last, is read to know."""
+    def is_whole(file, size, sha256):
+        found = file.stat()
+        return found.st_size == size and (found.st_mtime_ns <= written or sha256_of(file) == sha256)
     try:
-        row = json.loads((folder / "row.json").read_text())
+        row, written = json.loads((folder / "row.json").read_text()), (folder / "row.json").stat().st_mtime_ns
         checksum = row.pop("checksum")
-        whole = all((folder / name).stat().st_size == size for name, size in row["files"].items())
+        whole = all(is_whole(folder / name, *known) for name, known in row["files"].items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return row if whole and checksum == hashlib.sha256(json.dumps(row).encode()).hexdigest() else None
@@ -134,11 +141,11 @@ def read_row(folder):
 
 def find_tracks(path, detector, args):
     """-> the Tracks of a video's faces, and {"shots": the frames where they begin and the video ends, "yaw":
-    histogram of the faces} for its row.
+    histogram of the faces, "crowded": pictures that may have had more} for its row.
 
     A shot ends between two detections where 16 x 9 thumbnails differ, on average, by more than CUT and four
     times the median of the last 16 differences: fast motion goes on, a cut comes once."""
-    tracks, live, last = [], [], None
+    tracks, live, last, crowded = [], [], None, 0
     shots, yaws, changes = [0], [0] * 36, collections.deque(maxlen=16)
     for number, (picture, mask) in enumerate(read_with_mask(path, args)):
         if number % STEP:
@@ -151,19 +158,23 @@ def find_tracks(path, detector, args):
             shots.append(number)
         live = [track for track in live if track.faces[-1].frame >= number - STEP * (GAP + 1)]
         faces = find_faces(detector, picture, number, args.score)
+        crowded += len(faces) == MOST_FACES
         for face, track in zip(faces, follow(tracks, live, faces)):
             if not math.isnan(face.yaw):
                 yaws[int((face.yaw + 180) % 360 // 10)] += 1
             keep_best(track, face, [other for other in faces if other is not face], picture, mask, args)
     for track in tracks:
         track.fault = fault_of(track, args)
-    return tracks, {"shots": [*shots, number + 1], "yaw": yaws}
+    if crowded:
+        print(f"{path}: {crowded} pictures with {MOST_FACES} faces or more, of which the largest count",
+              file=sys.stderr)
+    return tracks, {"shots": [*shots, number + 1], "yaw": yaws, "crowded": crowded}
 
 
 def read_with_mask(path, args):
     """Yield (picture, mask); mask from <stem>_mask.mp4, white where the people are, or None."""
-    mask = path.with_name(f"{path.stem}_mask.mp4")
-    if not mask.is_file():
+    mask = mask_of(path)
+    if not mask:
         yield from ((picture, None) for picture in read_frames(path, args.fps, args.short_side))
         return
     both = (read_frames(file, args.fps, args.short_side) for file in (path, mask))
@@ -173,17 +184,24 @@ def read_with_mask(path, args):
         yield picture, covered
 
 
+def mask_of(path):
+    """<stem>_mask beside a video, of any format, or None."""
+    names = (f"{path.stem}_mask{form}" for suffix in VIDEOS for form in (suffix, suffix.upper()))
+    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+
+
 def follow(tracks, live, faces):
     """Add the faces of a frame to the live tracks that go on with them, best pairs first by overlap plus
     cosine, or to new ones, which join both lists; returns each face's track."""
     pairs, owners = [], [None] * len(faces)
-    for track, (f, face) in itertools.product(live, enumerate(faces)):
+    for track in live if faces else ():
         last = track.faces[-1]
-        overlap = iou(last.box, face.box[None]).item()
-        alike = 0 if face.embedding is None else float(last.embedding @ face.embedding)
-        same = face.embedding is None or alike >= SAME_TRACK
-        if alike >= JUMPED or (overlap >= IOU and same):
-            pairs.append((overlap + alike, track, f))
+        overlaps = iou(last.box, torch.stack([face.box for face in faces])).tolist()
+        for f, (face, overlap) in enumerate(zip(faces, overlaps)):
+            alike = 0 if face.embedding is None else float(last.embedding @ face.embedding)
+            same = face.embedding is None or alike >= SAME_TRACK
+            if alike >= JUMPED or (overlap >= IOU and same):
+                pairs.append((overlap + alike, track, f))
     for _, track, f in sorted(pairs, key=lambda pair: -pair[0]):
         if owners[f] is None and track not in owners:
             owners[f] = track
@@ -303,8 +321,9 @@ class Reference(NamedTuple):
     facts: dict  # image, yaw, pitch, similarity
 
 
-def group(names, folders, args, captions):
-    """Rows -> clips, references, manifest and report in args.out; returns the report."""
+def group(names, folders, args, captions, passed):
+    """Rows -> clips, references, manifest and report in args.out; returns the report. passed: {why files of
+    --videos are passed over: how many}"""
     rows, reasons, first = [], {}, 0
     for name, folder in zip(names, folders):
         row = read_row(folder)
@@ -316,13 +335,14 @@ def group(names, folders, args, captions):
             rows.append(row | {"name": name, "folder": folder, "first": first})
             first += len(row["tracks"])
     identity, names, references, embeddings, unlike = find_references(rows, args)
-    entries, clips, images, shown = [], {}, {}, collections.defaultdict(dict)
-    dropped, lost, yaws = collections.Counter(), collections.Counter(), np.zeros(36, int)
+    entries, files, shown = [], {}, collections.defaultdict(dict)
+    dropped, lost, unused, yaws = (*(collections.Counter() for _ in range(3)), np.zeros(36, int))
     for n, row in enumerate(rows):
         lost.update(row["dropped"])
+        unused.update(tracks_without_clip(row, args.frames))
         yaws += row["yaw"]
         for clip in row["clips"]:
-            video = f"clips/{row['folder'].name}_{clip['start']}.mp4"
+            video = f"clips/{below(row['folder'])}_{clip['start']}.mp4"
             tracks = [row["first"] + number for number in clip["tracks"]]
             people = [names[identity[track]] for track in tracks]
             chosen = [choose(row | clip, n, track, references[identity[track]], embeddings, args)
@@ -336,35 +356,52 @@ def group(names, folders, args, captions):
                 facts = {view: best.facts | {"cross": cross} for view, (best, cross) in views.items()}
                 identities.append({"id": person, "views": facts})
                 shown[person] |= {view: best.path for view, (best, _) in views.items()}
-                images |= {best.facts["image"]: best.path for best, _ in views.values()}
-            clips[video] = row["folder"] / f"{clip['start']}.mp4"
+                files |= {best.facts["image"]: (best.path, rows[best.row]["files"][best.path.name][1])
+                          for best, _ in views.values()}
+            files[video] = row["folder"] / f"{clip['start']}.mp4", clip["sha256"]
             entries.append({"video": video, "caption": captions.get(row["name"], ""), "fps": args.fps,
                             "frames": args.frames, "sha256": clip["sha256"], "source": row["name"],
                             "identities": identities})
     if entries:  # else what an earlier run made stays
-        publish(args.out / "clips", clips)
-        publish(args.out / "refs", images)
+        written = read_written(args.out)
+        theirs = publish(args.out, files, written)
     failed = ask_captions(entries, args)
     kinds = collections.Counter(reason.split(" (")[0] for reason in reasons.values())
     report = {
-        "videos": funnel(len(rows), kinds), "tracks": funnel(first, lost),
+        "videos": funnel(len(rows), kinds) | {"passed over": passed},
+        "tracks": funnel(first, lost) | {"in no clip": unused},
         "clips": funnel(len(entries), dropped) | {"without caption": sum(not e["caption"] for e in entries)},
         "identities": {"found": len(references), "kept": len(shown), "by embedding": embeddings is not None,
                        "with a view": {view: sum(view in v for v in shown.values()) for view in VIEWS},
                        "by number of views": collections.Counter(sorted(map(len, shown.values())))},
         "references unlike their identity": unlike, "shots": sum(len(row["shots"]) - 1 for row in rows),
         "seconds": sum(row["shots"][-1] for row in rows) / args.fps,
+        f"pictures with {MOST_FACES} faces or more": sum(row["crowded"] for row in rows),
         "yaw, in steps of 10 degrees from -180": yaws.tolist(),
         "settings": {flag: getattr(args, flag.replace("-", "_")) for flag in EXTRACT | GROUP},
         "videos left out": reasons, "captions that failed": failed}
     if entries:
-        with atomic_file(args.out / "manifest.jsonl") as temporary:
-            temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
-    with atomic_file(args.out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1))
-    with atomic_file(args.out / "report.png") as temporary:
-        draw_report(report, shown).save(temporary, "PNG")
+        text = "".join(f"{json.dumps(entry)}\n" for entry in entries)
+        finish(args.out, text.encode(), files, written, theirs)
+    sheet = io.BytesIO()
+    draw_report(report, shown).save(sheet, "PNG")
+    write_changed(args.out / "report.json", json.dumps(report, indent=1).encode())
+    write_changed(args.out / "report.png", sheet.getvalue())
     return report
+
+
+def below(folder):
+    """Where in clips/ and refs/ the files of a row are: two digits of its hash cut each into 256 folders."""
+    return f"{folder.name[:2]}/{folder.name}"
+
+
+def tracks_without_clip(row, frames):
+    """Yield the reason of each track of a row that is in none of its clips."""
+    used = {number for clip in row["clips"] for number in clip["tracks"]}
+    for number, track in enumerate(row["tracks"]):
+        if number not in used:
+            short = track["end"] - track["start"] + 1 < frames
+            yield f"seen for less than {frames} frames" if short else "beside others who come and go"
 
 
 def funnel(kept, left_out):
@@ -411,7 +448,7 @@ def find_references(rows, args):
                     unlike += 1
                     continue
             path = row["folder"] / f"{entry['track']}_{view}.png"
-            facts = {"image": f"refs/{row['folder'].name}_{path.name}", "yaw": entry["yaw"],
+            facts = {"image": f"refs/{below(row['folder'])}_{path.name}", "yaw": entry["yaw"],
                      "pitch": entry["pitch"], "similarity": alike}
             references[person][view].append(Reference(score, n, entry["frame"], track, path, facts))
     for found in (found for views in references for found in views.values()):
@@ -506,37 +543,124 @@ def objection(people, chosen, args):
     return None
 
 
-def publish(folder, files):
-    """Fill a folder anew. files: {path: the file of a row that it is a link to}"""
-    with atomic_folder(folder) as build:
-        for path, source in files.items():
-            try:
-                os.link(source, build / Path(path).name)
-            except OSError:  # a file system without links
-                shutil.copy(source, build / Path(path).name)
+# {path in --out: sha256s of what curate.py wrote, two while one replaces the other}; all else is somebody's
+WRITTEN = "written.json"
+
+
+def read_written(out):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        written = json.loads((out / WRITTEN).read_text())
+        return {path: list(hashes) for path, hashes in written.items()}
+    return {}
+
+
+def write_changed(path, content):
+    """Write a file, but not where it has this content."""
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+
+
+def is_ours(path, hashes):
+    return path.is_file() and sha256_of(path) in hashes
+
+
+def publish(out, files, written):
+    """Make files {path in `out`: (a file of a row, its sha256)} of those that are not there yet, as links.
+    -> the paths that are as nobody of us wrote them, and stay. written: of read_written, with what may be
+    there from now on, wherever a kill comes"""
+    for path, (_, sha256) in files.items():
+        written[path] = sorted({*written.get(path, ()), sha256})
+    write_changed(out / WRITTEN, json.dumps(written, sort_keys=True).encode())
+    theirs, folders = [], set()
+    for path, (source, sha256) in files.items():
+        target, row = out / path, source.stat()
+        if os.path.lexists(target):
+            found = target.stat() if target.is_file() else None
+            if found and (found.st_size, found.st_mtime_ns) == (row.st_size, row.st_mtime_ns):
+                continue  # the row's file, or a copy
+            if not is_ours(target, written[path]):
+                theirs.append(path)
+                continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(out / target.parts[-3] / target.name)  # where lock() sweeps
+        try:
+            os.link(source, temporary)  # its content is on the disk since it became a row
+        except OSError:  # a file system without links
+            shutil.copy2(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+        folders |= {target.parent, target.parent.parent}
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not everywhere can a folder be opened
+            number = os.open(folder, os.O_RDONLY)
+            os.fsync(number)
+            os.close(number)
+    return theirs
+
+
+def finish(out, manifest, files, written, theirs):
+    """Write manifest.jsonl, take away what it no longer names, say what stays because it is somebody's."""
+    path, name = out / "manifest.jsonl", "manifest.jsonl"
+    sha256 = hashlib.sha256(manifest).hexdigest()
+    mended = path.exists() and path.read_bytes() != manifest and not is_ours(path, written.get(name, ()))
+    new = path.with_name("manifest.new.jsonl")
+    if mended:
+        print(f"{path} is not as curate.py wrote it and stays; {new.name} has what this run makes. Captions "
+              f"are mended for good beside the videos, or in {out}/captions.jsonl", file=sys.stderr)
+        write_changed(new, manifest)
+    else:
+        written[name] = sorted({*written.get(name, ()), sha256})
+        write_changed(out / WRITTEN, json.dumps(written, sort_keys=True).encode())
+        write_changed(path, manifest)
+        if is_ours(new, written.get(new.name, ())):
+            new.unlink()
+        for old in written.keys() - files.keys() - {name, new.name}:
+            if is_ours(out / old, written[old]):
+                (out / old).unlink()
+                with contextlib.suppress(OSError):  # others are in it
+                    (out / old).parent.rmdir()
+    known = files.keys() | (written.keys() if mended else ())
+    for folder in ("clips", "refs"):
+        for here, _, names in os.walk(out / folder):
+            theirs += [path for path in (os.path.relpath(os.path.join(here, name), out) for name in names
+                                          if name[0] != ".") if path not in known]
+    record = {path: [sha256] for path, (_, sha256) in files.items()}
+    record |= {old: hashes for old, hashes in written.items() if mended and old not in record}
+    record |= {new.name: [sha256]} if mended else {name: [sha256]}
+    write_changed(out / WRITTEN, json.dumps(record, sort_keys=True).encode())
+    if theirs:
+        print(f"{len(theirs)} files in {out} are not as curate.py wrote them and stay: {theirs[0]}"
+              + (" and others" if len(theirs) > 1 else ""), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------- captions
 def read_captions(folder, names):
     """{video: its caption}, from the files that the top of this file names."""
-    rows, table, captions = read_lines(folder / "metadata.jsonl"), folder / "metadata.csv", {}
-    if table.is_file():
-        with as_user_error(table):
-            try:
-                content = table.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError:
-                raise UserError("expected a table in UTF-8") from None
-            rows += csv.DictReader(io.StringIO(content, newline=""))
-    for row in rows:
-        row = {key: value for key, value in row.items() if is_text(value)}
-        video = row.get("file_name") or row.get("video") or row.get("video_path") or row.get("path")
-        if video:
-            words = row.get("caption") or row.get("prompt") or row.get("text") or ""
-            captions[os.path.normpath(video)] = words
+    found, captions, refused = Names(folder), {}, []
+    for table in (path for path in find_tables(folder) if path.stem.lower() == "metadata"):
+        rows, bad = read_rows(table), []
+        check_columns(table, rows, "video", "caption")
+        for name, row in rows:
+            video, words = (None if isinstance(row, Exception) else value_of(row, kind)
+                            for kind in ("video", "caption"))
+            if is_text(video) and is_text(words or ""):
+                captions[os.path.normpath(found.find(video))] = words or ""
+            else:
+                bad.append(f"{name}, {row}"[:200])
+        if bad:
+            print(f"{table}: {len(bad)} rows are of no use: {bad[0]}", file=sys.stderr)
     for name in names:
-        beside = (folder / name).with_suffix(".txt")
+        beside = folder / found.find(Path(name).with_suffix(".txt"))
         if beside.is_file():
-            captions[name] = beside.read_text(encoding="utf-8-sig", errors="replace")
+            try:
+                captions[name] = read_text(beside)
+            except UserError as error:
+                refused.append(str(error))
+    refused += [f"{name}: its caption holds zero bytes" for name, words in captions.items() if "\0" in words]
+    if refused:
+        raise UserError(refused[0] + (f"; {len(refused) - 1} more are like it" if refused[1:] else ""))
     return {name: " ".join(words.split()) for name, words in captions.items()}
 
 
@@ -544,11 +668,11 @@ def ask_captions(entries, args):
     """Fill missing captions from captions.jsonl, which keeps all answers, or by a vision endpoint, if there
     is one. Returns {clip: why it has none}; ten failures in a row end the asking."""
     store, failed, in_a_row = args.out / "captions.jsonl", {}, 0
-    known = {line["video"]: line["caption"] for line in read_lines(store)
+    known = {Path(line["video"]).name: line["caption"] for line in read_lines(store)
              if is_text(line.get("video")) and is_text(line.get("caption"))}
     for entry in tqdm(entries, desc="captions", unit=" clips", disable=None if args.caption_url else True):
         video = entry["video"]
-        entry["caption"] = entry["caption"] or known.get(video) or ""
+        entry["caption"] = entry["caption"] or known.get(Path(video).name) or ""
         if entry["caption"] or in_a_row == 10 or not args.caption_url:
             continue
         try:
@@ -702,34 +826,47 @@ def check_url(flag, url):
         raise UserError(f"{flag} {url}: expected http://... or https://...")
 
 
-def find_videos(folder):
-    """The relative paths of all videos below a folder, in order."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")
-             if path.suffix.lower() in VIDEOS and path.is_file()
-             and not path.name.startswith(".") and not path.stem.endswith("_mask")]
-    if not names:
-        raise UserError(f"{folder} holds no videos ({' '.join(VIDEOS)})")
-    return sorted(names)
+def content_of(path):
+    """A hash of a file: of a large one its length and eight parts, as all videos are read at each start."""
+    size = path.stat().st_size
+    digest, part = hashlib.sha256(str(size).encode()), 2**16
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # extract() says why it cannot be read
+        for k in range(8):
+            file.seek(k * max(0, size - part) // 7)
+            digest.update(file.read(part))
+    return digest.hexdigest()
 
 
 def row_names(names, args):
-    """A hash for every video: of its path, its length in bytes, the settings and the networks."""
+    """A hash for every video: of its path, its content and its mask's, the settings and the networks."""
     networks = [(file.name, file.stat().st_size) for pattern in Faces.FILES.values()
                 for file in sorted(args.faces.glob(pattern))[:1]]  # those that Faces reads
     settings = [ROWS, networks, [getattr(args, flag.replace("-", "_")) for flag in EXTRACT]]
-    return [hashlib.sha256(json.dumps([name, (args.videos / name).stat().st_size, settings]).encode())
-            .hexdigest()[:16] for name in names]
+
+    def name_of(name):
+        files = filter(None, (args.videos / name, mask_of(args.videos / name)))
+        parts = [name, *map(content_of, files), settings]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return list(map(name_of, names))
+
+
+def in_words(counts):
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
 
 
 def main(argv=None, detector=None):
     """detector: an object with the methods of faces.Faces, instead of the networks in --faces."""
     args = read_arguments(argv)
     probe_writable(args.out)
-    names = find_videos(args.videos)
+    names, passed = find_videos(args.videos)
+    over = f"; passed over in {args.videos}: {in_words(passed)}" if passed else ""
+    if not names:
+        raise UserError(f"{args.videos} holds no videos ({' '.join(VIDEOS)}){over}")
     captions = read_captions(args.videos, names)
     if captions:
+        strange = sorted(captions.keys() - set(names))
         print(f"captions for {sum(bool(captions.get(name)) for name in names)} of {len(names)} videos; "
-              f"{len(captions.keys() - set(names))} rows of metadata match no video")
+              f"{len(strange)} rows of metadata match no video" + (f", as {strange[0]!r}" if strange else ""))
     folders = [args.out / "rows" / row for row in row_names(names, args)]
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = list(zip(names, folders))[args.shard[0] * ranks + rank::args.shard[1] * ranks]
@@ -750,13 +887,15 @@ def main(argv=None, detector=None):
     if missing or not worked and rank:  # where nobody had work the first process groups
         return
     with lock(args.out, wait=True):
-        report = group(names, folders, args, captions)
+        report = group(names, folders, args, captions, passed)
     if not report["clips"]["kept"]:
         counts = {kind: report[kind] for kind in ("videos", "tracks", "clips")}
         raise UserError(f"no clip is left of {len(names)} videos: {json.dumps(counts)}; see report.png and "
                         f"report.json in {args.out}")
+    unused = report["tracks"]["in no clip"]
     print(f"{report['clips']['kept']} clips of {report['identities']['kept']} people from {len(names)} "
-          f"videos: {args.out}/manifest.jsonl, report.png")
+          f"videos: {args.out}/manifest.jsonl, report.png"
+          + (f"; faces in no clip: {in_words(unused)}" if unused else "") + over)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ ALIGNED = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493,
 MEAN_FACE = ((-0.5, 0.0, 0.0), (0.5, 0.0, 0.0), (0.0, -0.56, 0.5), (-0.42, -1.08, 0.03), (0.42, -1.08, 0.03))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of RGB in 0..1
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # the same of CLIP
+MOST_FACES = 32  # of a picture that are looked at: a crowd's others are too small to be anybody's reference
 resize = functools.partial(F.interpolate, mode="bilinear", antialias=True)
 
 
@@ -56,7 +57,11 @@ def load_released(kind, path, device):
         if hasattr(module, counter):
             setattr(module, counter, None)
     file = WeightFile(path, shapes, lambda name, get=file.get: get(prefix + name))
-    return load_weights(network, file, torch.float32, device).requires_grad_(False).eval()
+    network = load_weights(network, file, torch.float32, device).requires_grad_(False).eval()
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():  # else no face would ever be found, without a word
+            raise UserError(f"{path}: {name} holds nan or inf, so it is damaged: download it again")
+    return network
 
 
 def depths_of(shapes, prefix=""):
@@ -544,11 +549,14 @@ class Face(NamedTuple):
 
 
 def find_faces(detector, picture, frame, least):
-    """The Faces of a uint8 picture [H, W, 3] that score at least `least`."""
+    """The Faces of a uint8 picture [H, W, 3] that score at least `least`; of a crowd, the largest."""
     image = torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
     found = [face for face in detector.detect(image[None])[0] if face.score >= least]
     if not found:
         return []
+    if len(found) > MOST_FACES:
+        sides = torch.stack([face.box[2:] - face.box[:2] for face in found]).amax(1).nan_to_num(0)
+        found = [found[i] for i in sides.argsort(descending=True, stable=True)[:MOST_FACES]]
     boxes = torch.stack([face.box for face in found])
     landmarks = torch.stack([face.landmarks for face in found])
     squares = crop_faces(image, boxes)

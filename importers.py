@@ -6,8 +6,6 @@
               write them
 `python data.py import` runs it.
 """
-import csv
-import io
 import json
 import math
 import os
@@ -18,16 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import UserError, as_user_error, atomic_file, is_text, lock, remove
-from manifest import check_entry
-from pictures import VIDEOS, open_video, read_picture, view_of, watch_decoder
+from checkpoint import UserError, atomic_file, is_text, lock, read_text, remove
+from manifest import (COLUMNS, Names, check_columns, check_entry, find_tables, find_videos, read_rows,
+                      value_of)
+from pictures import open_video, read_picture, view_of, watch_decoder
 from rope import VIEWS
 
 # -------------------------------------------------------------------------------------------- sets of others
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-COLUMNS = {"video": ("video", "file_name", "video_path", "path"),
-           "caption": ("caption", "prompt", "text", "cap"),
-           "references": ("references", "refs", "reference_image", "image_path", "control_path")}
 SWAP = {"left": "right", "right": "left"}
 
 
@@ -105,7 +101,7 @@ def check_row(row, out, seen):
     seen: pictures that are known to be sound"""
     if isinstance(row, Exception):
         raise row
-    if not is_text(row["caption"]) or "\ufffd" in row["caption"]:
+    if not is_text(row["caption"]) or re.search("[\0\ufffd]", row["caption"]):
         raise ValueError("its caption is not text in UTF-8")
     if not row["caption"].strip():
         raise ValueError("no caption")
@@ -268,7 +264,7 @@ def nersemble(root, out, mirror, notes):
     calibration/camera_params.json"""
     glasses = {}
     if (root / "metadata_sequences.csv").is_file():
-        glasses = {str(row.get("ID")).zfill(3): str(row.get("wears_glasses") or "").strip().lower() not in
+        glasses = {str(row.get("id")).zfill(3): str(row.get("wears_glasses") or "").strip().lower() not in
                    ("", "0", "no", "false", "nan") for _, row in read_rows(root / "metadata_sequences.csv")}
     says = {"EMO": "a person acts: {}", "EXP": "a person moves the {}", "SEN": 'a person says "{}"',
             "HAIR": "a person shakes the hair", "FREE": "a person moves freely"}
@@ -279,7 +275,7 @@ def nersemble(root, out, mirror, notes):
     for person, takes in people.items():
         calibration = root / person / "calibration/camera_params.json"
         try:
-            angles, pitches = camera_angles(json.loads(calibration.read_text())["world_2_cam"])
+            angles, pitches = camera_angles(json.loads(read_text(calibration))["world_2_cam"])
             if missing := {serial for videos in takes.values() for serial in videos} - angles.keys():
                 raise ValueError(f"not of camera {min(missing)}")
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -295,28 +291,6 @@ def nersemble(root, out, mirror, notes):
 
 
 # -------------------------------------------------------------------------------------- folders of trainers
-def read_rows(path):
-    """Yield (name, row) of a .csv, .jsonl or .json file of rows; a row that is none is an error instead."""
-    with as_user_error(path):
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="further"))
-        elif path.suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError("not a list of rows")
-        else:
-            rows = [line for line in text.split("\n") if line.strip()]
-    for n, row in enumerate(rows, 1):
-        try:
-            row = json.loads(row) if path.suffix == ".jsonl" else row
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as error:
-            row = ValueError(f"not a JSON object, perhaps cut short ({error})")
-        yield f"{path.name} row {n}", row
-
-
 def lists_videos(path):
     """Is it a table with a column of videos, and not the settings of a program."""
     with suppress(UserError):
@@ -327,44 +301,40 @@ def folders(root, out, mirror, notes):
     """metadata.csv, .jsonl or .json with columns video, caption and perhaps references; or videos, each with
     <stem>.txt and perhaps refs/<stem>/front.png, or refs/<stem>/<n>/front.png for several people. What a row
     lacks is looked for beside its video."""
-    tables = [f for f in sorted(root.iterdir()) if f.suffix in (".csv", ".jsonl", ".json")
-              and f.name[0] != "." and f.is_file()]
-    tables = [f for f in tables if f.stem == "metadata"] or [f for f in tables if lists_videos(f)]
+    tables, names = find_tables(root), Names(root)
+    tables = [f for f in tables if f.stem.lower() == "metadata"] or [f for f in tables if lists_videos(f)]
     if len(tables) > 1:
         raise UserError(f"{root}: which of {', '.join(f.name for f in tables)} lists its videos? "
                         "Name it metadata, and no other")
     if tables:
         rows = read_rows(tables[0])
+        check_columns(tables[0], rows, "video")
     else:
-        rows = ((name, {"video": name}) for name in sorted(
-            path.relative_to(root).as_posix() for path in root.rglob("[!.]*")
-            if path.suffix.lower() in VIDEOS and not path.stem.endswith("_mask")))
+        videos, passed = find_videos(root)
+        rows = ((name, {"video": name}) for name in videos)
+        if other := {why: n for why, n in passed.items() if why not in PICTURES}:
+            notes["passed over"] = [", ".join(f"{n} {why}" for why, n in sorted(other.items()))]
     for name, row in rows:
         try:
-            yield name, row if isinstance(row, Exception) else read_row(root, row, name, mirror, notes)
+            yield name, row if isinstance(row, Exception) else read_row(names, row, name, mirror, notes)
         except (ValueError, OSError) as error:
             yield name, ValueError(error)
 
 
-def read_row(root, row, name, mirror, notes):
+def read_row(names, row, name, mirror, notes):
     """A row of a table -> one for check_row. Raises ValueError or OSError."""
-    def first(kind):
-        return next((row[key] for key in COLUMNS[kind] if row.get(key) not in (None, "")), None)
-
     def inside(path):
-        """As the manifest names it. A full path into the set is as good."""
-        path = Path(as_name(path))
-        for base in (root.absolute(), root.resolve()):
-            path = path.relative_to(base) if path.is_relative_to(base) else path
-        return ("source" / path).as_posix()
-    if first("video") is None:
+        """As the manifest names it."""
+        return ("source" / Path(names.find(as_name(path)))).as_posix()
+    if value_of(row, "video") is None:
         raise ValueError(f"no video; expected one of the columns {', '.join(COLUMNS['video'])}")
-    video = inside(first("video"))
-    path, caption = root / video.removeprefix("source/"), first("caption")
-    people, identities = read_people(row, first("references")), []
+    video, root = inside(value_of(row, "video")), names.folder
+    path, caption = root / video.removeprefix("source/"), value_of(row, "caption")
+    people, identities = read_people(row, value_of(row, "references")), []
     if path.resolve().is_relative_to(root.resolve()):
-        if caption is None and path.with_suffix(".txt").is_file():
-            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+        beside = root / names.find(path.with_suffix(".txt").relative_to(root))
+        if caption is None and beside.is_file():
+            caption = read_text(beside)
         people = people or people_beside(root, path)
     for k, pictures in enumerate(people, 1):
         views, who = {}, f"{video.removeprefix('source/').removesuffix(path.suffix)}_{k}"
@@ -381,8 +351,10 @@ def read_row(root, row, name, mirror, notes):
                     views[view]["yaw"] = -facts["yaw"]
         if views:
             identities.append({"id": who, "views": views})
-    lacks = "" if identities else f"no reference; expected refs/{path.stem}/front.png or a column " \
-        f"{COLUMNS['references'][0]}"
+    lacks = f"no picture of {len(people) - len(identities)} of its {len(people)} people"
+    if not identities:
+        lacks = f"no reference; expected refs/{path.stem}/front.png or a column {COLUMNS['references'][0]}"
+    lacks *= len(identities) < max(1, len(people))
     return {"video": video, "caption": caption or "", "identities": identities, "lacks": lacks}
 
 
@@ -403,8 +375,9 @@ def read_people(row, value):
     if not all(isinstance(person, list) and all(isinstance(picture, (str, dict)) for picture in person)
                for person in people):
         raise ValueError("its references are no list of file names, nor one list for each person")
-    return [sorted(person, key=lambda p: isinstance(p, dict) and p.get("region") != "face")
-            for person in people if person]
+    people = [sorted(person, key=lambda p: isinstance(p, dict) and p.get("region") != "face")
+              for person in people]
+    return people if any(people) else []
 
 
 def read_reference(picture, n, name, notes):
@@ -433,11 +406,14 @@ def people_beside(root, video):
     """The pictures in refs/<stem> beside a video, or at the top of the set, as read_people gives them."""
     for folder in (video.parent / "refs" / video.stem, root / "refs" / video.stem):
         if folder.is_dir():
-            numbered = [f for f in folder.iterdir() if re.fullmatch(r"\d{1,4}", f.name) and f.is_dir()]
-            people = [sorted(f.relative_to(root).as_posix() for f in person.iterdir()
-                             if f.suffix.lower() in PICTURES and f.name[0] != ".")
-                      for person in sorted(numbered, key=lambda f: int(f.name)) or [folder]]
-            return [person for person in people if person]
+            numbered = {int(f.name): f for f in folder.iterdir()
+                        if re.fullmatch(r"\d{1,4}", f.name, re.ASCII) and f.is_dir()} or {1: folder}
+            people = [[] for _ in range(min(1, *numbered), max(numbered) + 1)]  # who has none keeps a place
+            for number, person in numbered.items():
+                people[number - min(1, *numbered)] = sorted(
+                    f.relative_to(root).as_posix() for f in person.iterdir()
+                    if f.suffix.lower() in PICTURES and f.name[0] != ".")
+            return people if any(people) else []
     return []
 
 

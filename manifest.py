@@ -7,11 +7,16 @@ writes one, and `python data.py import`; `python data.py encode` reads it.
 """
 import array
 import collections
+import contextlib
+import csv
 import functools
+import io
 import itertools
 import json
 import math
 import os
+import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +25,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from checkpoint import (Lines, UserError, as_user_error, atomic_file, check_outputs, fingerprint, is_text,
-                        probe_writable)
-from pictures import Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
+from checkpoint import (Lines, UserError, as_user_error, atomic_file, check_outputs, encoding_of,
+                        fingerprint, is_text, probe_writable, read_text)
+from pictures import VIDEOS, Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 from rope import VIEWS
 
 
@@ -49,7 +54,9 @@ def lines_of(folder):
             raise UserError(f"{folder} is an encoded set, expected the folder of its manifest, by default "
                             f"{Path(os.path.abspath(folder)).parent}")
         raise UserError(f"{path}: no such file; curate.py writes one, and `python data.py import`")
-    return Lines(path)
+    with open(path, "rb") as file:
+        is_utf8 = encoding_of(file.read(2**16)) == "UTF-8"
+    return Lines(path, None if is_utf8 else read_text(path))
 
 
 def read_line(line, folder):
@@ -110,6 +117,7 @@ def check_entry(entry, folder):
         raise ValueError(f"expected a JSON object, got {json.dumps(entry)[:60]}")
     for key in ("video", "caption"):
         expect(is_text(entry.get(key)), "text", key)
+    expect(not re.search("[\0\ufffd]", entry["caption"]), "text in UTF-8", "caption")
     people = entry.get("identities")
     expect(isinstance(people, list) and 1 <= len(people) <= PEOPLE, f"a list of 1 to {PEOPLE} people",
            "identities")
@@ -160,6 +168,141 @@ class Samples:
             return sample_of(read_line(line, path.parent), path.parent, *self.how)
         except ValueError as error:
             raise UserError(printable(f"{path} line {self.lines.numbers[place]}: {error}")) from None
+
+
+# ------------------------------------------------------------------------------------------- tables of a user
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+COLUMNS = {"video": ("video", "file_name", "video_path", "path"),
+           "caption": ("caption", "prompt", "text", "cap"),
+           "references": ("references", "refs", "reference_image", "image_path", "control_path")}
+
+
+def find_tables(folder):
+    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLES
+            and path.name[0] != "." and path.is_file()]
+
+
+def read_rows(path):
+    """A table of a user -> [(what messages call a row, the row or why it is none)]. A row is {column: value},
+    its columns in small letters with _ for spaces. .csv and .tsv have any separator; .json is a list of rows
+    or {video: its row or caption}."""
+    kind = path.suffix.lower()
+    with as_user_error(path):
+        text = read_text(path)
+        if kind in (".csv", ".tsv"):
+            rows = read_columns(text)
+        elif kind == ".jsonl":
+            rows = [line for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+            if isinstance(rows, dict) and rows and all(isinstance(row, (dict, str)) for row in rows.values()):
+                rows = [{"caption": row, "video": name} if isinstance(row, str) else
+                        row if set(COLUMNS["video"]) & set(map(fold, row)) else row | {"video": name}
+                        for name, row in rows.items()]
+            if not isinstance(rows, list):
+                raise ValueError("not a list of rows")
+    named = []
+    for n, row in enumerate(rows, 1):
+        try:
+            row = json.loads(row) if kind == ".jsonl" else row
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            row = {fold(key): value for key, value in row.items()}
+        except (ValueError, RecursionError) as error:
+            row = ValueError(f"not a JSON object, perhaps cut short ({error})")
+        named.append((f"{path.name} row {n}", row))
+    return named
+
+
+def read_columns(text):
+    """Text in columns -> rows. Its separator is the one that gives the first line most columns of COLUMNS, or
+    else most columns: Excel takes what the language of its user writes numbers with."""
+    text = re.sub(r"^\s*(sep=.\n)?\s*", "", text)
+
+    def columns(separator):
+        return next(csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True), [])
+    known = set(itertools.chain(*COLUMNS.values()))
+    best = max(",;\t|", key=lambda mark: (len(known & set(map(fold, columns(mark)))), len(columns(mark))))
+    return list(csv.DictReader(io.StringIO(text, newline=""), restkey="further", delimiter=best,
+                               skipinitialspace=True))
+
+
+def fold(column):
+    return re.sub(r"[\s_-]+", "_", column.strip().lower()) if isinstance(column, str) else column
+
+
+def value_of(row, kind):
+    """What a row says in the first of its COLUMNS of a kind that says anything, or None."""
+    return next((row[key] for key in COLUMNS[kind] if row.get(key) not in (None, "")), None)
+
+
+def check_columns(path, rows, *kinds):
+    """UserError where a table of read_rows has no column of one of these kinds."""
+    found = set().union(*(row.keys() for _, row in rows if isinstance(row, dict)))
+    for kind in kinds:
+        if found and not found & set(COLUMNS[kind]):
+            there = ascii(", ".join(sorted(map(str, found))))[1:-1][:150]
+            raise UserError(f"{path} has no column of {kind}s: it has {there}, expected one called "
+                            f"{', '.join(COLUMNS[kind])}")
+
+
+def find_videos(folder):
+    """-> the relative paths of all videos below a folder, in order, and {why others are passed over: how
+    many}. A mask, <stem>_mask beside <stem>, is none."""
+    names, passed = [], collections.Counter()
+    for here, below, files in os.walk(folder):
+        passed["hidden"] += sum(name[0] == "." for name in (*below, *files))
+        below[:] = [name for name in below if name[0] != "."]
+        passed["links to folders"] += sum(os.path.islink(os.path.join(here, name)) for name in below)
+        paths = [Path(here, name) for name in files if name[0] != "."]
+        stems = {path.stem for path in paths if path.suffix.lower() in VIDEOS}
+        for path in paths:
+            suffix = path.suffix.lower()
+            if suffix not in VIDEOS:
+                if suffix not in TABLES and not (suffix == ".txt" and path.stem in stems):
+                    passed[suffix or "without a suffix"] += 1
+            elif not path.is_file():
+                passed["broken links, pipes"] += 1
+            elif not (path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems):
+                names.append(path.relative_to(folder).as_posix())
+    return sorted(names), +passed
+
+
+class Names:
+    """Names in a user's table -> those that files below a folder have. Where no file has a name to the
+    letter, it may have the separators of Windows, another Unicode form (macOS's) or other capitals, if one
+    alone is alike."""
+
+    def __init__(self, folder):
+        self.folder, self.listed = Path(folder), {}
+
+    @staticmethod
+    def plain(name):
+        return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+    def listing(self, below):
+        """{plain name: names} of what is in a folder below."""
+        if below not in self.listed:
+            found = self.listed[below] = {}
+            with contextlib.suppress(OSError):
+                for name in os.listdir(self.folder / below):
+                    found.setdefault(self.plain(name), []).append(name)
+        return self.listed[below]
+
+    def find(self, name):
+        """-> the file's name from the folder on, of a full path too; where there is none, as it came."""
+        path = Path(name)
+        for base in (self.folder.absolute(), self.folder.resolve()):
+            path = path.relative_to(base) if path.is_relative_to(base) else path
+        if os.path.lexists(self.folder / path):
+            return path.as_posix()
+        found = ""
+        for part in re.split(r"[/\\]", path.as_posix().removeprefix(".\\")):
+            alike = self.listing(found).get(self.plain(part), [])
+            if part not in alike and len(alike) != 1:
+                return path.as_posix()
+            found = os.path.join(found, part if part in alike else alike[0])
+        return found
 
 
 def sample_of(entry, folder, sizes, frames, fps):

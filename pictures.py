@@ -22,7 +22,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
-from checkpoint import UserError, atomic_file, is_seed, is_text
+from checkpoint import UserError, atomic_file, is_seed, is_text, read_text
 from rope import VIEWS
 
 
@@ -87,7 +87,7 @@ def read_picture(path, size):
 
 
 def to_srgb(image, info):
-    """PIL image -> the same in RGB, its colours as the file's profile says (telephones' are in Display P3)."""
+    """PIL image -> the same in RGB, its colours as its profile says (telephones' are in Display P3)."""
     if profile := info.get("icc_profile"):
         with contextlib.suppress(ImageCms.PyCMSError):  # rubbish, or of other channels: as if it were sRGB
             return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
@@ -130,14 +130,8 @@ def read_references(people, size):
 def read_jobs(path, seed):
     """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...}, the
     last two optional -> Jobs, their pictures not read yet. seed: of lines without one."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("a pipe or folder")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable text file ({error})") from None
     jobs = []
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 jobs.append(read_job(line, seed))
@@ -193,7 +187,8 @@ def write_video(path, video, fps=16, comment="", crf=19):
         container.mux(stream.encode())
 
 
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".flv")
+VIDEOS = (".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg",
+          ".vob", ".flv")
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv"  # of others, playlists open further files and addresses
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave the alpha out
 HDR = {ColorTrc.ARIB_STD_B67: "HLG", ColorTrc.SMPTE2084: "PQ"}

@@ -39,7 +39,7 @@ def write_rows(folder, videos):
         refs = tracks.repeat_interleave(len(turns), 0)
         refs = F.normalize(refs + 0.3 * unit(len(refs), WIDTH, generator=generator), dim=1)
         curate.save_tensors(row / "embeddings.safetensors", {"embeddings": torch.cat((tracks, refs)).half()})
-        facts = {"shots": [81 * k for k in range(TRACKS + 1)], "yaw": [1] * 36, "dropped": {},
+        facts = {"shots": [81 * k for k in range(TRACKS + 1)], "yaw": [1] * 36, "dropped": {}, "crowded": 0,
                  "sha256": f"{v}",
                  "tracks": [{"start": 81 * k, "end": 81 * k + 80} for k in range(TRACKS)],
                  "references": [{"track": k, "view": view, "frame": 81 * k, "yaw": yaw, "pitch": 0.0,
@@ -69,7 +69,7 @@ def main(argv=None):
             return result
         before = time.process_time()
         with mock.patch.object(curate, "cluster", timed):
-            report = curate.group([f"{n}.mp4" for n in range(videos)], rows, args, {})
+            report = curate.group([f"{n}.mp4" for n in range(videos)], rows, args, {}, {})
         took, peak = time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"{videos * TRACKS:,} tracks: {took:.0f} CPU s, {spent[0]:.0f} of them clustering; peak "
               f"{peak:.2f} GiB; {report['identities']['found']:,} of {videos:,} identities")

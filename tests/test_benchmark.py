@@ -588,6 +588,42 @@ def test_a_restart_measures_only_what_changed(world, monkeypatch):
     assert measured[3:] == ["truth", "still-head"]  # those whose evaluation reference it is
 
 
+def test_names_are_found_as_other_systems_write_them(tmp_path):
+    """case-001.MP4 was not seen, nor references in another Unicode form or with Windows' separators."""
+    made = World(tmp_path / "set")
+    made.case("case-001", made.truth.shoot([0], ["nods"], 3), [0])
+    line = made.lines[0]
+    os.rename(made.folder / "videos/case-001.mp4", made.folder / "videos/case-001.MP4")
+    named = line["refs"][0]["front"]
+    os.rename(made.folder / named, made.folder / "refs/Jo\u0308rg.PNG")
+    changed = json.dumps(line).replace(json.dumps(named), json.dumps("refs\\J\u00f6rg.png"))
+    (result,) = made.run(lines=[changed]).values()
+    assert "people" in result
+
+
+@pytest.mark.parametrize("form", ["utf-8-sig", "utf-16"])
+def test_cases_are_read_as_an_editor_saves_them(form, tmp_path):
+    made = World(tmp_path / "set")
+    made.case("a", made.truth.shoot([0], ["nods"], 3), [0])
+    lines = [json.dumps(made.lines[0] | {"prompt": "женщина"}, ensure_ascii=False)] * 2
+    (made.folder / "cases.jsonl").write_bytes("\r\n".join(lines).encode(form))
+    first, second = real_cases.read_cases(made.folder / "cases.jsonl")
+    assert first.prompt == "женщина" and not first.fault and second.fault == "a second case a"
+    (made.folder / "cases.jsonl").write_bytes(lines[0].encode("cp1251"))
+    (case,) = real_cases.read_cases(made.folder / "cases.jsonl")
+    assert case.fault == "no prompt, or none that is text in UTF-8"
+
+
+def test_edited_cases_are_not_replaced(tmp_path):
+    data = curated(tmp_path / "data", 10)
+    make(data, tmp_path / "cases.jsonl", "--n", 10)
+    edited = (tmp_path / "cases.jsonl").read_text().replace("a person", "a woman")
+    (tmp_path / "cases.jsonl").write_text(edited)
+    with pytest.raises(UserError, match="cases.jsonl exists and would be replaced: choose another --out"):
+        make(data, tmp_path / "cases.jsonl", "--n", 10, "--seed", 1)
+    assert (tmp_path / "cases.jsonl").read_text() == edited
+
+
 def test_200_damaged_videos_and_lines_have_a_reason_each(tmp_path, capsys):
     made, rng = World(tmp_path / "set"), random.Random(0)
     made.case("whole", made.truth.shoot([0], ["nods"], 3), [0])
@@ -1044,6 +1080,7 @@ def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
         ),
         (["make-cases", "--data", "v", "--out", "x.jsonl", "--n", "0"], "--n.*a whole number"),
         (["make-cases", "--data", "v", "--out", "old.jsonl"], "old_refs exists and would be replaced"),
+        (["make-cases", "--data", "v", "--out", "c.jsonl"], "c.jsonl exists and would be replaced"),
         (["make-cases", "--data", "v", "--out", "v"], "v is a folder"),
         (["make-cases", "--data", "v", "--out", "."], "[.] is a folder"),
         (["make-cases", "--data", "v", "--out", "/"], "/ is a folder"),

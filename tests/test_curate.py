@@ -1,6 +1,7 @@
 """curate.py on the toy world, whose truth a detector knows; on damaged, odd and hostile videos; with kills,
 shards and a caption endpoint that fails first; on one real clip."""
 
+import contextlib
 import functools
 import http.server
 import io
@@ -503,7 +504,7 @@ def test_a_damaged_row_of_another_shard_is_named(world, tmp_path):
     folder, truth = world
     for shard in ("0/2", "1/2"):
         curate.main(["--videos", str(folder), "--out", str(tmp_path), *FLAGS, "--shard", shard], truth)
-    names = curate.find_videos(folder)
+    names, _ = curate.find_videos(folder)
     args = curate.read_arguments(["--videos", str(folder), "--out", str(tmp_path), *FLAGS])
     row = tmp_path / "rows" / curate.row_names(names, args)[1]
     (row / "row.json").write_text("{}")
@@ -692,8 +693,263 @@ def test_a_metadata_table_of_any_kind(tmp_path):
     assert curate.read_captions(tmp_path, ["a.mp4"]) == {
         "a.mp4": "one two", "sub/c.mp4": "d, e", "d.mp4": ""}
     (tmp_path / "metadata.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="metadata.csv: expected a table in UTF-8"):
+    with pytest.raises(UserError, match="metadata.csv: not a readable text file .UTF-16, cut short or dam"):
         curate.read_captions(tmp_path, [])
+
+
+@pytest.mark.parametrize("name, data", [
+    ("a.txt", "женщина\r\nкивает".encode("utf-16")), ("a.TXT", "женщина кивает".encode("utf-8-sig")),
+    ("metadata.csv", "File_Name; Text\r\na.MP4;женщина кивает\r\n".encode("utf-16")),
+    ("metadata.csv", "sep=\t\r\npath\tcap\r\n.\\a.MP4\tженщина кивает\r\n".encode("utf-8-sig")),
+    ("metadata.tsv", "path\tcap\na.mp4\tженщина кивает\n".encode()),
+    ("metadata.jsonl", '{"video": "a.MP4", "Prompt": "женщина кивает"}\n'.encode("utf-8-sig")),
+    ("Metadata.json", '{"a.MP4": "женщина кивает"}'.encode()),
+    ("metadata.json", '[{"path": "a.MP4", "cap": "женщина  кивает"}]'.encode("utf-16-le"))])
+def test_captions_as_other_programs_save_them(name, data, tmp_path):
+    (tmp_path / "a.MP4").touch()
+    (tmp_path / name).write_bytes(data)
+    assert curate.read_captions(tmp_path, ["a.MP4"]) == {"a.MP4": "женщина кивает"}
+
+
+@pytest.mark.parametrize("name, data, says", [
+    ("a.txt", "женщина".encode("cp1251"), "a.txt: not a readable text .*CP1251: 'женщина'.*; 1 more are"),
+    ("metadata.csv", "video,caption\na.mp4,ün".encode("cp1252"), "not a readable text file .line 2"),
+    ("metadata.csv", b"Video;Beschreibung\na.mp4;x\n", "no column of captions: it has beschreibung, video"),
+    ("metadata.json", b'{"a.mp4": {"seen": true}}', "no column of captions: it has seen, video, expected"),
+    ("metadata.json", b'{"version": 3}', "metadata.json cannot be read"),
+    ("a.txt", b"zero\0bytes", "a.mp4: its caption holds zero bytes; 1 more are")])
+def test_captions_that_cannot_be_told_are_refused_before_any_work(name, data, says, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    if name == "a.txt":
+        (tmp_path / "b.txt").write_bytes(data)
+    with pytest.raises(UserError, match=says) as error:
+        curate.read_captions(tmp_path, ["a.mp4", "b.mp4"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+# ------------------------------------------------------------------------------------ what a hand has changed
+def stamps(folder):
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")
+            if path.is_file() and path.name != ".cache-lock"}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two videos of one person, curated -> their folder, that of the set, their detector."""
+    truth, videos, out = Truth(), tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name, wall in (("a", "a sunset"), ("b", "a blue wall")):
+        write_video(videos / f"{name}.mp4", truth.shoot([0], ["looks around"], 17, wall=wall))
+    run(videos, out, truth)
+    return videos, out, truth
+
+
+def test_a_run_with_nothing_to_do_writes_nothing(small):
+    videos, out, truth = small
+    before = stamps(out)
+    run(videos, out, truth)
+    assert stamps(out) == before
+
+
+def test_mended_captions_and_files_of_others_stay(small, capsys):
+    """The manifest, a picture and a clip that somebody changed, and one that was put there."""
+    videos, out, truth = small
+    rows = read_lines(out / "manifest.jsonl")
+    mended = "".join(json.dumps(row | {"caption": "by hand"}) + "\n" for row in rows).encode()
+    clip, picture = out / rows[0]["video"], out / rows[1]["identities"][0]["views"]["front"]["image"]
+    hands = {"manifest.jsonl": mended, "clips/mine.mp4": b"mine", str(clip.relative_to(out)): b"a better cut",
+             str(picture.relative_to(out)): b"painted"}
+    for name, data in hands.items():
+        (out / name).unlink(missing_ok=True)  # the clips are links to the rows
+        (out / name).write_bytes(data)
+    (videos / "c.mp4").write_bytes(b"no video")
+    for _ in range(2):
+        run(videos, out, truth)
+        assert all((out / name).read_bytes() == data for name, data in hands.items())
+        said = capsys.readouterr().err
+        assert "3 files in " in said and "are not as curate.py wrote them and stay: " in said
+        assert "manifest.jsonl is not as curate.py wrote it and stays; manifest.new.jsonl has what" in said
+        assert read_lines(out / "manifest.new.jsonl") == rows
+    (videos / "a.mp4").unlink()  # nothing of the kept manifest goes
+    run(videos, out, truth)
+    assert all((out / row["video"]).exists() for row in rows)
+    for name in hands:
+        (out / name).unlink()
+    manifest, _ = run(videos, out, truth)
+    assert [row["source"] for row in manifest] == ["b.mp4"] and not (out / "manifest.new.jsonl").exists()
+    left = {path.relative_to(out).as_posix() for path in (out / "clips").rglob("*.mp4")}
+    assert left == {manifest[0]["video"]}
+
+
+def test_captions_mended_beside_the_videos_or_in_captions_jsonl_last(small):
+    videos, out, truth = small
+    rows = read_lines(out / "manifest.jsonl")
+    (videos / "a.txt").write_text("mended")
+    flat = rows[1]["video"].split("/")[0] + "/" + rows[1]["video"].split("/")[-1]  # as sets of before have it
+    (out / "captions.jsonl").write_text(json.dumps({"video": flat, "caption": "answered"}))
+    manifest, _ = run(videos, out, truth)
+    assert [row["caption"] for row in manifest] == ["mended", "answered"]
+
+
+def test_a_set_of_before_is_kept_and_said(small, capsys):
+    """Its folders were flat, and no record says what was written."""
+    videos, out, truth = small
+    (out / "written.json").unlink()
+    for row in read_lines(out / "manifest.jsonl"):
+        os.rename(out / row["video"], out / "clips" / row["video"].split("/")[-1])
+    old = (out / "manifest.jsonl").read_bytes().replace(b'"fps"', b'"rate"')
+    (out / "manifest.jsonl").write_bytes(old)
+    run(videos, out, truth)
+    said = capsys.readouterr().err
+    assert "2 files in " in said and "manifest.new.jsonl has what this run makes" in said
+    assert (out / "manifest.jsonl").read_bytes() == old and len(list((out / "clips").rglob("*.mp4"))) == 4
+
+
+def test_another_video_of_the_same_name_and_length_is_another(small):
+    videos, out, truth = small
+    first, other = videos / "a.mp4", videos.parent / "other.mp4"
+    write_video(other, truth.shoot([1], ["looks around"], 17, wall="a pink wall"))
+    longer = max(first.stat().st_size, other.stat().st_size)
+    for path in (first, other):  # a box that players skip
+        size = longer + 8 - path.stat().st_size
+        path.write_bytes(path.read_bytes() + size.to_bytes(4, "big") + b"free" + bytes(size - 8))
+    before = {row["source"]: row for row in run(videos, out, truth)[0]}
+    stamp = first.stat()
+    shutil.copy(other, first)
+    os.utime(first, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    after = {row["source"]: row for row in run(videos, out, truth)[0]}
+    assert first.stat().st_size == stamp.st_size and after["b.mp4"]["video"] == before["b.mp4"]["video"]
+    assert after["a.mp4"]["video"] != before["a.mp4"]["video"]
+    assert after["a.mp4"]["identities"][0]["id"] != before["b.mp4"]["identities"][0]["id"]
+    assert not (out / before["a.mp4"]["video"]).exists()
+
+
+@pytest.mark.parametrize("size", [10, 2**16, 2**20, 3 * 2**20])
+def test_a_video_is_known_by_its_length_and_parts_of_its_content(size, tmp_path):
+    data = bytearray(random.Random(size).randbytes(size))
+    (tmp_path / "a").write_bytes(data)
+    known = {curate.content_of(tmp_path / "a")}
+    for place in (0, size // 7 - size // 70, size - 1):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        (tmp_path / "a").write_bytes(changed)
+        known.add(curate.content_of(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(data + b"x")
+    known.add(curate.content_of(tmp_path / "a"))
+    assert len(known) == (5 if size <= 2**20 // 2 else 4)  # of a large one, the middle of a part is not read
+
+
+def test_another_mask_makes_the_row_anew(tmp_path):
+    args = settings("--videos", str(tmp_path))
+    (tmp_path / "a.MP4").write_bytes(b"video")
+    names = set()
+    for mask, data in (("a_mask.mp4", b"one"), ("a_mask.mp4", b"two"), ("a_mask.MOV", b"three")):
+        names |= set(curate.row_names(["a.MP4"], args))
+        (tmp_path / mask).write_bytes(data)
+    assert len(names | set(curate.row_names(["a.MP4"], args))) == 3
+    assert curate.mask_of(tmp_path / "a.MP4").name == "a_mask.mp4"
+
+
+def test_a_damaged_clip_of_the_same_length_is_not_published(small):
+    videos, out, truth = small
+    whole = content(out)
+    for clip in (out / "rows").glob("*/*.mp4"):
+        data = clip.read_bytes()
+        clip.unlink()
+        clip.write_bytes(data[:2000] + bytes(200) + data[2200:])
+    shutil.rmtree(out / "clips")
+    run(videos, out, truth)
+    assert content(out) == whole
+
+
+def test_where_links_are_not_possible_copies_will_do(small, monkeypatch):
+    videos, out, truth = small
+    whole = content(out)
+    shutil.rmtree(out / "clips")
+
+    def refuse(*_):
+        raise OSError("no links here")
+    monkeypatch.setattr(os, "link", refuse)
+    run(videos, out, truth)
+    before = stamps(out)
+    assert content(out) == whole
+    run(videos, out, truth)
+    assert stamps(out) == before
+
+
+def test_a_stop_while_files_are_exchanged_leaves_the_same_bytes(small, monkeypatch):
+    """At every call that changes what is published; other settings, so that all is exchanged."""
+    videos, out, truth = small
+    run(videos, out, truth, "--margin", "0.1")
+    there = content(out)
+    run(videos, out, truth)  # the rows of both stay
+    for last in range(100):
+        folder, calls = out.parent / str(last), []
+        shutil.copytree(out, folder)
+
+        def stopping(real, last=last, calls=calls):
+            def call(*arguments, **more):
+                calls.append(real)
+                if len(calls) > last:
+                    raise SystemExit
+                return real(*arguments, **more)
+            return call
+        with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+            for name in ("replace", "link", "unlink", "fsync"):
+                patch.setattr(os, name, stopping(getattr(os, name)))
+            run(videos, folder, truth, "--margin", "0.1")
+        stopped = len(calls) > last
+        run(videos, folder, truth, "--margin", "0.1")
+        assert content(folder) == there
+        shutil.rmtree(folder)
+        if not stopped:
+            break
+    assert last > 20 and not stopped
+
+
+# ---------------------------------------------------------------------------------- what is passed over, said
+def test_what_is_passed_over_and_who_is_in_no_clip_is_said(tmp_path, capsys, monkeypatch):
+    truth, videos = Truth(), tmp_path / "videos"
+    (videos / ".trash").mkdir(parents=True)
+    write_video(videos / "take:1.mp4", truth.shoot([0], ["looks around"], 17))
+    os.rename(videos / "take:1.mp4", videos / "take:1.MP4")
+    write_video(videos / "woman_with_mask.mp4", truth.shoot([1, 2], ["looks around"] * 2, 33, {}, {1: 9},
+                                                            wall="a sunset"))
+    for name in ("old.wmv", "without", ".trash/x.mp4"):
+        (videos / name).touch()
+    monkeypatch.chdir(videos)
+    manifest, report = run(".", tmp_path / "out", truth, "--videos", ".")
+    assert {row["source"] for row in manifest} == {"take:1.MP4", "woman_with_mask.mp4"}
+    assert report["videos"]["passed over"] == {".wmv": 1, "hidden": 1, "without a suffix": 1}
+    assert report["tracks"]["in no clip"] == {"seen for less than 17 frames": 1}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("; faces in no clip: 1 seen for less than 17 frames; passed over in .: 1 .wmv, "
+                         "1 hidden, 1 without a suffix")
+
+
+class Crowd(Blinking):
+    """A broken detector: thousands of boxes, a few more each time, and everybody is somebody else."""
+
+    def __init__(self, boxes):
+        super().__init__(())
+        self.boxes = boxes
+
+    def detect(self, images):
+        self.calls += 1
+        corners = torch.rand(self.boxes, 2, generator=torch.Generator().manual_seed(self.calls)) * 200
+        boxes = torch.cat((corners, corners + 20 + torch.arange(self.boxes)[:, None] % 7), dim=1)
+        points = boxes[:, None, :2] + torch.tensor(ALIGNED) / 112 * 20
+        return [[Detection(box, 0.9, own) for box, own in zip(boxes, points)]]
+
+
+def test_a_crowd_costs_seconds_and_is_said(tmp_path, capsys):
+    """Two seconds of video took nine minutes."""
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 33, 256, 256))
+    start = time.process_time()
+    tracks, row = curate.find_tracks(tmp_path / "a.mp4", Crowd(5000), settings())
+    assert time.process_time() - start < 60 and row["crowded"] == 9
+    assert "9 pictures with 32 faces or more, of which the largest count" in capsys.readouterr().err
+    assert all(face.box[2] - face.box[0] > 25.9 for track in tracks for face in track.faces)
 
 
 # --------------------------------------------------------------------------------------------------- captions
@@ -764,7 +1020,7 @@ def test_captions_that_match_no_video_are_counted(world, tmp_path, capsys):
     (videos / "metadata.csv").write_text("video,caption\n/data/cut.mp4,a cut\nother.mp4,other\n")
     run(videos, tmp_path / "out", truth)
     said = capsys.readouterr().out
-    assert said.startswith("captions for 0 of 1 videos; 2 rows of metadata match no video\n")
+    assert said.startswith("captions for 0 of 1 videos; 2 rows of metadata match no video, as '/data/c")
 
 
 def people_and_tracks(people, tracks, noise, seed=0, width=64):
@@ -974,7 +1230,7 @@ def test_further_videos_rename_nobody_and_two_sets_share_no_name(tmp_path):
     def curated(folder, out):
         manifest, _ = run(folder, tmp_path / out, truth)
         ids = {row["source"]: row["identities"][0]["id"] for row in manifest}
-        return ids, {path.name for path in (tmp_path / out / "refs").iterdir()}
+        return ids, {path.name for path in (tmp_path / out / "refs").rglob("*.png")}
     shoot("b.mp4", 0)
     shoot("c.mp4", 1)
     ids, pictures = curated(videos, "out")

@@ -17,7 +17,9 @@ from checkpoint import UserError
 from faces import (
     ALIGNED,
     MEAN_FACE,
+    MOST_FACES,
     ArcFace,
+    Detection,
     Faces,
     MobileNet,
     ResNet,
@@ -27,6 +29,7 @@ from faces import (
     angles_of,
     crop_faces,
     decode,
+    find_faces,
     iou,
     load_released,
     nms,
@@ -281,6 +284,30 @@ def test_files_that_do_not_fit_give_one_line(kind, tmp_path):
         if KINDS[other] is not KINDS[kind]:
             torch.save(small(other).state_dict(), path)
             assert "holds no" in one_line(lambda: load_released(KINDS[kind], path, "cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_name_their_file(kind, value, tmp_path):
+    """Every face was lost: "no clip is left", and not which file."""
+    state = small(kind).state_dict()
+    name = [name for name, tensor in state.items() if tensor.is_floating_point()][-1]
+    state[name] = state[name].clone().fill_(value)
+    torch.save(state, tmp_path / "weights.pth")
+    line = one_line(lambda: load_released(KINDS[kind], tmp_path / "weights.pth", "cpu"))
+    assert f"{tmp_path}/weights.pth: {name} holds nan or inf" in line
+
+
+def test_of_a_crowd_the_largest_faces_count():
+    class Crowd:
+        embed = staticmethod(lambda crops: None)
+        pose = staticmethod(lambda crops, landmarks: torch.zeros(len(crops), 3))
+
+        def detect(self, images):
+            boxes = torch.tensor([[k, 0.0, 2 * k + 5, 9] for k in range(60)])
+            return [[Detection(box, 0.9, torch.rand(5, 2) * 9) for box in boxes]]
+    faces = find_faces(Crowd(), np.zeros((64, 128, 3), np.uint8), 0, 0.5)
+    assert {face.box[0].item() for face in faces} == set(range(60 - MOST_FACES, 60))
 
 
 def test_what_is_missing_is_said_once(tmp_path, capsys):

@@ -32,7 +32,7 @@ FILES = {
     "faces": (540, "checkpoint"),
     "eval": (600, "sample toy data parallel report benchmark cases curate faces pictures rope checkpoint"),
     "report": (250, "pictures checkpoint"),
-    "benchmark": (560, "report cases curate faces pictures checkpoint"),
+    "benchmark": (560, "report cases curate faces manifest pictures checkpoint"),
     "cases": (230, "manifest rope checkpoint"),
     "claims": (190, "eval toy report checkpoint"),
     "bench": (180, "model train monitor muon lora sample pictures toy encoders kernels rope checkpoint"),

@@ -531,21 +531,92 @@ def test_rows_of_any_kind_are_lines_or_have_a_reason(trainers, tmp_path, capsys)
 
 
 def test_bytes_that_are_no_utf8(one, capsys):
-    (one / "root/metadata.csv").write_bytes("video,caption\na.mp4,grün\n".encode("latin-1"))
+    (one / "root/metadata.csv").write_bytes("video,caption\na.mp4,ein grüner\n".encode("latin-1"))
+    with pytest.raises(UserError, match="line 2 is not UTF-8; .* 'a.mp4,ein grüner', .* iconv -f") as error:
+        importers.import_set("folders", one / "root", one / "out")
+    assert "metadata.csv: not a readable text file" in str(error.value) and len(str(error.value)) < 500
+    (one / "root/metadata.csv").unlink()
+    (one / "root/a.txt").write_bytes("женщина".encode("cp1251"))
     with pytest.raises(UserError, match="no video of .* is of use, 1 rows are left out"):
         importers.import_set("folders", one / "root", one / "out")
-    assert "not text in UTF-8" in capsys.readouterr().err
-    (one / "root/metadata.csv").unlink()
+    assert "a.txt: not a readable text file" in (said := capsys.readouterr().err) and "женщина" in said
+    (one / "root/a.txt").write_bytes("женщина\r\n".encode("utf-16"))
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    assert lines(one / "out")[0]["caption"] == "женщина"
+    assert "a.txt: read as UTF-16" in capsys.readouterr().out
     os.rename(one / "root/a.mp4", os.fsencode(one / "root") + b"/\xff.mp4")
     with pytest.raises(UserError):
         importers.import_set("folders", one / "root", one / "out")
     assert "'\\udcff.mp4' is left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, content", [
+    ("metadata.csv", "video;caption\r\na.mp4;one, two\r\n".encode()),
+    ("metadata.csv", "sep=;\r\nFile_Name; Text\r\na.mp4;one, two\r\n".encode("utf-8-sig")),
+    ("metadata.csv", "File Name\tCAP\na.mp4\tone, two\n".encode("utf-16")),
+    ("Metadata.TSV", "Video Path\tPrompt\na.mp4\tone, two\n".encode("utf-16-le")),
+    ("metadata.csv", b'id, path, caption\n1, a.mp4, "one, two"\n'),
+    ("metadata.json", json.dumps([{"video": "a.mp4", "cap": "one, two"}]).encode("utf-8-sig")),
+    ("metadata.json", json.dumps({"a.mp4": "one, two"}).encode()),
+    ("metadata.json", json.dumps({"a.mp4": {"Caption": "one, two"}}).encode("utf-16-be")),
+    ("metadata.json", json.dumps({"7": {"file_name": "a.mp4", "Caption": "one, two"}}).encode()),
+    ("metadata.jsonl", '\ufeff{"Video": "a.mp4", "caption": "one, two"}\r\n'.encode()),
+    ("metadata.jsonl", '{"video": ".\\\\A.MP4", "caption": "one, two"}'.encode()),
+])
+def test_tables_as_other_programs_save_them(one, name, content):
+    (one / "root/a.txt").unlink()
+    (one / "root" / name).write_bytes(content)
+    assert importers.import_set("folders", one / "root", one / "out") == 1
+    assert lines(one / "out") == [entry("a.mp4", "one, two", person("a_1", front="refs/a/front.png"))]
+
+
+@pytest.mark.parametrize("given, reason", [
+    ({"1": [], "2": ["front"]}, "no picture of 1 of its 2 people"),
+    ({"2": ["front"]}, "no picture of 1 of its 2 people"),
+    ({"0": ["front"], "1": []}, "no picture of 1 of its 2 people"),
+    ({"1": ["front"], "3": ["front"]}, "no picture of 1 of its 3 people"),
+    ({"0": ["front"], "1": ["left"]}, None), ({"1": []}, "no reference; expected refs/a/front.png"),
+    ("[[], [\"refs/b/front.png\"]]", "no picture of 1 of its 2 people"),
+    ("[[\"refs/b/front.png\"], [\"refs/b/left.png\"]]", None),
+])
+def test_a_person_without_pictures_costs_the_row(one, given, reason, capsys):
+    """Else the second person of a clip would be taken for the first."""
+    root = one / "root"
+    (root / "refs/a/front.png").rename(root / "refs/front.png")
+    for n, views in given.items() if isinstance(given, dict) else {"": ["front", "left"]}.items():
+        (root / "refs/a" / n).mkdir(exist_ok=True)
+        for view in views:
+            picture(root / "refs/a" / n / f"{view}.png")
+    if isinstance(given, str):
+        (root / "refs/a").rename(root / "refs/b")
+        row = {"video": "a.mp4", "caption": "x", "references": given}
+        (root / "metadata.jsonl").write_text(json.dumps(row))
+    if reason:
+        with pytest.raises(UserError, match=reason):
+            importers.import_set("folders", root, one / "out")
+    else:
+        assert importers.import_set("folders", root, one / "out") == 1
+        assert len(lines(one / "out")[0]["identities"]) == 2
+
+
+def test_what_a_folder_of_videos_passes_over_is_counted(one, capsys):
+    root = one / "root"
+    for name in (".trash/b.mp4", "elsewhere/c.mp4", "d", "e.wmv", "woman_with_mask.mp4", "a_mask.mp4"):
+        put(root / "a.mp4", one / name if name.startswith("else") else root / name)
+    (root / "linked").symlink_to(one / "elsewhere")
+    (root / "woman_with_mask.txt").write_text("a woman with a mask")
+    picture(root / "refs/woman_with_mask/front.png")
+    assert importers.import_set("folders", root, one / "out") == 2
+    assert [line["source"] for line in lines(one / "out")] == ["a.mp4", "woman_with_mask.mp4"]
+    said = capsys.readouterr()
+    assert "passed over: 1 .wmv, 1 hidden, 1 links to folders, 1 without a suffix\n" in said.out
+
+
 BAD_TABLES = {
     "empty": ("metadata.csv", b"", "no video of"),
-    "another separator": ("metadata.csv", b"video;caption\na.mp4;x\n", "no video of"),
-    "UTF-16": ("metadata.csv", "video,caption\na.mp4,x\n".encode("utf-16"), "no video of"),
+    "no column of videos": ("metadata.csv", b"Datei;cap\na.mp4;x\n", "it has cap, datei, expected one"),
+    "an object of settings": ("metadata.json", b'{"fps": 16}', "not a list of rows"),
+    "an object of other things": ("metadata.jsonl", b'{"fps": 16}', "it has fps, expected one called video"),
     "a huge field": ("metadata.csv", b"video,caption\na.mp4," + b"x" * 200000, "metadata.csv cannot be read"),
     "an object": ("metadata.json", b"{}", "not a list of rows"),
     "half": ("metadata.json", b'[{"video": "a.mp4", "capt', "metadata.json cannot be read"),

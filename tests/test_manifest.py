@@ -13,8 +13,8 @@ from test_pictures import damage, encode, gradient, noise
 
 import manifest
 import toy
-from checkpoint import UserError
-from manifest import read_manifest, Samples
+from checkpoint import UserError, read_text
+from manifest import Names, Samples, find_videos, read_columns, read_manifest
 from pictures import read_frames, read_picture, to_bytes
 from rope import VIEWS
 
@@ -95,6 +95,7 @@ BAD = [  # a line, its reason
     (entry(video="file:///etc/passwd"), "no such file"), (entry(video="http://x/a.mp4"), "no such file"),
     (entry(caption=None), "caption: expected text, got null"),
     (entry(caption=["x"]), "caption: expected text"), (entry(caption="\udcff"), "caption: expected text"),
+    (entry(caption="a\0b"), "caption: expected text in UTF-8, got .a.u0000b"),
     ({"video": "clips/a.mp4", "identities": []}, "caption: expected text, got nothing"),
     ({"video": "clips/a.mp4", "caption": "x"}, "identities: expected a list of 1 to 2 people, got nothing"),
     *((entry(identities=x), "identities: expected a list of 1 to 2 people, got ") for x in (
@@ -350,3 +351,97 @@ def test_clips_without_a_caption_are_read_and_counted(folder, capsys):
     write(folder, entry(), entry(caption=""), entry(caption=" "))
     assert [e["caption"] for e in read_manifest(folder)] == [entry()["caption"], "", " "]
     assert "2 of 3 clips have no caption and will train without one" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- texts, tables, names
+WORDS = {"Latin": "a woman nods, über", "Cyrillic": "женщина кивает", "Chinese": "一个女人 点头\n在笑",
+         "one": "x"}
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize("form", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_text_is_read_as_it_was_written(words, form, tmp_path, capsys):
+    for text in (words, f"{words}\n"):
+        (tmp_path / "a.txt").write_bytes(text.replace("\n", "\r\n").encode(form))
+        assert read_text(tmp_path / "a.txt") == text
+    assert capsys.readouterr().out == ("" if "8" in form else f"{tmp_path}/a.txt: read as {form.upper()}\n")
+
+
+@pytest.mark.parametrize("data, says", [
+    ("женщина".encode("cp1251"), "line 1 is not UTF-8; .*CP1251: 'женщина'.* iconv -f CP1251 -t UTF-8 a.txt"),
+    ("one\nün".encode("cp1252"), "line 2 is not UTF-8"),
+    ("女人在笑".encode("gb18030"), "GB18030: '女人在笑'"),
+    ("a woman".encode("utf-16")[:-1], "UTF-16, cut short"), (bytes(range(256)), "is not UTF-8"),
+    (b"\xff\xd8\xff\xe0\0\x10JFIF\0\x01", "is not UTF-8")])
+def test_a_text_that_cannot_be_told_is_refused_in_one_line(data, says, tmp_path):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=f"a.txt: not a readable text file.*{says}") as error:
+        read_text(tmp_path / "a.txt")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("form", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_manifest_that_an_editor_saved_is_read(form, folder):
+    lines = "\r\n".join(json.dumps(entry(caption=words), ensure_ascii=False) for words in WORDS.values())
+    (folder / "manifest.jsonl").write_bytes(lines.encode(form))
+    assert [e["caption"] for e in read_manifest(folder)] == list(WORDS.values())
+
+
+def test_a_caption_in_an_old_code_page_costs_its_line(folder, capsys):
+    lines = [json.dumps(entry(caption="женщина"), ensure_ascii=False).encode("cp1251"),
+             json.dumps(entry()).encode()]
+    (folder / "manifest.jsonl").write_bytes(b"\n".join(lines))
+    assert read_manifest(folder) == [entry()]
+    assert "line 1 left out: caption: expected text in UTF-8" in capsys.readouterr().out
+
+
+NAMES = {  # in the table, on disk, is it found
+    "NFC of NFD": ("J\u00f6rg.mp4", "Jo\u0308rg.mp4", True),
+    "NFD of NFC": ("Jo\u0308rg.mp4", "J\u00f6rg.mp4", True),
+    "Windows": ("sub\\a.mp4", "sub/a.mp4", True), "Windows' own folder": (".\\a.mp4", "a.mp4", True),
+    "capitals": ("Sub/A.mp4", "sub/a.MP4", True), "a dot": ("./a.mp4", "a.mp4", True),
+    "a backslash on disk": ("a\\b.mp4", "a\\b.mp4", True), "elsewhere": ("b/a.mp4", "a.mp4", False),
+    "above": ("..\\a.mp4", "a.mp4", False), "another": ("b.mp4", "a.mp4", False),
+    "NUL": ("a\0.mp4", "a.mp4", False),
+    "a drive": ("C:\\a.mp4", "a.mp4", False), "empty": ("", "a.mp4", True)}
+
+
+@pytest.mark.parametrize("given, there, found", NAMES.values(), ids=NAMES)
+def test_names_in_tables_find_their_files(given, there, found, tmp_path):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    if found:
+        assert (tmp_path / Names(tmp_path).find(given)).exists()
+        full = f"{tmp_path}/{given}"
+        assert (tmp_path / Names(tmp_path).find(full)).exists()
+    else:
+        assert Names(tmp_path).find(given) == given
+
+
+def test_of_two_that_are_alike_none_is_taken(tmp_path):
+    for name in ("A.mp4", "a.MP4", "b.mp4", "B.mp4"):
+        (tmp_path / name).touch()
+    names = Names(tmp_path)
+    assert names.find("a.mp4") == "a.mp4" and names.find("B.mp4") == "B.mp4"
+
+
+def test_columns_that_are_known_decide_on_the_separator():
+    text = "a,b,c;video,x;text\n1;v.mp4;one, two\n"
+    assert read_columns(text) == [{"a,b,c": "1", "video,x": "v.mp4", "text": "one, two"}]
+    assert read_columns("video\tx;y;z\na.mp4\t1\n") == [{"video": "a.mp4", "x;y;z": "1"}]
+    assert read_columns("") == [] and read_columns("video\na.mp4\n") == [{"video": "a.mp4"}]
+
+
+def test_a_folder_of_videos(tmp_path):
+    for name in ("b.mp4", "a/C.MP4", "x.m2ts", "y.3gp", "b_mask.mp4", "only_mask.mov", ".h/a.mp4", "._b.mp4",
+                 "readme", "b.txt", "metadata.csv", "notes.txt", "p.jpg", "q.jpg", "z.mp4/in.mts", "v.vob"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "same.mp4").symlink_to("b.mp4")
+    (tmp_path / "broken.mp4").symlink_to("nothing")
+    names, passed = find_videos(tmp_path)
+    assert names == sorted(("b.mp4", "a/C.MP4", "x.m2ts", "y.3gp", "only_mask.mov", "z.mp4/in.mts", "v.vob",
+                            "same.mp4"))
+    assert passed == {"hidden": 2, "links to folders": 1, "without a suffix": 1, ".jpg": 2, ".txt": 1,
+                      "broken links, pipes": 1}

@@ -237,7 +237,7 @@ showpage
 @pytest.mark.parametrize("size", [(1, 1), (15, 400), (400, 15)])
 def test_a_picture_too_small_to_show_somebody_is_one_line(size, tmp_path):
     Image.new("RGB", size).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=f"a.png: {size[0]} x {size[1]} pixels, expected at least 16") as error:
+    with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels, expected at least 16") as error:
         read_picture(tmp_path / "a.png", (32, 32))
     assert one_line(error)
 
