@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, frame_rate, in_range,
-                        is_text, lock, nonempty, not_negative, probe_writable, read_lines, run_script,
-                        save_tensors, sha256_of)
+from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, fingerprint, frame_rate,
+                        in_range, is_text, lock, nonempty, not_negative, probe_writable, read_lines,
+                        run_script, save_tensors, sha256_of)
 from faces import Faces, find_faces, iou
 from manifest import PEOPLE
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
@@ -714,7 +714,7 @@ def find_videos(folder):
 
 def row_names(names, args):
     """A hash for every video: of its path, its length in bytes, the settings and the networks."""
-    networks = [(file.name, file.stat().st_size) for pattern in Faces.FILES.values()
+    networks = [fingerprint(file) for pattern in Faces.FILES.values()
                 for file in sorted(args.faces.glob(pattern))[:1]]  # those that Faces reads
     settings = [ROWS, networks, [getattr(args, flag.replace("-", "_")) for flag in EXTRACT]]
     return [hashlib.sha256(json.dumps([name, (args.videos / name).stat().st_size, settings]).encode())

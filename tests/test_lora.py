@@ -205,7 +205,7 @@ def test_differences_pairs_and_keys_that_fit_nothing(tmp_path):
         steps[name] = tensors["diffusion_model." + key] = torch.randn(base[name].shape)
     k, a, b = "blocks.0.self_attn.k", torch.randn(2, 128), torch.randn(128, 2)
     steps[k + ".weight"] = steps[k + ".weight"] + 3 / 2 * b @ a  # beside its diff
-    unknown = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "transformer_2.blocks.0.ffn.0.diff",
+    unknown = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "transformer.blocks.0.ffn.9.diff",
                "diffusion_model.blocks.9.self_attn.q.lora_A.weight", "text_encoder.x", "blocks.0.ffn.diff_m"}
     tensors |= {f"{k}.lora_A": a, f"{k}.lora_B": b, f"{k}.alpha": [3], "blocks.1.ffn.0.alpha": 2.0}
     tensors |= dict.fromkeys(unknown, a)

@@ -702,8 +702,6 @@ def test_no_number_or_name_gets_past_the_flags(flag, tiny, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--prompt", "word " * 10_000], "the prompt 'word .* reads at most 128"),
-    (["--prompt", "x", "--negative", "word " * 10_000], "the prompt 'word .* reads at most 128"),
     (["--prompt", "x", "--views", "front", "--refs", "0_front.png"], "--views chooses among the toy's own"),
 ])
 def test_texts_and_views_that_cannot_be_used(flags, says, tiny, tmp_path, pictures, monkeypatch):
