@@ -321,6 +321,8 @@ def content_of(path):
     """A hash of a file: of all of it, or, above 4 MiB, of its length, 1 MiB at each end (there a torch.save
     file lists the checksums of its tensors) and 256 pages between. It tells one network from another in a
     moment, and is no proof against damage."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
     stat = os.stat(path)
     return hash_parts(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
 
@@ -613,6 +615,16 @@ def boundary_of(path):
         return float(boundary) if 0 < boundary < 1 else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def release_folder(path):
+    """The folder of a release that has a text encoder: path, or, of a transformer's folder or file, one or
+    two levels up; path where there is none."""
+    path = Path(path)
+    for folder in (path, *Path(os.path.abspath(path)).parents[:2], *path.resolve().parents[:2]):
+        if any(any(folder.glob(name)) for name in ("models_t5*", "*umt5*", "text_encoder*", "google/umt5*")):
+            return folder
+    return path
 
 
 def find_wan(path):

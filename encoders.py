@@ -11,16 +11,14 @@ randomly initialised from a fixed seed (toy.py).
 """
 import itertools
 import math
-import os
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import (UserError, check_fit, fingerprint, layers_of, load_weights, read_network,
-                        read_weights, weight_sets)
+                        read_weights, release_folder, weight_sets)
 from text import Tokenizer
 
 
@@ -538,16 +536,6 @@ NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕
 MFI_PIXELS = 112
 
 
-def encoders_folder(path):
-    """The folder of a release that has a text encoder: path, or where it is a transformer or its file, one or
-    two levels up; path where there is none."""
-    path = Path(path)
-    for folder in (path, *Path(os.path.abspath(path)).parents[:2], *path.resolve().parents[:2]):
-        if any(any(folder.glob(name)) for name in ("models_t5*", "*umt5*", "text_encoder*", "google/umt5*")):
-            return folder
-    return path
-
-
 def find_tokenizer(folder, text_encoder):
     """umT5's tokenizer in a release: a file, or the bytes that ComfyUI's text encoders hold."""
     wans = folder / "google/umt5-xxl/spiece.model"
@@ -580,7 +568,7 @@ class WanEncoders:
 
     def __init__(self, folder, device, dtype=torch.float32, offload=False, tile=None, need_vit=False):
         check_tile(tile)
-        self.folder, self.device, self.dtype = encoders_folder(folder), device, dtype
+        self.folder, self.device, self.dtype = release_folder(folder), device, dtype
         self.offload, self.tile, self.network = offload, tile, None
         self.paths = {kind: find_network(kind, self.folder) for kind in (UMT5, WanVAE, DINOv2)}
         self.tokenizer = Tokenizer(find_tokenizer(self.folder, self.paths[UMT5]))

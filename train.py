@@ -39,8 +39,8 @@ import toy
 from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autocast, check_replaceable,
                         compare, count, delete_checkpoint, expert_folders, find_checkpoint, find_valid,
                         fingerprint, fraction, in_range, load_tensors, lock, nonempty, not_negative,
-                        pack_optimizers, parent_of, positive, probe_writable, read_meta, run_script,
-                        save_checkpoint, seed_number, sha256_of, steps_in, temporary_name,
+                        pack_optimizers, parent_of, positive, probe_writable, read_meta, release_folder,
+                        run_script, save_checkpoint, seed_number, sha256_of, steps_in, temporary_name,
                         unpack_optimizers, uses_bf16, wan_files)
 from kernels import use_fused
 from lora import TRAINS, set_trained
@@ -476,7 +476,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
         if args.expert:
             meta["expert"] = {"role": args.expert, "boundary": args.boundary, "share": args.levels.share()}
         if model.config.is_wan:
-            meta["wan"] = os.path.abspath(args.wan)  # WanEncoders looks around it
+            meta["wan"] = os.path.abspath(release_folder(args.wan))
         else:
             meta["world"] = {name: toy.WORLDS[args.config][name] for name in ("size", "frames")}
         shards, tensors = None, {"model": trained, "ema": ema, "optimizer": pack_optimizers(optimizers)}
