@@ -592,7 +592,8 @@ ROLES = ("high", "low")  # by the noise that each works at
 
 def role_of(path):
     """The expert that a file's name tells: "high", "low" or None."""
-    words = {word.lower() for word in re.findall("(?i)(high|low)[-_ ]?noise", Path(path).name)}
+    begins = "(?:(?<![A-Za-z])|(?=[A-Z]))"  # of a word, also inside oneLikeThis
+    words = {w.lower() for w in re.findall(f"{begins}((?i:high|low))[-_ ]?(?i:noise)", Path(path).name)}
     return words.pop() if len(words) == 1 else None
 
 
