@@ -544,6 +544,9 @@ def test_only_the_networks_that_are_read_name_the_rows(tmp_path):
     assert names() == before
     (tmp_path / "backbone.pth").write_text("x")
     assert names() != before
+    before = names()
+    (tmp_path / "backbone.pth").write_text("y")  # another of the same size
+    assert names() != before
 
 
 def test_two_shards_are_one_run(world, curated, tmp_path):

@@ -1,7 +1,9 @@
 """Releases as people have them: the folders that diffusers saves, ComfyUI's repackaged files, transformers'
 DINOv2. Each is made here by the library whose names it bears, small and random, and read as it is."""
 
+import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -10,10 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import data
 import sample
 import toy
-from checkpoint import UserError, read_network
+import train
+from checkpoint import UserError, find_checkpoint, read_meta, read_network
+from encode import read_settings
 from encoders import UMT5, DINOv2, WanEncoders, WanVAE, load_network
+from helpers import content
+from model import DiTConfig
 from pictures import Job
 from test_checkpoint import randomise
 from text import Tokenizer
@@ -104,7 +111,9 @@ def saved(pipelines, pieces, tmp_path_factory):
     spiece.model, 2.2 as transformers saves it today, with tokenizer.json alone."""
     root = tmp_path_factory.mktemp("saved")
     for name, pipeline in pipelines.items():
-        pipeline.save_pretrained(root / name, max_shard_size="20KB" if name == "2.1" else "1GB")
+        pipeline.save_pretrained(root / name)
+    shutil.rmtree(root / "2.1" / "text_encoder")
+    pipelines["2.1"].text_encoder.save_pretrained(root / "2.1" / "text_encoder", max_shard_size="20KB")
     shutil.copy(pieces, root / "2.1" / "tokenizer" / "spiece.model")
     return root
 
@@ -176,9 +185,10 @@ def comfy(saved, folder, pieces, prefix="model.diffusion_model."):
     tensors = {name: text.get(name) for name in text.shapes}
     tensors["spiece_model"] = torch.frombuffer(bytearray(pieces.read_bytes()), dtype=torch.uint8)
     save_file(tensors, folder / "umt5_xxl_fp16.safetensors")
-    save_file(load_network(WanVAE, sorted((saved / "vae").glob("*.safetensors")), None, CPU).state_dict(),
-              folder / "wan_2.1_vae.safetensors")
-    for part, name in (("transformer", "wan_high_noise.safetensors"), ("transformer_2", "Wan-LowNoise.safetensors")):
+    vae = load_network(WanVAE, sorted((saved / "vae").glob("*.safetensors")), None, CPU)
+    save_file(vae.state_dict(), folder / "wan_2.1_vae.safetensors")
+    for part, name in (("transformer", "wan_high_noise.safetensors"),
+                       ("transformer_2", "Wan-LowNoise.safetensors")):
         if (saved / part).is_dir():
             name = name if (saved / "transformer_2").is_dir() else "wan2.1_t2v_1.3B_fp16.safetensors"
             file = sample.on_meta(saved / part)
@@ -200,7 +210,8 @@ def in_folders(folder):
 @pytest.mark.parametrize("name", ["2.1", "2.2"])
 @pytest.mark.parametrize("layout", ["flat", "folders", "file"])
 def test_comfyuis_files_make_the_same_video(name, layout, saved, pieces, tmp_path):
-    folder = comfy(saved / name, tmp_path / "models", pieces, "" if layout == "flat" else "model.diffusion_model.")
+    prefix = "" if layout == "flat" else "model.diffusion_model."
+    folder = comfy(saved / name, tmp_path / "models", pieces, prefix)
     if layout != "flat":
         in_folders(folder)
     ckpt = folder
@@ -242,3 +253,112 @@ def test_dinov2_with_the_names_of_transformers(old, prefix, saved, tmp_path):
     image = torch.randn(2, 3, 56, 56)
     states = torch.stack(oracle(image, output_hidden_states=True).hidden_states[1:], dim=1)
     assert error(encoders.load(DINOv2)(image), states) <= 1e-5
+
+
+# ------------------------------------------------------------------------------- what is in which folder
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A tiny set of clips with its manifest."""
+    folder = tmp_path_factory.mktemp("clips")
+    toy.main(["--out", str(folder), "--size", "48", "--frames", "5", "--fps", "16"])
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """--config small of these sizes, in an empty working directory."""
+    config = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=32, freq_dim=32)
+    monkeypatch.setitem(train.CONFIGS, "small", config)
+    monkeypatch.setitem(train.TRAIN_RECIPES, "small", train.TRAIN_RECIPES["tiny"] | {"batch": 2})
+    monkeypatch.setitem(toy.WORLDS, "small", toy.WORLDS["1.3b"])
+    monkeypatch.chdir(tmp_path)
+    return ["--config", "small", "--no-samples", "--stage", "1", "--steps", "1", "--precision", "fp32"]
+
+
+def encode(clips, wan, out, *flags):
+    data.main(["encode", "--data", str(clips), "--wan", str(wan), "--out", str(out), "--size", "32x48",
+               "--frames", "5", "--precision", "fp32", *flags])
+    return Path(out)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfy"])
+@pytest.mark.parametrize("name, flags", [
+    ("2.1", []), ("2.2", ["--expert", "low"]), ("2.1", ["--train", "lora"])])
+def test_encode_train_and_sample_from_a_folder_as_it_is(layout, name, flags, saved, pieces, clips, small,
+                                                        tmp_path):
+    wan = saved / name
+    if layout == "comfy":
+        wan = in_folders(comfy(wan, tmp_path / "models", pieces))
+    one = encode(clips, wan, tmp_path / "set")
+    train.main([*small, "--wan", str(wan), "--data", str(one), "--out", "run/low_noise_model", *flags])
+    meta = read_meta(find_checkpoint("run/low_noise_model"))
+    assert meta["wan"] == str(wan)
+    if not flags:
+        where = "run/low_noise_model"
+        sample.main(["--ckpt", where, "--prompt", "x", "--frames", "5", "--size", "32x48", "--steps", "1",
+                     "--out", str(tmp_path / "v")])
+        assert (tmp_path / "v.mp4").is_file()
+
+
+def test_an_encoded_set_knows_its_networks_by_their_content(saved, clips, tmp_path):
+    """Another VAE of the same size and name is refused, the same under another name is not. A set of before,
+    which knows sizes only, goes on as it is."""
+    shutil.copytree(saved / "2.1", tmp_path / "wan")
+    folder = encode(clips, tmp_path / "wan", tmp_path / "set")
+    before = content(folder)
+    vae, = (tmp_path / "wan" / "vae").glob("*.safetensors")
+    vae.rename(vae.with_name("renamed.safetensors"))
+    vae = vae.with_name("renamed.safetensors")
+    encode(clips, tmp_path / "wan", folder)
+    assert content(folder) == before
+    tensors = load_file(vae)
+    save_file(tensors | {"quant_conv.bias": tensors["quant_conv.bias"] + 1}, vae)
+    with pytest.raises(UserError, match="was encoded with other settings .networks .* another --out"):
+        encode(clips, tmp_path / "wan", folder)
+    assert content(folder) == before
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["networks"] = WanEncoders(tmp_path / "wan", CPU).sizes()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "settings.json").write_text(json.dumps(settings))
+    encode(clips, tmp_path / "wan", old)
+    made = content(old)
+    encode(clips, tmp_path / "wan", old)
+    assert content(old) == made and read_settings(old)["networks"] == settings["networks"]
+
+
+@pytest.mark.parametrize("train_what", ["all", "lora"])
+def test_another_release_does_not_take_over_a_run(train_what, saved, clips, small, tmp_path):
+    """Nor one that was put in the same place; a copy of the same is the same, and a run of before, which
+    does not know its release, goes on."""
+    for name in ("one", "copy", "other"):
+        shutil.copytree(saved / "2.1", name)
+    file, = Path("other/transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file(tensors | {"proj_out.bias": tensors["proj_out.bias"] + 1}, file)
+    folder = encode(clips, "one", "set")
+    command = [*small, "--data", str(folder), "--out", "run", "--train", train_what]
+    train.main([*command, "--wan", "one"])
+    for wan in ("one", "copy"):
+        train.main([*command, "--wan", wan, "--resume"])
+    says = "/one, and --wan other holds"
+    if train_what == "all":
+        says = "started from other weights.*/one, not other"
+    with pytest.raises(UserError, match=says):
+        train.main([*command, "--wan", "other", "--resume"])
+    step = find_checkpoint("run")
+    make = ["--ckpt", "run", "--prompt", "x", "--frames", "5", "--size", "32x48", "--steps", "1"]
+    make += ["--out", "v"]
+    sample.main(make)
+    shutil.copy(file, Path("one/transformer") / file.name)
+    if train_what != "all":
+        with pytest.raises(UserError, match="one, the frozen network .* is another one now: .* put the old"):
+            sample.main(make)
+    with pytest.raises(UserError, match="started from other weights|is another one now"):
+        train.main([*command, "--wan", "one", "--resume"])
+    meta = json.loads((step / "checkpoint.json").read_text())  # as before 2026-12-01
+    meta["parent"] = None
+    meta.get("base", {}).pop("content", None)
+    (step / "checkpoint.json").write_text(json.dumps(meta))
+    sample.main(make)
+    train.main([*command, "--wan", "one", "--resume"])

@@ -711,6 +711,16 @@ def test_texts_and_views_that_cannot_be_used(flags, says, tiny, tmp_path, pictur
         sample.main(["--ckpt", str(tiny / "out" / "tiny"), *flags, "--out", str(tmp_path / "s")])
 
 
+def test_a_long_prompt_is_cut_where_the_network_ends_and_that_is_said_once(tiny, tmp_path, monkeypatch,
+                                                                          capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["--ckpt", str(tiny / "out" / "tiny"), "--steps", "1", "--out", "v"]
+    sample.main([*command, "--prompt", "two people " * 400, "--negative", "dark " * 300])
+    said = capsys.readouterr().err.splitlines()
+    cut = [line for line in said if "cut to the first" in line]
+    assert len(cut) == 2 and all("cut to the first 127 of " in line for line in cut)
+
+
 def change(name, value, part="config"):
     def edit(folder, meta):
         meta[part][name] = value
