@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from cases import Case
-from checkpoint import UserError, sha256_of, source_hash
+from checkpoint import UserError, fingerprint, sha256_of, source_hash
 from curate import EXTRACT, MIDDLE, ask, follow
 from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align, find_faces
 from manifest import Names
@@ -402,7 +402,7 @@ class Task(NamedTuple):
 def tasks_of(cases, folder, args):
     """-> a Task per case. The hashes are alike on every machine, so that results can be compared."""
     patterns = itertools.chain(Faces.FILES.values(), *Aesthetic.FILES.values())
-    networks = sorted({(path.name, path.stat().st_size) for p in patterns for path in args.faces.glob(p)})
+    networks = sorted({fingerprint(path) for p in patterns for path in args.faces.glob(p)})
     tasks, names = [], Names(folder)
     for case in cases:
         files = []

@@ -2,14 +2,15 @@
 
   errors and arguments   UserError, run_script, Parser and the types of its flags; precision
   files                  atomic_file and atomic_folder: written whole or not at all; lock; check_outputs
-  weight files           any .safetensors or torch.save file, read tensor by tensor
-  Wan's files            shards, the original and diffusers' names
+  weight files           any .safetensors or torch.save file, read tensor by tensor; shards and foreign names
+  Wan's files            a transformer or two experts, as Wan, diffusers and ComfyUI store them
   our checkpoints        a folder with safetensors and a readable checkpoint.json
 """
 import argparse
 import array
 import codecs
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -23,6 +24,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,16 +165,30 @@ def remove(path):
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Give the error of a full disk the name of what was to be written: it has none, or a temporary one."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))  # safetensors' way to say it
+        number = int(number[1]) if number else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+@contextlib.contextmanager
 def atomic_file(path):
     """Yield a name beside `path` to write to; on success the new file replaces `path`, on failure it goes.
     Where `path` is a link, what it leads to is replaced, as if it were written in place."""
     path = Path(os.path.realpath(path))
     temporary = temporary_name(path)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         remove(temporary)
 
@@ -184,13 +200,14 @@ def atomic_folder(folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = temporary_name(folder), temporary_name(folder, "replaced")
     remove(temporary)
-    temporary.mkdir()
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        with naming(folder):
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
         if os.path.lexists(folder):
             os.replace(folder, old)  # lock() brings it back where a kill comes before the next line
         os.replace(temporary, folder)
@@ -210,6 +227,27 @@ def is_running(pid):
     return pid != os.getpid()
 
 
+@functools.cache
+def say_no_locks(reason):
+    print(f"this file system has no locks ({reason}): see to it that no other process writes there too",
+          file=sys.stderr, flush=True)
+
+
+def take_lock(file, wait=True):
+    """Lock an open file for this process; False where another one holds it and we do not wait. Where there
+    are no locks (some NFS, Lustre, FUSE), say so once and go on."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        say_no_locks(os.strerror(error.errno))
+    return True
+
+
 @contextlib.contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process and delete what killed ones left unfinished below it.
@@ -217,16 +255,13 @@ def lock(folder, wait=False):
     folder = Path(folder)
     probe_writable(folder)
     with open(folder / (".cache-lock" if wait else ".lock"), "a+") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file, wait=False):
             file.seek(0)  # it is still empty where the holder has only just come
             if not wait:
                 raise UserError(f"{folder} is in use by process {file.read() or '?'}: "
-                                "wait for it, or choose another folder") from None
+                                "wait for it, or choose another folder")
             print(f"waiting for process {file.read() or '?'}, which uses {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file)
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         for left in [*folder.glob(".*-*-*"), *folder.glob("*/.*-*-*")]:
@@ -355,8 +390,32 @@ def encoding_of(data):
 
 
 def fingerprint(*parts):
-    """A name for what these JSON-able parts say: equal parts, equal names, on any machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    """A name for what these JSON-able parts say: equal parts, equal names, on any machine. A Path among them
+    counts with the content of its file, not with its name."""
+    text = json.dumps(parts, sort_keys=True, default=content_of)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def content_of(path, ends=2**20, pages=256, page=4096):
+    """A hash of a file: of all of it, or, where it is large, of its length, its ends (there a torch.save file
+    lists the checksums of its tensors) and so many pages between. It tells one network from another in a
+    moment, and is no proof against damage."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    stat = os.stat(path)
+    return hash_parts(os.path.realpath(path), stat.st_size, stat.st_ctime_ns, ends, pages, page)
+
+
+@functools.lru_cache(maxsize=1024)
+def hash_parts(path, size, _, ends, pages, page):
+    digest = hashlib.sha256(str(size).encode())
+    between = [(size * i // (pages + 1), page) for i in range(1, pages + 1)]
+    parts = [(0, ends), *between, (size - ends, ends)]
+    with open(path, "rb") as file:
+        for start, length in parts if size > 4 * ends else [(0, size)]:
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
 
 
 def source_hash(*modules):
@@ -387,6 +446,24 @@ class WeightFile(NamedTuple):
     path: Path
     shapes: dict  # name -> tuple
     get: Callable  # name -> tensor as stored, on the CPU; perhaps the file's own pages, so do not write to it
+    refused: str = ""  # why no network can be filled from it
+
+
+QUANTISED = re.compile(  # names of what goes with weights of few bits
+    r"(?:.*\.)?(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_\w+)?|comfy_quant|absmax)")
+NESTED = "state_dict", "model_state_dict", "model", "module"  # what torch.save files hold the tensors below
+
+
+def refuse_quantised(path, dtypes):
+    """dtypes: {name: its dtype as text} -> why such a file is not read, or ""."""
+    for name, dtype in dtypes.items():
+        fp8 = re.search("float8|^F8", dtype)
+        if fp8 or QUANTISED.fullmatch(name):
+            other = re.sub(r"fp8(_e\dm\d\w*)?(_scaled)?", "fp16", Path(path).name)
+            what = f"in {dtype}, fp8" if fp8 else "there: scaled fp8 or the like"
+            return (f"{path} is quantised ({name!r} is {what}), which is not read: take the fp16 or bf16 "
+                    "file" + (f", such as {other}" if other != Path(path).name else ""))
+    return ""
 
 
 def read_weights(path):
@@ -402,22 +479,122 @@ def read_weights(path):
             raise UserError(f"{path} is a git-LFS pointer, not the weights; run `git lfs pull` beside it")
         if head.startswith((b"<!doctype", b"<html")):
             raise UserError(f"{path} is a web page, not weights; download it again")
+        if head.startswith(b"gguf"):
+            raise UserError(f"{path} is a GGUF file, quantised: take the .safetensors in fp16 or bf16")
         if str(path).endswith(".safetensors"):
             file = safetensors.safe_open(path, "pt")
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            return WeightFile(path, shapes, file.get_tensor)
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            refused = refuse_quantised(path, {name: part.get_dtype() for name, part in slices.items()})
+            return WeightFile(path, {name: tuple(part.get_shape()) for name, part in slices.items()},
+                              file.get_tensor, refused)
         # torch maps zip files only; those of torch < 1.6 are read whole
         with warnings.catch_warnings(action="ignore"):  # its hints at a pickle that is refused
             tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        for name in NESTED:
+            if isinstance(tensors, dict) and isinstance(tensors.get(name), dict):
+                tensors = tensors[name]
         if not isinstance(tensors, dict) or not all(
                 isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()):
             raise UserError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors only")
-        return WeightFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
+        refused = refuse_quantised(path, {name: str(tensor.dtype) for name, tensor in tensors.items()})
+        return WeightFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__,
+                          refused)
+
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)")
+
+
+def shards_of(path):
+    """A weight file, one of several shards, or their index -> all files of that network."""
+    path = Path(path)
+    if shard := SHARD.fullmatch(path.name):
+        stem, _, total, suffix = shard.groups()
+        files = [path.with_name(f"{stem}-{n:05d}-of-{total}{suffix}") for n in range(1, int(total) + 1)]
+        if missing := [file.name for file in files[:10**4] if not file.is_file()]:
+            raise UserError(f"{path.parent}: of {int(total)} shards {len(missing)} are missing: "
+                            f"{', '.join(missing[:3])}; download them")
+        return files
+    if not path.name.endswith(".index.json"):
+        return [path]
+    if not path.is_file():
+        raise UserError(f"{path}: not a file")
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if any(Path(shard).name != shard or shard in ("", "..") for shard in shards):
+            raise ValueError("a shard lies outside its folder")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: no index of shards ({type(error).__name__}: {error})") from None
+    return [path.with_name(shard) for shard in shards]
+
+
+def weight_sets(folder, depth=0):
+    """The files of each network in a folder, and in its folders to that depth: [[file, ...], ...]. Not those
+    of our own checkpoints; torch.save files only where no .safetensors of the same beginning is there."""
+    folder, sets = Path(folder), []
+    if not folder.is_dir():
+        return sets
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in entries if path.name.endswith(SUFFIXES) and path.is_file()]
+    indexes = [path for path in entries if re.fullmatch(r".+\.(safetensors|bin)\.index\.json", path.name)]
+    for path in [*indexes, *files]:
+        if not any(path in files for files in sets):
+            sets.append(shards_of(path))
+    safe = any(path.suffix == ".safetensors" for path in files)
+    sets = [files for files in sets if not (safe and files[0].suffix == ".bin")]  # diffusers' older twins
+    for path in entries if depth else ():
+        if not (path / "checkpoint.json").is_file():
+            sets += weight_sets(path, depth - 1)
+    return sets
+
+
+# around all names: of wrappers, of ComfyUI's and of trainers' files
+WRAPPED = re.compile(r"(?:(?:module|_orig_mod|model|diffusion_model|dit|dinov2)\.)+")
+
+
+def read_network(files, names=()):
+    """The files of one network -> WeightFile with our names. names: a table of (regular expression, what
+    takes its place, or None to leave the tensor out). "NAME|i" is the i-th part of NAME's rows."""
+    sources, refused = {}, ""
+    for file in map(read_weights, files):
+        refused = refused or file.refused
+        for stored, shape in file.shapes.items():
+            ours = rename(stored, names)
+            name, _, part = (ours or "").partition("|")
+            if part in sources.get(name, ()):
+                raise UserError(f"{file.path}: {stored!r} came before, in {sources[name][part][0].path}")
+            if name:
+                sources.setdefault(name, {})[part] = file, stored, shape
+    shapes = {}
+    for name, parts in sources.items():
+        rows = [shape for _, _, shape in parts.values()]
+        shapes[name] = rows[0] if len(rows) == 1 else (sum(shape[0] for shape in rows), *rows[0][1:])
+
+    def get(name):
+        tensors = []
+        for _, (file, stored, _) in sorted(sources[name].items()):
+            with as_user_error(file.path):
+                tensors.append(file.get(stored))
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    path = files[0] if len(files) == 1 else files[0].parent
+    return WeightFile(path, shapes, get, refused)
+
+
+def rename(name, names):
+    """A stored tensor's name in ours, by such a table; None where the tensor is to be left out."""
+    name = WRAPPED.sub("", name, count=1) if WRAPPED.match(name) else name
+    for pattern, ours in names:
+        if ours is None and re.match(pattern, name):
+            return None
+        name = re.sub(pattern, ours, name) if ours is not None else name
+    return name
 
 
 def check_fit(module, file, may_lack=()):
     """UserError, one line with the differences, where a WeightFile's names and shapes are not module's;
     returns the names that only module has, which all begin with one of `may_lack`. Reads no weights."""
+    if file.refused:
+        raise UserError(file.refused)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     absent = [name for name in expected if name.startswith(tuple(may_lack)) and name not in file.shapes]
     both = [name for name in expected if name in file.shapes and file.shapes[name] != expected[name]]
@@ -453,11 +630,15 @@ def put_tensor(module, name, tensor, dtype=None, device=None):
 
 def load_weights(module, file, dtype=None, device=None, may_lack=()):
     """Fill module from a WeightFile and return it; names and shapes must agree as check_fit says.
-    Tensor by tensor, as put_tensor, so no second copy of the network ever exists."""
+    Tensor by tensor, as put_tensor, so no second copy of the network ever exists. UserError for a NaN."""
     check_fit(module, file, may_lack)
     for name in file.shapes:
         with as_user_error(file.path):
-            put_tensor(module, name, file.get(name), dtype, device)
+            tensor = file.get(name)
+            if tensor.is_floating_point() and tensor.numel():
+                if not torch.stack(tensor.aminmax()).isfinite().all():
+                    raise UserError(f"{name!r} is not finite: the file is damaged, or its training diverged")
+            put_tensor(module, name, tensor, dtype, device)
     return module
 
 
@@ -467,7 +648,7 @@ def layers_of(shapes):
 
 
 # ------------------------------------------------------------------------------------------------ Wan's files
-DIFFUSERS_NAMES = [(re.compile(pattern), ours) for pattern, ours in (
+DIFFUSERS_NAMES = (
     (r"^condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
     (r"^condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
     (r"^condition_embedder\.time_proj", "time_projection.1"),
@@ -476,14 +657,12 @@ DIFFUSERS_NAMES = [(re.compile(pattern), ours) for pattern, ours in (
     (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
     (r"\.to_([qkv])\.", r".\1."), (r"\.to_out\.0\.", ".o."),
     (r"\.norm2\.", ".norm3."),  # diffusers numbers the norms in order of use; Wan's norm2 has no weights
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."))]
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."))
 
 
 def original_name(name):
     """A tensor's name in diffusers' style -> its name in Wan's own."""
-    for pattern, ours in DIFFUSERS_NAMES:
-        name = pattern.sub(ours, name)
-    return name
+    return rename(name, DIFFUSERS_NAMES)
 
 
 # folders of Wan2.2's two experts, the one for high noise first: Wan's own names, and diffusers'
@@ -491,56 +670,90 @@ EXPERTS = ("high_noise_model", "low_noise_model"), ("transformer", "transformer_
 ROLES = ("high", "low")  # by the noise that each works at
 
 
+def role_of(path):
+    """The expert that a file's name tells: "high", "low" or None."""
+    begins = "(?:(?<![A-Za-z])|(?=[A-Z]))"  # of a word, also inside oneLikeThis
+    words = {w.lower() for w in re.findall(f"{begins}((?i:high|low))[-_ ]?(?i:noise)", Path(path).name)}
+    return words.pop() if len(words) == 1 else None
+
+
 def expert_folders(path):
-    """Those two folders of a Wan2.2 checkpoint; None where there is no pair (`transformer` alone is none)."""
+    """The two networks of a Wan2.2 checkpoint, high noise first: folders, or, as ComfyUI has them, files (or
+    the first shard of each). None where there is no pair; `transformer` alone is none."""
     own, diffusers = ([Path(path) / name for name in pair] for pair in EXPERTS)
     if own[0].is_dir() or own[1].is_dir():
         return own
-    return diffusers if diffusers[1].is_dir() else None
+    if diffusers[1].is_dir():
+        return diffusers
+    files = [network[0] for network in find_wan(path)]
+    return sorted(files, key=role_of) if sorted(map(str, map(role_of, files))) == list(ROLES) else None
+
+
+def boundary_of(path):
+    """The noise level where Wan2.2's experts change, as diffusers noted it in model_index.json, or None."""
+    try:
+        boundary = json.loads((Path(path) / "model_index.json").read_text())["boundary_ratio"]
+        return float(boundary) if 0 < boundary < 1 else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def release_folder(path):
+    """The folder of a release that has a text encoder: path, or, of a transformer's folder or file, one or
+    two levels up; path where there is none."""
+    path = Path(path)
+    for folder in (path, *Path(os.path.abspath(path)).parents[:2], *path.resolve().parents[:2]):
+        if any(any(folder.glob(name)) for name in ("models_t5*", "*umt5*", "text_encoder*", "google/umt5*")):
+            return folder
+    return path
+
+
+def find_wan(path):
+    """The files of each Wan transformer at path, which is one of its files or a folder of them, perhaps with
+    other networks. Found by name, or else by what the files hold; [] where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        return [shards_of(path)] if path.is_file() or path.name.endswith(".index.json") else []
+    here = weight_sets(path)
+    named = [files for files in here if re.search(r"diffusion\w*_model", files[0].name)]
+    if len(named) == 1:
+        return named
+    everything, found, faults = weight_sets(path, depth=2), {}, []
+    if len(everything) == 1:
+        return everything
+    for files in everything:
+        try:
+            file = read_network(files, DIFFUSERS_NAMES)
+            if {"patch_embedding.weight", "head.modulation"} <= file.shapes.keys():
+                found[tuple(files)] = file.refused
+        except UserError as error:
+            faults.append(error)
+    whole = [list(files) for files, refused in found.items() if not refused]
+    if not found and faults:
+        raise faults[0]
+    return whole or [list(files) for files in found]
 
 
 def wan_files(path):
     """A weight file, its index, or a folder with either -> the files that hold the network."""
     path = Path(path)
-    if path.is_dir():
-        if experts := expert_folders(path):
-            raise UserError(f"{path} holds two experts: give its {' or '.join(f.name for f in experts)}, or "
-                            "train.py's --expert")
-        path = path / "transformer" if (path / "transformer").is_dir() else path  # diffusers' pipelines
-        indexes, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
-        if not indexes and len(files) != 1:
-            raise UserError(f"{path}: {len(files)} .safetensors files and no index; expected the folder of a "
-                            "Wan text-to-video transformer: one file, or shards with their .index.json")
-        path = indexes[0] if indexes else files[0]
-    if not path.name.endswith(".index.json"):
-        return [path]
-    if not path.is_file():
-        raise UserError(f"{path}: not a file")
-    try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        if any(Path(shard).name != shard or shard in ("", "..") for shard in shards):
-            raise ValueError("a shard lies outside its folder")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: no index of shards ({type(error).__name__}: {error})") from None
-    return [path.with_name(shard) for shard in shards]
+    if not path.is_dir():
+        return shards_of(path)
+    if experts := expert_folders(path):
+        raise UserError(f"{path} holds two experts: give its {' or '.join(f.name for f in experts)}, or "
+                        "train.py's --expert")
+    path = path / "transformer" if (path / "transformer").is_dir() else path  # diffusers' pipelines
+    found = find_wan(path)
+    if len(found) != 1:
+        names = f" ({', '.join(files[0].name for files in found[:4])})" if found else ""
+        raise UserError(f"{path} holds {len(found)} Wan transformers{names}; expected one, in a file or in "
+                        "shards: give the file, or another folder")
+    return found[0]
 
 
 def read_wan(path):
-    """A checkpoint with either kind of names, in any number of files -> WeightFile with Wan's own names."""
-    files, sources, shapes = [read_weights(file) for file in wan_files(path)], {}, {}
-    for file in files:
-        diffusers = any(re.search(r"^condition_embedder\.|\.attn1\.|^proj_out", name) for name in file.shapes)
-        for name in file.shapes:
-            ours = original_name(name) if diffusers else name
-            if ours in sources:
-                raise UserError(f"{file.path}: {name!r} came before, in {sources[ours][0].path}")
-            sources[ours], shapes[ours] = (file, name), file.shapes[name]
-
-    def get(name):
-        file, stored = sources[name]
-        with as_user_error(file.path):
-            return file.get(stored)
-    return WeightFile(path, shapes, get)
+    """A checkpoint with any of the known names, in any number of files -> WeightFile with Wan's own names."""
+    return read_network(wan_files(path), DIFFUSERS_NAMES)._replace(path=path)
 
 
 # -------------------------------------------------------------------------------------------- our checkpoints
@@ -572,7 +785,7 @@ def save_checkpoint(folder, tensors, meta, files=(), keep=None, shards=None):
             os.replace(file, build / file.name)
         if shards:
             shards.rmdir()
-        sha256 = {f.name: sha256_of(f) for f in sorted(build.iterdir())}
+        sha256 = {f.name: checksum_of(f) for f in sorted(build.iterdir())}
         (build / "checkpoint.json").write_text(json.dumps({**meta, "sha256": sha256}, indent=1))
     if keep:
         others = [step for step in steps_in(folder.parent) if step != folder]
@@ -597,6 +810,44 @@ def check_replaceable(folder):
 def sha256_of(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+CHUNK = 2**26  # bytes that a thread hashes at a time
+TREE = "tree:"  # before the hash of a longer file: the sha256 of its chunks' sha256s
+
+
+def checksum_of(path, tree=None):
+    """What checkpoint.json keeps of a file: its sha256, or, above CHUNK bytes, TREE and the tree's, which all
+    cores compute together. tree: which of the two, whatever the length."""
+    size = os.path.getsize(path)
+    if not (size > CHUNK if tree is None else tree):
+        return sha256_of(path)
+
+    def hash_chunk(start):
+        digest, end = hashlib.sha256(), min(start + CHUNK, size)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while piece := file.read(min(2**20, end - file.tell())):
+                digest.update(piece)
+        return digest.digest()
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as threads:
+        return TREE + hashlib.sha256(b"".join(threads.map(hash_chunk, range(0, size, CHUNK)))).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def checksum_once(path, tree, *_):
+    return checksum_of(path, tree)
+
+
+def is_as_written(path, checksum):
+    """Does a file have that checksum. A long one is read once by a process, unless its time stamp changes;
+    and by one process of a machine: where that one stops, torchrun ends the others."""
+    stat, tree = path.stat(), str(checksum).startswith(TREE)
+    if stat.st_size <= CHUNK:
+        return checksum_of(path, tree) == checksum
+    if torch.distributed.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
+        return True
+    return checksum_once(path, tree, stat.st_size, stat.st_mtime_ns, stat.st_ino) == checksum
 
 
 def steps_in(folder):
@@ -667,7 +918,7 @@ def check_files(folder, names=None):
     sha256 = read_meta(folder)["sha256"]
     for name in sha256 if names is None else names:
         path = Path(folder) / name
-        if Path(name).name != name or not path.is_file() or sha256_of(path) != sha256.get(name):
+        if Path(name).name != name or not path.is_file() or not is_as_written(path, sha256.get(name)):
             raise UserError(f"{path} is missing or damaged (its sha256 is not the one in checkpoint.json): "
                             "delete its folder, or use another checkpoint")
 

@@ -41,9 +41,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, frame_rate, in_range,
-                        is_text, lock, nonempty, not_negative, probe_writable, read_lines, read_text,
-                        run_script, save_tensors, sha256_of, temporary_name)
+from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, content_of,
+                        fingerprint, frame_rate, in_range, is_text, lock, nonempty, not_negative,
+                        probe_writable, read_lines, read_text, run_script, save_tensors, sha256_of,
+                        temporary_name)
 from faces import MOST_FACES, Faces, find_faces, iou
 from manifest import PEOPLE, Names, check_columns, find_tables, find_videos, read_rows, value_of
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
@@ -826,27 +827,18 @@ def check_url(flag, url):
         raise UserError(f"{flag} {url}: expected http://... or https://...")
 
 
-def content_of(path):
-    """A hash of a file: of a large one its length and eight parts, as all videos are read at each start."""
-    size = path.stat().st_size
-    digest, part = hashlib.sha256(str(size).encode()), 2**16
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # extract() says why it cannot be read
-        for k in range(8):
-            file.seek(k * max(0, size - part) // 7)
-            digest.update(file.read(part))
-    return digest.hexdigest()
-
-
 def row_names(names, args):
     """A hash for every video: of its path, its content and its mask's, the settings and the networks."""
-    networks = [(file.name, file.stat().st_size) for pattern in Faces.FILES.values()
+    networks = [fingerprint(file) for pattern in Faces.FILES.values()
                 for file in sorted(args.faces.glob(pattern))[:1]]  # those that Faces reads
     settings = [ROWS, networks, [getattr(args, flag.replace("-", "_")) for flag in EXTRACT]]
 
     def name_of(name):
         files = filter(None, (args.videos / name, mask_of(args.videos / name)))
-        parts = [name, *map(content_of, files), settings]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        with contextlib.suppress(OSError):  # extract() says why it cannot be read
+            # eight parts of 64 KiB, as all videos are read at each start
+            return fingerprint(name, [content_of(file, 2**16, 6, 2**16) for file in files], settings)[:16]
+        return fingerprint(name, settings)[:16]
     return list(map(name_of, names))
 
 

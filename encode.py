@@ -282,6 +282,14 @@ def encode_flags(parser):
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of umT5 and the ViT")
 
 
+def networks_of(encoders, folder):
+    """What tells the networks of a set from others: their contents, or, where an older version made the set,
+    their sizes."""
+    if (folder / "settings.json").is_file() and read_settings(folder).get("networks") == encoders.sizes():
+        return encoders.sizes()
+    return encoders.contents()
+
+
 def encode_manifest(args):
     if bad := [f"{h}x{w}" for h, w in args.size if h < 16 or w < 16 or h % 16 or w % 16]:
         raise UserError(f"--size {' '.join(bad)}: expected multiples of 16")
@@ -291,9 +299,9 @@ def encode_manifest(args):
     dtype = torch.bfloat16 if uses_bf16(world.device, args.precision) else torch.float32
     encoders = WanEncoders(args.wan, world.device, dtype, args.offload, args.tile)
     samples = Samples(args.data, args.size, args.frames, args.fps)
-    settings = {"size": sorted(map(list, args.size)), "frames": sorted(args.frames), "fps": args.fps,
-                "networks": encoders.sizes, "tile": args.tile, "precision": str(dtype)}
     out = Path(args.out or f"{args.data}/encoded")
+    settings = {"size": sorted(map(list, args.size)), "frames": sorted(args.frames), "fps": args.fps,
+                "networks": networks_of(encoders, out), "tile": args.tile, "precision": str(dtype)}
     probe_writable(out)
     done = encode(samples, out, encoders, settings, args.mask, args.mask_variants, world.rank, world.size)
     if done is None:

@@ -1,7 +1,8 @@
 """The frozen networks around the transformer: what it sees of text, of pictures and of references.
 None of them is trained here.
 
-Module trees carry the key names of the released files. The toy world uses the same classes, small and
+Module trees carry the key names of the released files; NAMES maps those of transformers and diffusers, which
+ComfyUI's files have too. The toy world uses the same classes, small and
 randomly initialised from a fixed seed (toy.py).
   UMT5               umT5 text encoder, as Wan uses it; its tokenizer is in text.py
   DINOv2             the ViT whose hidden states feed MFI
@@ -11,35 +12,63 @@ randomly initialised from a fixed seed (toy.py).
 import itertools
 import math
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import UserError, check_fit, layers_of, load_weights, read_weights
+from checkpoint import (UserError, check_fit, fingerprint, layers_of, load_weights, read_network,
+                        read_weights, release_folder, weight_sets)
 from text import Tokenizer
 
 
 # ---------------------------------------------------------------------------------------- loading, offloading
-def open_network(kind, path):
-    """A UMT5, WanVAE or DINOv2 as wide and deep as the file holds it, on the meta device, and the WeightFile;
+def open_network(kind, files):
+    """A UMT5, WanVAE or DINOv2 as wide and deep as its files hold it, on the meta device, and the WeightFile;
     reads no weights. UserError where a name or a shape does not fit."""
-    file = read_weights(path)
+    file = read_network(files, kind.NAMES)
+    if file.refused:
+        raise UserError(file.refused)
     try:
         with torch.device("meta"):
             network = kind.from_shapes(file.shapes)
+    except UserError as error:
+        raise UserError(f"{file.path} {error}") from None
     except Exception as error:  # tensors of any names and shapes
-        raise UserError(f"{path} holds no {kind.__name__}: {type(error).__name__} {error} "
+        raise UserError(f"{file.path} holds no {kind.__name__}: {type(error).__name__} {error} "
                         f"among its {len(file.shapes)} tensors") from None
     check_fit(network, file)
     return network, file
 
 
-def load_network(kind, path, dtype, device):
-    """A frozen UMT5, WanVAE or DINOv2 as wide and deep as the file holds it."""
-    network, file = open_network(kind, path)
+def load_network(kind, files, dtype, device):
+    """A frozen UMT5, WanVAE or DINOv2 as wide and deep as its files hold it."""
+    network, file = open_network(kind, files)
     return load_weights(network, file, dtype, device).requires_grad_(False).eval()
+
+
+def find_network(kind, folder):
+    """The files of that network in a folder: those that Wan names so, or else what in it, or in its folders
+    two levels deep, holds such a network. [] where there is none; UserError where it is damaged or there are
+    several."""
+    named = sorted(path for path in folder.glob(kind.FILE) if path.is_file())
+    if len(named) == 1:
+        return named
+    found, faults = [], []
+    for files in weight_sets(folder, depth=2):
+        try:
+            if kind.KEY in read_network(files, kind.NAMES).shapes:
+                open_network(kind, files)
+                found.append(files)
+        except UserError as error:
+            faults.append(error)
+    if len(found) > 1:
+        names = ", ".join(str(files[0].relative_to(folder)) for files in found[:4])
+        raise UserError(f"{folder} holds {len(found)} networks {kind.__name__} ({names}): "
+                        "move all but one away")
+    if faults and not found:
+        raise faults[0]
+    return found[0] if found else []
 
 
 def stream_blocks(module, device):
@@ -137,6 +166,16 @@ class T5Block(nn.Module):
 class UMT5(nn.Module):
     """umT5 encoder (Chung et al. 2023), key names of Wan's models_t5_umt5-xxl-enc-bf16.pth;
     defaults are umT5-XXL."""
+    FILE, KEY = "models_t5_*", "blocks.0.pos_embedding.embedding.weight"
+    NAMES = (
+        (r"(encoder\.embed_tokens|decoder|lm_head|spiece_model)\b", None),  # tied, unused, the tokenizer
+        (r"^shared\.", "token_embedding."), (r"^encoder\.final_layer_norm\.", "norm."),
+        (r"^encoder\.block\.", "blocks."), (r"\.layer\.0\.layer_norm\.", ".norm1."),
+        (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
+        (r"\.layer\.0\.SelfAttention\.", ".attn."), (r"\.layer\.1\.layer_norm\.", ".norm2."),
+        (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
+        (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
+        (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."))
 
     def __init__(self, vocab=256384, dim=4096, ffn_dim=10240, num_heads=64, num_layers=24):
         super().__init__()
@@ -191,6 +230,16 @@ class DINOv2(nn.Module):
     defaults are ViT-L/14 at 518 pixels.
 
     levels  the blocks whose outputs are the result; None: the middle one and the last"""
+    FILE, KEY = "dinov2_vit*14_pretrain.*", "blocks.0.ls1.gamma"
+    NAMES = (
+        (r"^embeddings\.(cls_token|mask_token)$", r"\1"), (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.", "blocks."), (r"^layernorm\.", "norm."),
+        (r"\.attention\.(?:attention\.query|q_proj)\.(\w+)", r".attn.qkv.\1|0"),
+        (r"\.attention\.(?:attention\.key|k_proj)\.(\w+)", r".attn.qkv.\1|1"),
+        (r"\.attention\.(?:attention\.value|v_proj)\.(\w+)", r".attn.qkv.\1|2"),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"))
 
     def __init__(self, dim=1024, num_layers=24, num_heads=16, patch=14, image_size=518, levels=None):
         super().__init__()
@@ -393,6 +442,21 @@ class WanVAE(nn.Module):
     the result, measured on ten random networks: below 0.1 (encode) and 0.2 (decode) with tiles of 128 pixels,
     below 0.03 and 0.07 with 256.
     The input may stay on another device than the weights: pieces move, the float32 result joins the input."""
+    FILE, KEY = "Wan2.1_VAE.*", "encoder.downsamples.0.residual.0.gamma"
+    NAMES = (
+        (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
+        (r"coder\.conv_in\.", "coder.conv1."), (r"coder\.norm_out\.", "coder.head.0."),
+        (r"coder\.conv_out\.", "coder.head.2."),
+        (r"\.mid_block\.resnets\.0\.", ".middle.0."), (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+        (r"\.mid_block\.resnets\.1\.", ".middle.2."), (r"\.down_blocks\.", ".downsamples."),
+        # diffusers counts four levels of three residual blocks and an up-sampler, Wan all in one row
+        (r"\.up_blocks\.(\d+)\.(?:resnets\.(\d)|upsamplers\.0)\.",
+         lambda match: f".upsamples.{4 * int(match[1]) + int(match[2] or 3)}."),
+        (r"\.conv_shortcut\.", ".shortcut."),
+        (r"(samples|middle)\.(\d+)\.norm1\.", r"\1.\2.residual.0."),
+        (r"(samples|middle)\.(\d+)\.conv1\.", r"\1.\2.residual.2."),
+        (r"(samples|middle)\.(\d+)\.norm2\.", r"\1.\2.residual.3."),
+        (r"(samples|middle)\.(\d+)\.conv2\.", r"\1.\2.residual.6."))
 
     mean = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -407,6 +471,10 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes):
+        channels = shapes["conv2.weight"][0]
+        if channels != 16:  # before many names that do not fit
+            raise UserError(f"is a VAE of {channels} channels, such as Wan2.2's for its 5B; expected "
+                            "Wan2.1's, of 16, which Wan2.2-A14B has too")
         return cls(shapes["encoder.conv1.weight"][0])
 
     def statistics(self, device):
@@ -468,19 +536,31 @@ NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕
 MFI_PIXELS = 112
 
 
+def find_tokenizer(folder, text_encoder):
+    """umT5's tokenizer in a release: a file, or the bytes that ComfyUI's text encoders hold."""
+    wans = folder / "google/umt5-xxl/spiece.model"
+    for path in (wans, *(folder / "tokenizer" / name for name in ("spiece.model", "tokenizer.json")),
+                 folder / "spiece.model", folder / "tokenizer.json", wans.with_name("tokenizer.json")):
+        if path.exists():
+            return path
+    for file in map(read_weights, text_encoder):
+        if "spiece_model" in file.shapes:
+            return file.get("spiece_model").numpy().tobytes()
+    return wans
+
+
 class WanEncoders:
     """Wan's frozen networks from its checkpoint folder, with the methods of toy.ToyEncoders. All files are
     checked at once, but for the weights in them. A network is loaded when it is first needed and dropped for
     the next one, so at most one is in memory; every width is read from the files.
 
-    folder    holds models_t5_*, google/umt5-xxl/spiece.model, Wan2.1_VAE.* and, for MFI,
-              dinov2_vit*14_pretrain.*
+    folder    a release as Wan or diffusers makes it, or ComfyUI's files of one: umT5, its tokenizer, VAE and,
+              for MFI, a DINOv2. Or what is in such a folder: the transformer's, one of its files
     dtype     of umT5 and the ViT; the VAE is float32, as Wan runs it
     offload   umT5's blocks stay on the CPU and visit the device one by one
     tile      side in pixels of the squares that the VAE works on; None: the whole picture
     need_vit  a missing ViT is an error now, not when features() needs it
     """
-    FILES = {UMT5: "models_t5_*", WanVAE: "Wan2.1_VAE.*", DINOv2: "dinov2_vit*14_pretrain.*"}
     name = "wan"
     files = ()  # a checkpoint needs no copies of these
     latent_dtype = torch.bfloat16
@@ -488,25 +568,34 @@ class WanEncoders:
 
     def __init__(self, folder, device, dtype=torch.float32, offload=False, tile=None, need_vit=False):
         check_tile(tile)
-        self.folder, self.device, self.dtype = Path(folder), device, dtype
+        self.folder, self.device, self.dtype = release_folder(folder), device, dtype
         self.offload, self.tile, self.network = offload, tile, None
-        self.tokenizer = Tokenizer(self.folder / "google/umt5-xxl/spiece.model")
-        paths = [(kind, self.path(kind, need_vit or kind is not DINOv2)) for kind in self.FILES]
-        networks = [open_network(kind, path)[0] for kind, path in paths if path]
-        self.sizes = {path.name: path.stat().st_size for _, path in paths if path}  # to tell files apart
-        vit = networks[-1] if isinstance(networks[-1], DINOv2) else None
+        self.paths = {kind: find_network(kind, self.folder) for kind in (UMT5, WanVAE, DINOv2)}
+        self.tokenizer = Tokenizer(find_tokenizer(self.folder, self.paths[UMT5]))
+        for kind in (UMT5, WanVAE, DINOv2) if need_vit else (UMT5, WanVAE):
+            self.need(kind)
+        networks = {kind: open_network(kind, files)[0] for kind, files in self.paths.items() if files}
+        vit = networks.get(DINOv2)
         self.vit_shape = [len(vit.levels), vit.cls_token.shape[2]] if vit else None  # levels, width
-        vocab, pieces = networks[0].token_embedding.num_embeddings, len(self.tokenizer.model)
-        if pieces > vocab:
+        vocab, pieces = networks[UMT5].token_embedding.num_embeddings, len(self.tokenizer.model)
+        if not vocab - 512 <= pieces <= vocab:  # umT5-XXL has 384 rows for which there are no pieces
             raise UserError(f"{self.folder}: the tokenizer has {pieces} pieces, the UMT5 {vocab}")
 
-    def path(self, kind, needed=True):
-        """The file of that network; UserError, or None, where there is none."""
-        found = sorted(self.folder.glob(self.FILES[kind]))
-        if needed and not found:
-            raise UserError(f"{self.folder} holds no {kind.__name__} ({self.FILES[kind]}); "
-                            "see README.md, With real Wan weights")
-        return found[0] if found else None
+    def need(self, kind):
+        """The files of that network; UserError where there are none."""
+        if not self.paths[kind]:
+            raise UserError(f"{self.folder} holds no {kind.__name__} ({kind.FILE}, or such a network under "
+                            "another name); see README.md, With real Wan weights")
+        return self.paths[kind]
+
+    def contents(self):
+        """What tells these networks from others, whatever their files are called."""
+        names = {kind.__name__: fingerprint(files) for kind, files in self.paths.items() if files}
+        return names | {"tokenizer": fingerprint(self.tokenizer.model.serialized_model_proto().hex())}
+
+    def sizes(self):
+        """What sets that were encoded before 2026-12-01 hold instead of `contents`."""
+        return {path.name: path.stat().st_size for files in self.paths.values() for path in files}
 
     def drop(self):
         """Free the network in memory."""
@@ -520,7 +609,7 @@ class WanEncoders:
             self.drop()
             streamed = self.offload and kind is UMT5
             dtype = torch.float32 if kind is WanVAE else self.dtype
-            self.network = load_network(kind, self.path(kind), dtype, "cpu" if streamed else self.device)
+            self.network = load_network(kind, self.need(kind), dtype, "cpu" if streamed else self.device)
             if streamed:
                 stream_blocks(self.network, self.device)
         return self.network

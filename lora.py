@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import ROLES, UserError, as_user_error, original_name, read_weights
+from checkpoint import ROLES, UserError, as_user_error, original_name, read_weights, role_of
 
 
 NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan
@@ -91,7 +91,9 @@ def with_product(weight, up, down, scale=1.0):
 
 
 # ----------------------------------------------------------------------------------------------- public files
-PREFIXES = r"base_model\.model\.|diffusion_model\.|transformer\.|lora_unet_"  # PEFT, others, diffusers, kohya
+# of PEFT, wrappers and ComfyUI, diffusers, kohya
+PREFIXES = r"base_model\.model\.|(?:module|model|diffusion_model|dit|transformer|transformer_2)\.|lora_unet_"
+LOW = re.compile(r"(?:base_model\.model\.)?transformer_2\.")  # diffusers' name of the expert for low noise
 # how a key ends: what it holds, and which parameter of its layer that changes
 KINDS = {
     "lora_A": ("down", "weight"), "lora_down": ("down", "weight"), "alpha": ("alpha", "weight"),
@@ -103,8 +105,10 @@ KEY = re.compile(rf"(?:{PREFIXES})*(?P<layer>.+?)\.(?P<kind>{'|'.join(map(re.esc
 
 
 @torch.no_grad()
-def apply_lora(model, path, scale=1.0):
+def apply_lora(model, path, scale=1.0, role=None):
     """Merge a LoRA file for Wan into model's weights, in place, weight by weight.
+
+    role  which of two experts model is, "high" or "low": of a file for both it gets its own half
 
     Keys may be in Wan's, diffusers', PEFT's or kohya's style. A pair adds scale * alpha / rank * up @ down,
     where alpha is the pair's own, or the one of all pairs that diffusers or PEFT noted, or else the rank.
@@ -113,8 +117,8 @@ def apply_lora(model, path, scale=1.0):
     Raises UserError for a damaged file, one for another network, and values that are not finite. Names and
     shapes are checked before anything changes, values on the way: after that error model is half merged.
     """
-    file, found, unknown = check_lora(model, path)
-    common_alpha, changed = noted_alpha(Path(path)), 0
+    file, found, unknown = check_lora(model, path, role)
+    common_alpha, changed = noted_alpha(Path(path), role), 0
     for name, keys in found.items():
         if keys.keys() == {"alpha"}:  # changes nothing alone
             continue
@@ -135,11 +139,11 @@ def apply_lora(model, path, scale=1.0):
     return changed, unknown
 
 
-def check_lora(model, path):
+def check_lora(model, path, role=None):
     """Check a LoRA file's names and shapes; model may be on the meta device. -> the WeightFile, {parameter's
     name: {what it holds: key}}, keys that fit nothing."""
     file = read_weights(path)
-    found, unknown = sort_keys(model, file)
+    found, unknown = sort_keys(model, file, role)
     for name, keys in found.items():
         check_shapes(file, keys, list(model.get_parameter(name).shape))
     if all(keys.keys() == {"alpha"} for keys in found.values()):
@@ -148,11 +152,16 @@ def check_lora(model, path):
     return file, found, unknown
 
 
-def sort_keys(model, file):
+def sort_keys(model, file, role):
     """-> {parameter's name in model: {what it holds: key}} in the file's order, and keys that fit nothing."""
+    for_low = list(filter(LOW.match, file.shapes))
+    if for_low and not role:
+        raise UserError(f"{file.path} is for two experts ({for_low[0]!r}); this checkpoint is one network")
     layers = {name.replace(".", "_"): name for name, _ in model.named_modules()}  # kohya's have no dots
     parameters, found, unknown = dict(model.named_parameters()), {}, []
     for key in file.shapes:
+        if for_low and (role == "low") != bool(LOW.match(key)):
+            continue  # the other expert's
         if re.search("dora_scale|lora_magnitude_vector", key):
             raise UserError(f"{file.path}: {key!r} is of a DoRA, which does not merge here; expected a LoRA")
         match = KEY.fullmatch(key.replace(".default.", ".").removesuffix(".weight"))
@@ -191,7 +200,7 @@ def read_float(file, key):
         return tensor.float()
 
 
-def noted_alpha(path):
+def noted_alpha(path, role=None):
     """The alpha of all pairs, where diffusers noted one in the file's header or PEFT beside the file."""
     config, beside = {}, path.with_name("adapter_config.json")
     with as_user_error(path):
@@ -200,7 +209,8 @@ def noted_alpha(path):
         elif path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
                 config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        config = {name.removeprefix("transformer."): value for name, value in config.items()}
+        half = "transformer_2." if role == "low" and any(map(LOW.match, config)) else "transformer."
+        config = {name.removeprefix(half): value for name, value in config.items()}
         alpha = config.get("lora_alpha")
         others = ["alpha_pattern", "use_rslora", "use_dora"] + ["lora_bias"] * (alpha != config.get("r"))
         others = [name for name in others if config.get(name)]
@@ -208,6 +218,21 @@ def noted_alpha(path):
             raise UserError(f"made with lora_alpha {str(alpha)[:40]} and {', '.join(others) or 'no more'}; "
                             "expected one number lora_alpha for all pairs, which scales them by alpha / rank")
         return alpha and float(alpha)
+
+
+def experts_of(path, given, roles):
+    """Which of two experts a LoRA file is merged into: the one that was `given`, or those whose names begin
+    its keys, or the one in its own name, or both. roles: ("high", "low"), or (None,) for one network."""
+    if roles == (None,) or given:
+        return roles if roles == (None,) else (given,)
+    low = [bool(LOW.match(key)) for key in read_weights(path).shapes]
+    if any(low):
+        return ROLES if not all(low) else ROLES[1:]
+    if role := role_of(path):
+        print(f"{path}: merged into the expert for {role} noise, as its name says; high= or low= before it "
+              "says otherwise")
+        return (role,)
+    return ROLES
 
 
 def read_lora_argument(text):

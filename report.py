@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from checkpoint import UserError, atomic_file, fcntl, read_lines
+from checkpoint import UserError, atomic_file, read_lines, take_lock
 from pictures import to_bytes
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
@@ -149,8 +149,7 @@ def append(path, line):
     """Add a line to the results, below whatever is there."""
     text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
     with open(path, "ab+", buffering=0) as file:
-        if fcntl:  # other processes append too: only one may look at the end and write
-            fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file)  # other processes append too: only one may look at the end and write
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read() not in (b"", b"\n"):  # a line that a kill cut off
             text = "\n" + text

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, check_files, check_outputs, count,
-                        expert_folders, find_checkpoint, frame_rate, in_range, nonempty, probe_writable,
-                        read_meta, run_script, save_checkpoint, seed_number, uses_bf16)
+from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, boundary_of, check_files,
+                        check_outputs, count, expert_folders, find_checkpoint, find_wan, frame_rate, in_range,
+                        nonempty, probe_writable, read_meta, run_script, save_checkpoint, seed_number,
+                        uses_bf16)
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
-from lora import apply_lora, check_lora, read_lora_argument
+from lora import apply_lora, check_lora, experts_of, read_lora_argument
 from model import DiTConfig, check_checkpoint, load_checkpoint, load_wan, wan_on_meta
 from parallel import Ulysses, World
 from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
@@ -262,15 +263,14 @@ def find(ckpt):
     pair = expert_folders(folder)
     networks = [find_checkpoint(part) or part for part in pair or [folder]]
     metas = [read_meta(network) for network in networks if is_trained(network)]
-    release = pair or (folder / "transformer").is_dir() or any(folder.glob("*diffusion*.safetensors*"))
-    if not release and not metas:
+    if not pair and not metas and not find_wan(folder):
         raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten "
                         "minutes on a laptop, or give the folder of a Wan checkpoint")
     config, *others = [on_meta(network).config for network in networks]
     if others and others[0] != config:
         raise UserError(f"{ckpt}: its two experts are not of one size and kind")
     meta = metas[0] if metas else {}
-    boundary = check_experts(networks) if pair or "expert" in meta else 0.0
+    boundary = check_experts(networks, boundary_of(folder)) if pair or "expert" in meta else 0.0
     if config.is_wan:
         return Found(ckpt, networks, config, "wan2.2" if pair else "wan2.1", meta, boundary)
     toy.check_config(config)
@@ -283,9 +283,9 @@ def find(ckpt):
     return Found(ckpt, networks, config, "toy", meta, boundary, toy_world["frames"], size)
 
 
-def check_experts(networks):
+def check_experts(networks, released=None):
     """UserError where checkpoints of train.py are not what their folders say, the expert for high noise and
-    the one for low; returns the boundary between them, Wan2.2's where both are released ones."""
+    the one for low; returns the boundary between them: that of a release, where it says one, or Wan2.2's."""
     stamps = []
     for network, role in zip(networks, ROLES):
         if not is_trained(network):
@@ -301,7 +301,7 @@ def check_experts(networks):
     if len(stamps) == 1:
         raise UserError(f"only one of the experts {' and '.join(map(str, networks))} was trained: the other "
                         "has never seen references")
-    boundaries = {stamp["boundary"] for stamp in stamps} or {BOUNDARY}
+    boundaries = {stamp["boundary"] for stamp in stamps} or {released or BOUNDARY}
     if len(boundaries) > 1:
         raise UserError(f"the two experts were trained with --boundary {' and '.join(map(str, boundaries))}")
     return boundaries.pop()
@@ -315,6 +315,26 @@ def is_trained(network):
 def on_meta(network):
     """The network of a folder on the meta device. Names and shapes are checked, no weights are read."""
     return check_checkpoint(network) if is_trained(network) else wan_on_meta(network)
+
+
+def roles_of(found):
+    """What each network is: one for all noise, or two experts."""
+    return ROLES if len(found.networks) > 1 else (None,)
+
+
+def check_loras(loras, found):
+    """--lora's files, scales and experts -> (file, scale, roles of the networks that it is merged into) each.
+    UserError where one does not fit; says which expert gets none."""
+    if len(found.networks) == 1 and any(only for _, _, only in loras):
+        raise UserError("--lora high= and low= are for two experts, and this checkpoint is one network")
+    loras = [(file, scale, experts_of(file, only, roles_of(found))) for file, scale, only in loras]
+    for network, role in zip(found.networks, roles_of(found)):
+        mine = [file for file, _, roles in loras if role in roles]
+        for file in mine:
+            check_lora(on_meta(network), file, role)
+        if loras and not mine:
+            print(f"no --lora is for the expert for {role} noise, which stays as it is")
+    return loras
 
 
 def default_checkpoint():
@@ -355,6 +375,7 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
         dtype = torch.bfloat16 if uses_bf16(device, precision) else torch.float32
         wan = wan or found.meta.get("wan") or found.ckpt
         encoders = WanEncoders(wan, device, dtype, offload, tile, need_vit)
+    encoders.tokenizer.max_len = found.config.text_len
 
     def load_expert(network, role):
         encoders.drop()
@@ -365,9 +386,9 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
             load_wan(model, network)
         model.eval().requires_grad_(False)
         model = model if offload else model.to(device)  # where LoRAs are merged
-        for file, scale, only in loras:
-            if only in (None, role):
-                changed, unknown = apply_lora(model, file, scale)
+        for file, scale, roles in loras:
+            if role in roles:
+                changed, unknown = apply_lora(model, file, scale, role)
                 print(f"{file}: {changed} weights of {network} changed"
                       + (f", {len(unknown)} keys fit nothing: {', '.join(unknown[:5])}" if unknown else ""))
         if ulysses:
@@ -377,7 +398,7 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
         if offload:
             stream_blocks(model, device)
         return model
-    experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, ROLES)]
+    experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, roles_of(found))]
     return Experts(experts, found.config, device, found.boundary, precision), encoders
 
 
@@ -511,14 +532,6 @@ def frames_and_size(args, found):
     return frames, size
 
 
-def check_prompt(encoders, found, text):
-    """UserError where a prompt is too long for a checkpoint."""
-    length = encoders.tokenizer([text])[0].shape[1]
-    if length > found.config.text_len:
-        raise UserError(f"the prompt {text[:40]!r}... has {length} tokens or more; "
-                        f"this checkpoint reads at most {found.config.text_len}")
-
-
 def output_files(args, jobs, per_round=ROUND):
     """Names of the MP4s, one a job, and of the sheets, one a round. UserError for one that may not be."""
     out = args.out.removesuffix(".mp4").removesuffix(".png")
@@ -572,17 +585,11 @@ def main(argv=None):
         ranks = 1 if ulysses else world.size  # those that share the prompts
         per_round = min(ROUND, math.ceil(len(jobs) / ranks))  # so that every rank has a round
         videos, sheets = output_files(args, jobs, per_round)
-        if len(found.networks) == 1 and any(only for _, _, only in args.lora):
-            raise UserError("--lora high= and low= are for two experts, and this checkpoint is one network")
-        for network, role in zip(found.networks, ROLES):
-            for file, _, only in args.lora:
-                if only in (None, role):
-                    check_lora(on_meta(network), file)
+        loras = check_loras(args.lora, found)
         need_vit = any(job.files for job in jobs) and found.config.vit_dim > 0
         model, encoders = load(found, args.wan, args.offload, args.tile, args.compile, args.precision,
-                               need_vit, args.lora, ulysses)
-        for text in [*(job.prompt for job in jobs), recipe["negative"]]:
-            check_prompt(encoders, found, text)
+                               need_vit, loras, ulysses)
+        encoders.tokenizer([*(job.prompt for job in jobs), recipe["negative"]])  # says what it cuts
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
     writes = world.rank == 0 or not ulysses

@@ -2,9 +2,12 @@
 
 ftfy is no package of this project. fix_text does what it does to captions; tests/test_text.py compares them.
 """
+import base64
 import contextlib
 import html
+import json
 import re
+import struct
 import sys
 from pathlib import Path
 from unicodedata import normalize
@@ -52,16 +55,60 @@ def fix_text(text):
             return text
 
 
-class Tokenizer:
-    """sentencepiece model file -> ids and mask, with Wan's cleaning: fix_text, HTML unescaped twice, white
-    space collapsed; </s> last."""
-    max_len = 512  # Wan cuts a text here
+def varint(number):
+    """A whole number as Protocol Buffers write it."""
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
 
-    def __init__(self, path):
-        with as_user_error(path):
-            if not Path(path).is_file():  # a pipe would never end
-                raise UserError(f"{path}: no such file")
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+def field(number, value):
+    """One field of a Protocol Buffers message: an int, a float or bytes."""
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    return (varint(number << 3 | 5) + struct.pack("<f", value) if isinstance(value, float)
+            else varint(number << 3) + varint(value))
+
+
+def find_value(tree, name):
+    """The first value of that name anywhere in JSON, or None."""
+    if isinstance(tree, dict) and tree.get(name) is not None:
+        return tree[name]
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return next((found for branch in branches if (found := find_value(branch, name)) is not None), None)
+
+
+def sentencepiece_of(path):
+    """transformers' tokenizer.json of a T5 -> the same as a sentencepiece model, as sentencepiece_model.proto
+    has it. What tokenizers do by steps of their own to white space, sentencepiece does by default."""
+    tokenizer = json.loads(Path(path).read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    if model["type"] != "Unigram":
+        raise UserError(f"{path} is a {model['type']} tokenizer, expected umT5's, a Unigram")
+    kinds = {entry["content"]: 3 for entry in tokenizer["added_tokens"] if entry["special"]}  # 3: control
+    kinds[model["vocab"][model["unk_id"]][0]] = 2
+    pieces = b""
+    for piece, score in model["vocab"]:
+        kind = kinds.get(piece, 6 if model["byte_fallback"] and re.fullmatch("<0x..>", piece) else 1)
+        pieces += field(1, field(1, piece.encode()) + field(2, float(score)) + field(3, kind))
+    ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
+    trainer = (field(3, 1) + field(35, int(model["byte_fallback"])) + field(40, model["unk_id"])
+               + field(42, ids["</s>"]) + field(43, ids["<pad>"]))
+    normalizer = base64.b64decode(find_value(tokenizer["normalizer"], "precompiled_charsmap") or "")
+    return pieces + field(2, trainer) + field(3, field(2, normalizer))
+
+
+class Tokenizer:
+    """A sentencepiece model, a file or its bytes, or a tokenizer.json -> ids and mask, with Wan's cleaning:
+    fix_text, HTML unescaped twice, white space collapsed; </s> last."""
+    max_len = 512  # Wan cuts a text here; sample.load puts the network's own number in its place
+
+    def __init__(self, source):
+        name = "the text encoder's spiece_model" if isinstance(source, bytes) else source
+        with as_user_error(name):
+            if name == source and not Path(source).is_file():  # a pipe would never end
+                raise UserError(f"{source}: no such file")
+            if name == source:
+                source = sentencepiece_of(source) if source.name.endswith(".json") else source.read_bytes()
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
         self.reported = set()
 
     def __call__(self, texts):
@@ -72,7 +119,7 @@ class Tokenizer:
         for text, ids in zip(texts, self.model.encode(texts)):
             if len(ids) >= self.max_len and text not in self.reported:
                 self.reported.add(text)
-                print(f"cut to the first {self.max_len - 1} of {len(ids)} tokens, as Wan does: "
+                print(f"cut to the first {self.max_len - 1} of {len(ids)} tokens, as no more are read: "
                       f"{text[:60]!r}...", file=sys.stderr, flush=True)
             rows.append(torch.tensor(ids[: self.max_len - 1] + [self.model.eos_id()]))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -38,9 +38,10 @@ import data
 import toy
 from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autocast, check_replaceable,
                         compare, count, delete_checkpoint, expert_folders, find_checkpoint, find_valid,
-                        fraction, in_range, load_tensors, lock, nonempty, not_negative, pack_optimizers,
-                        parent_of, positive, probe_writable, read_meta, run_script, save_checkpoint,
-                        seed_number, sha256_of, steps_in, temporary_name, unpack_optimizers, uses_bf16)
+                        fingerprint, fraction, in_range, load_tensors, lock, nonempty, not_negative,
+                        pack_optimizers, parent_of, positive, probe_writable, read_meta, release_folder,
+                        run_script, save_checkpoint, seed_number, sha256_of, steps_in, temporary_name,
+                        unpack_optimizers, uses_bf16, wan_files)
 from encode import prefetch
 from kernels import use_fused
 from lora import TRAINS, set_trained
@@ -341,10 +342,16 @@ def prepare(number, args, config, world):
     elif number > 1 and not args.wan:
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}`")
-    start = before or args.wan  # a released Wan has no fingerprint
+    start = before or args.wan
     parent = parent_of(start) if start and Path(start, "checkpoint.json").is_file() else None
-    if own and number == 1 and meta.get("parent") != parent:
-        raise UserError(f"{own} started from other weights: give the --wan that it had, or --scratch")
+    release = config.is_wan and not before and not parent
+    if release:
+        parent = fingerprint(wan_files(args.wan))
+    # find_base compares a base; one older than 2026-12-01 does not say from which release it started
+    compared = not (release and (meta.get("base") or not meta.get("parent")))
+    if own and number == 1 and compared and meta.get("parent") != parent:
+        had = f" ({meta['wan']}, not {args.wan})" if release else ""
+        raise UserError(f"{own} started from other weights: give the --wan that it had{had}, or --scratch")
     parent = meta.get("parent") if own else parent
     torch.manual_seed(args.seed)  # for what is new in the model
     base = None if args.train == "all" else find_base(source, args)
@@ -408,8 +415,15 @@ def find_base(source, args):
                         "give the same")
     if not (source or args.wan):
         raise UserError(f"--train {args.train} adds to a trained network: give --wan, or train a stage first")
+    wan = os.path.abspath(args.wan) if args.wan and not (source and not base) else None
+    content = fingerprint(wan_files(wan)) if wan and not (base and base["sha256"]) else None
+    if base and content and wan != base["path"] and base.get("content"):
+        if content != base["content"]:
+            raise UserError(f"{source} was trained on {base['path']}, and --wan {args.wan} holds another "
+                            "network: give the one that it had")
+        base = base | {"path": wan}  # moved, or another copy
     return base or {"train": args.train, "rank": args.rank, "path": os.path.abspath(source or args.wan),
-                    "sha256": parent_of(source) if source else None}
+                    "sha256": parent_of(source) if source else None, "content": content}
 
 
 def loss_of(model, batch, sigma, noise):
@@ -463,7 +477,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
         if args.expert:
             meta["expert"] = {"role": args.expert, "boundary": args.boundary, "share": args.levels.share()}
         if model.config.is_wan:
-            meta["wan"] = str(wan_root(args))
+            meta["wan"] = os.path.abspath(release_folder(args.wan))
         else:
             meta["world"] = {name: toy.WORLDS[args.config][name] for name in ("size", "frames")}
         shards, tensors = None, {"model": trained, "ema": ema, "optimizer": pack_optimizers(optimizers)}
@@ -559,12 +573,6 @@ def stop_on_signal(world):
     signal.signal(signal.SIGINT, receive)
 
     return lambda: not world.all(not received)
-
-
-def wan_root(args):
-    """Where --wan's encoders are: next to the transformer, or a folder up where it is one of two experts."""
-    folder = Path(args.wan).resolve()
-    return folder if any(folder.glob("models_t5*")) else folder.parent
 
 
 def choose_expert(wan, expert):

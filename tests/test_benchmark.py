@@ -801,9 +801,9 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     evaluation.main(argv("alone"), made.truth)
     results = results_of(made.folder / "alone")
     assert [len(results[f"case-{k}"]["people"]) for k in range(3)] == [1] * 3
-    assert "tokens or more" in results["long"]["reason"]
+    assert len(results["long"]["people"]) == 1  # its prompt is cut
     videos = {path.name: path.read_bytes() for path in (made.folder / "alone/videos").iterdir()}
-    assert sorted(videos) == ["case-0.mp4", "case-1.mp4", "case-2.mp4"]
+    assert sorted(videos) == ["case-0.mp4", "case-1.mp4", "case-2.mp4", "long.mp4"]
     with open_video(made.folder / "alone/videos/case-0.mp4") as (_, stream):
         assert stream.average_rate == SAMPLE_RECIPES["toy"]["fps"]  # whatever --fps it is looked at with
     before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}

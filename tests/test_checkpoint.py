@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib
 import json
 import math
@@ -34,18 +35,22 @@ from checkpoint import (
     check_files,
     check_outputs,
     find_checkpoint,
+    fingerprint,
     load_tensors,
     load_weights,
     lock,
     read_lines,
     read_meta,
+    read_network,
     read_weights,
     run_script,
     save_checkpoint,
     wan_files,
+    weight_sets,
     read_wan,
 )
 from encoders import UMT5
+from report import append, read_results
 
 
 @torch.no_grad()
@@ -465,6 +470,46 @@ def test_a_lock_can_be_waited_for(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"waiting for process {process.pid}, which uses {tmp_path}\n"
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_once_and_used(number, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    checkpoint.say_no_locks.cache_clear()
+    for wait in (False, True, False):
+        with lock(tmp_path, wait):
+            pass
+    append(tmp_path / "results.jsonl", {"a": 1})
+    append(tmp_path / "results.jsonl", {"a": 2})
+    assert [line["a"] for line in read_results(tmp_path / "results.jsonl")] == [1, 2]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"this file system has no locks ({os.strerror(number)})" in said
+
+
+def test_another_error_of_a_lock_is_no_silence(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(OSError, match="Input/output"), lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("library", [False, True])
+def test_a_full_disk_names_what_could_not_be_written(number, library, tmp_path):
+    """Also where the library that writes says the number only in words, as safetensors does."""
+    words = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    error = safetensors.SafetensorError(words) if library else OSError(number, os.strerror(number))
+    for writes, name in ((atomic_file, "video.mp4"), (atomic_folder, "step-000001")):
+        with pytest.raises(OSError, match=f"{os.strerror(number)}: '{tmp_path / name}'$"):
+            with writes(tmp_path / name):
+                raise error
+    with pytest.raises(OSError, match="^elsewhere$"), atomic_file(tmp_path / "x"):
+        raise OSError("elsewhere")
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to .*file/out .*choose another folder"):
@@ -682,7 +727,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(safetensors.SafetensorError):
+    with pytest.raises(OSError, match=f"No space left on device: '{folder}'$"):
         save(folder, 2.0, keep=1)
     assert names(tmp_path) == before
     assert load_tensors(folder, "model")["w"].tolist() == [1, 1]
@@ -813,18 +858,195 @@ def test_shards_and_both_styles_of_names_are_read(tmp_path):
 
 
 def test_a_folder_of_wan_without_one_network_says_what_is_expected(tmp_path):
-    with pytest.raises(UserError, match="0 .safetensors files and no index; expected the folder of a Wan"):
+    with pytest.raises(UserError, match="holds 0 Wan transformers; expected one, in a file or in shards"):
         wan_files(tmp_path)
     for name in "ab":
-        save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UserError, match="2 .safetensors files and no index"):
+        save_file({"patch_embedding.weight": torch.ones(1), "scale_shift_table": torch.ones(1)},
+                  tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match=r"holds 2 Wan transformers \(a.safetensors, b.safetensors\); exp"):
         wan_files(tmp_path)
     (tmp_path / "high_noise_model").mkdir()
     with pytest.raises(UserError, match="two experts: give its high_noise_model or low_noise_model"):
         wan_files(tmp_path)
 
 
+# ------------------------------------------------------------------------------------------- what files hold
+@pytest.mark.parametrize("size, offsets", [
+    (0, []), (1, [0]), (5000, [0, 2500, 4999]), (9 * 2**20, [0, 2**20 - 1, 8 * 2**20, 9 * 2**20 - 1])])
+def test_files_are_told_apart_by_content_and_not_by_name_or_time(size, offsets, tmp_path):
+    content = bytearray(os.urandom(size))
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(content)
+    os.utime(tmp_path / "b", (1, 1))
+    name = fingerprint("x", tmp_path / "a")
+    assert fingerprint("x", tmp_path / "b") == name != fingerprint("y", tmp_path / "a")
+    for at in offsets:
+        content[at] ^= 1
+        (tmp_path / "b").write_bytes(content)
+        os.utime(tmp_path / "b", (2 + at, 2))
+        assert fingerprint("x", tmp_path / "b") != name
+        content[at] ^= 1
+    (tmp_path / "b").write_bytes(content + b"1")
+    assert fingerprint("x", tmp_path / "b") != name
+    with pytest.raises(UserError, match="nothing: no such file"):
+        fingerprint(tmp_path / "nothing")
+
+
+def test_another_training_of_a_large_network_is_told_apart(tmp_path):
+    """Of equal size: other tensors everywhere, one layer of thirty, and one tensor of a torch.save file."""
+    torch.manual_seed(0)
+    state = {f"blocks.{n}.weight": torch.randn(400, 400) for n in range(30)}
+    names = []
+    for n, change in enumerate((None, range(30), [17], [3])):
+        other = state | {f"blocks.{i}.weight": state[f"blocks.{i}.weight"] + 0.1 for i in change or ()}
+        save_file(other, tmp_path / f"{n}.safetensors")
+        torch.save(other, tmp_path / f"{n}.pth")
+        torch.save(other | {"blocks.9.weight": other["blocks.9.weight"].clone().fill_diagonal_(0)},
+                   tmp_path / f"{n}-1.pth")
+        names += [fingerprint(tmp_path / f"{n}{end}") for end in (".safetensors", ".pth", "-1.pth")]
+    assert len(set(names)) == len(names) == 12
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK", 1000)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("length", [1001, 2000, 2001, 12_345])
+def test_a_flipped_bit_anywhere_in_a_long_file_is_found(length, tmp_path):
+    content = bytearray(os.urandom(length))
+    path = tmp_path / "long"
+    path.write_bytes(content)
+    checksum = checkpoint.checksum_of(path)
+    parts = [hashlib.sha256(content[i : i + 1000]).digest() for i in range(0, length, 1000)]
+    assert checksum == "tree:" + hashlib.sha256(b"".join(parts)).hexdigest()
+    plain = hashlib.sha256(content).hexdigest()
+    for at in (0, 999, 1000, length // 2, length - 1):
+        for expected in (checksum, plain):  # that of older checkpoints too
+            os.utime(path, (1, 1))
+            assert checkpoint.is_as_written(path, expected)
+            content[at] ^= 4
+            path.write_bytes(content)
+            assert not checkpoint.is_as_written(path, expected)
+            content[at] ^= 4
+            path.write_bytes(content)
+    for changed in (content[:-1], content + b"\0", content[1000:] + content[:1000]):
+        path.write_bytes(changed)
+        assert not checkpoint.is_as_written(path, checksum) and not checkpoint.is_as_written(path, plain)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("grouped, local_rank, reads", [
+    (False, None, 1), (False, "1", 1), (True, "0", 1), (True, "1", 0)])
+def test_a_long_file_is_read_once_and_by_one_process_of_a_machine(grouped, local_rank, reads, tmp_path,
+                                                                  monkeypatch):
+    folder, seen = save(tmp_path / "step-000001"), []
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(5000))
+    folder = save(tmp_path / "step-000002", files=[big])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: grouped)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    hashes = checkpoint.checksum_of
+    monkeypatch.setattr(checkpoint, "checksum_of",
+                        lambda path, *how: seen.append(path.name) or hashes(path, *how))
+    for _ in range(3):
+        check_files(folder)
+    assert seen.count("big") == reads and seen.count("model.safetensors") == 3
+    big = folder / "big"
+    big.unlink()
+    with pytest.raises(UserError, match="big is missing or damaged"):
+        check_files(folder)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_a_checkpoint_of_before_with_plain_hashes_still_loads(tmp_path):
+    (tmp_path / "big").write_bytes(os.urandom(5000))
+    folder = save(tmp_path / "step-000001", files=[tmp_path / "big"])
+    meta = json.loads((folder / "checkpoint.json").read_text())
+    assert meta["sha256"]["big"].startswith("tree:") and len(meta["sha256"]["model.safetensors"]) == 64
+    meta["sha256"] = {name: checkpoint.sha256_of(folder / name) for name in meta["sha256"]}
+    (folder / "checkpoint.json").write_text(json.dumps(meta))
+    check_files(folder)
+    (folder / "big").write_bytes(bytes(5000))
+    with pytest.raises(UserError, match="big is missing or damaged"):
+        check_files(folder)
+
+
 # ----------------------------------------------------------------------------------------------- weight files
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_network_that_is_not_finite_names_its_file(suffix, value, dtype, tmp_path):
+    state = {name: tensor.to(dtype) for name, tensor in small().state_dict().items()}
+    name = list(state)[7]
+    state[name].view(-1)[3] = value
+    path = write(tmp_path / f"net{suffix}", state)
+    with pytest.raises(UserError, match=f"net{suffix}: '{name}' is not finite: the file is damaged"):
+        load_weights(small(), read_weights(path))
+
+
+FP8 = torch.float8_e4m3fn
+QUANTISED = {
+    "umt5_xxl_fp8_e4m3fn_scaled": ({"norm.weight": torch.ones(4).to(FP8)}, "fp8.*such as umt5_xxl_fp16.safe"),
+    "wan2.1_t2v_14B_fp8_scaled": ({"scaled_fp8": torch.ones(2)}, "scaled fp8 .*as wan2.1_t2v_14B_fp16.safe"),
+    "a": ({"blocks.0.ffn.0.scale_weight": torch.ones(1)}, "scaled fp8 .*take the fp16 or bf16 file"),
+    "b": ({"blocks.0.ffn.0.weight_scale": torch.ones(1)}, "'blocks.0.ffn.0.weight_scale' .*scaled fp8"),
+    "c": ({"x.comfy_quant": torch.ones(9).byte()}, "scaled fp8 or the like"),
+    "d": ({"x": torch.ones(4).to(torch.float8_e5m2)}, "fp8"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_quantised_networks_are_refused_with_that_word_and_a_hint(name, suffix, tmp_path):
+    tensors, says = QUANTISED[name]
+    path = write(tmp_path / f"{name}{suffix}", tensors)
+    with pytest.raises(UserError, match=says.replace(".safe", suffix)) as caught:
+        load_weights(small(), read_weights(path))
+    assert "quantised" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_gguf_is_said(tmp_path):
+    (tmp_path / "umt5-xxl-encoder-Q8_0.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match="Q8_0.gguf is a GGUF file, quantised: take the .safetensors"):
+        read_weights(tmp_path / "umt5-xxl-encoder-Q8_0.gguf")
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"module." + k: v for k, v in s.items()},
+                                  lambda s: {"_orig_mod." + k: v for k, v in s.items()},
+                                  lambda s: {"model.diffusion_model." + k: v for k, v in s.items()},
+                                  lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s, "x": "y"},
+                                  lambda s: {"module": {"module." + k: v for k, v in s.items()}}])
+def test_wrapped_networks_are_read(wrap, tmp_path):
+    state = small().state_dict()
+    torch.save(wrap(state), tmp_path / "net.pt")
+    file = read_network([tmp_path / "net.pt"])
+    assert file.shapes.keys() == state.keys() and all(torch.equal(file.get(k), v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_without_an_index_are_read_and_a_missing_one_is_named(suffix, tmp_path):
+    state = small().state_dict()
+    names = list(state)
+    for n in range(3):
+        write(tmp_path / f"model-0000{n + 1}-of-00003{suffix}", {name: state[name] for name in names[n::3]})
+    (files,) = weight_sets(tmp_path)
+    assert read_network(files).shapes.keys() == state.keys()
+    assert wan_files(tmp_path / f"model-00002-of-00003{suffix}") == files
+    files[1].unlink()
+    with pytest.raises(UserError, match=f"of 3 shards 1 are missing: model-00002-of-00003{suffix}; download"):
+        weight_sets(tmp_path)
+
+
+def test_a_networks_older_twin_is_no_second_network(tmp_path):
+    """diffusers' repositories hold both for a while."""
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        write(tmp_path / name, small().state_dict())
+    assert weight_sets(tmp_path) == [[tmp_path / "diffusion_pytorch_model.safetensors"]]
+
+
 def small():
     return randomise(UMT5(vocab=40, dim=16, ffn_dim=24, num_heads=2, num_layers=2))
 
@@ -916,7 +1138,7 @@ def broken_files(folder):
     for name, header in hostile.items():
         content = header if name == "huge" else len(header).to_bytes(8, "little") + header + bytes(4)
         case(f"{name}.safetensors", content, "cannot be read")
-    pickles = {"code": {"a": print}, "list": [1], "nested": {"model": state}, "number": 3}
+    pickles = {"code": {"a": print}, "list": [1], "nested": {"step": 3, "weights": state}, "number": 3}
     pickles["numbered"] = {0: torch.ones(1)}
     for name, value in pickles.items():
         torch.save(value, folder / f"{name}.pth")

@@ -28,7 +28,7 @@ from test_pictures import damage, encode, gradient, noise
 import curate
 import many_tracks
 import toy
-from checkpoint import UserError, read_lines
+from checkpoint import UserError, content_of, read_lines
 from faces import ALIGNED, Detection, Face, align, crop_faces
 from pictures import write_video
 
@@ -545,6 +545,9 @@ def test_only_the_networks_that_are_read_name_the_rows(tmp_path):
     assert names() == before
     (tmp_path / "backbone.pth").write_text("x")
     assert names() != before
+    before = names()
+    (tmp_path / "backbone.pth").write_text("y")  # another of the same size
+    assert names() != before
 
 
 def test_two_shards_are_one_run(world, curated, tmp_path):
@@ -828,14 +831,14 @@ def test_another_video_of_the_same_name_and_length_is_another(small):
 def test_a_video_is_known_by_its_length_and_parts_of_its_content(size, tmp_path):
     data = bytearray(random.Random(size).randbytes(size))
     (tmp_path / "a").write_bytes(data)
-    known = {curate.content_of(tmp_path / "a")}
+    known = {content_of(tmp_path / "a", 2**16, 6, 2**16)}
     for place in (0, size // 7 - size // 70, size - 1):
         changed = bytearray(data)
         changed[place] ^= 1
         (tmp_path / "a").write_bytes(changed)
-        known.add(curate.content_of(tmp_path / "a"))
+        known.add(content_of(tmp_path / "a", 2**16, 6, 2**16))
     (tmp_path / "a").write_bytes(data + b"x")
-    known.add(curate.content_of(tmp_path / "a"))
+    known.add(content_of(tmp_path / "a", 2**16, 6, 2**16))
     assert len(known) == (5 if size <= 2**20 // 2 else 4)  # of a large one, the middle of a part is not read
 
 

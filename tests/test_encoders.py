@@ -52,7 +52,7 @@ def test_a_text_is_cut_where_wan_cuts_it_and_that_is_said_once(tokenizer, monkey
         cut, mask = tokenizer([text])
         assert mask.all() and torch.equal(cut[0, :-1], full[0, : length - 2]) and cut[0, -1] == 1
     text = "'a close-up of one person'"
-    line = f"cut to the first {length - 2} of {length - 1} tokens, as Wan does: {text}...\n"
+    line = f"cut to the first {length - 2} of {length - 1} tokens, as no more are read: {text}...\n"
     assert capsys.readouterr().err == line
 
 

@@ -6,10 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import WAN_SMALL
+from safetensors.torch import load_file
 from test_model import their_name
 
-from checkpoint import UserError, load_weights, read_weights
-from lora import add_lora, apply_lora, merge_lora, read_lora_argument
+import sample
+from checkpoint import ROLES, UserError, load_weights, read_weights
+from lora import add_lora, apply_lora, experts_of, merge_lora, read_lora_argument
 from lora import NEW_PREFIXES
 from model import CONFIGS, DiTConfig, HarmoView
 
@@ -17,6 +19,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 IN_BLOCK = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"] + ["ffn.0", "ffn.2"]
 IN_BLOCKS = [f"blocks.{n}.{layer}" for n in range(2) for layer in IN_BLOCK]
 EMBEDDINGS = ["text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
+TENSORS = len([*HarmoView(DiTConfig(128, 64, 1, 2, **WAN_SMALL)).parameters()])
 ADAPTERS = {f"{layer}.lora_{half}" for layer in IN_BLOCKS for half in "AB"}
 
 
@@ -205,7 +208,7 @@ def test_differences_pairs_and_keys_that_fit_nothing(tmp_path):
         steps[name] = tensors["diffusion_model." + key] = torch.randn(base[name].shape)
     k, a, b = "blocks.0.self_attn.k", torch.randn(2, 128), torch.randn(128, 2)
     steps[k + ".weight"] = steps[k + ".weight"] + 3 / 2 * b @ a  # beside its diff
-    unknown = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "transformer_2.blocks.0.ffn.0.diff",
+    unknown = {"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "transformer.blocks.0.ffn.9.diff",
                "diffusion_model.blocks.9.self_attn.q.lora_A.weight", "text_encoder.x", "blocks.0.ffn.diff_m"}
     tensors |= {f"{k}.lora_A": a, f"{k}.lora_B": b, f"{k}.alpha": [3], "blocks.1.ffn.0.alpha": 2.0}
     tensors |= dict.fromkeys(unknown, a)
@@ -258,3 +261,73 @@ def test_the_argument():
     for text in ("", ":0.5", "high=", "a:nan", "a:inf", "a:1e999"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected FILE or FILE:SCALE, a finite number"):
             read_lora_argument(text)
+
+
+# --------------------------------------------------------------------------------------------- two experts
+def halves(tmp_path, wrap="", alphas=None):
+    """A LoRA of diffusers for both experts, and each one's half in a file of its own."""
+    parts = {}
+    for half, layers in (("transformer.", IN_BLOCKS[:4]), ("transformer_2.", IN_BLOCKS[2:7])):
+        tensors = load_file(write(tmp_path / "half.safetensors", "diffusers", layers, None))
+        parts[half] = {wrap + half + key.removeprefix("transformer."): t for key, t in tensors.items()}
+
+
+    def noted(halves):
+        alpha = {f"{half}lora_alpha": alphas[half] for half in halves if alphas}
+        return {"lora_adapter_metadata": json.dumps(alpha)}
+
+    both = save(tmp_path / "both.safetensors", parts["transformer."] | parts["transformer_2."], noted(parts))
+    alone = []
+    for role, (half, part) in zip(ROLES, parts.items(), strict=True):
+        tensors = {key.removeprefix(wrap).removeprefix(half): t for key, t in part.items()}
+        alpha = {name: value.replace(half, "transformer.") for name, value in noted([half]).items()}
+        alone.append(save(tmp_path / f"{role}.safetensors", tensors, alpha))
+    return both, alone
+
+
+@pytest.mark.parametrize("wrap", ["", "base_model.model."])
+@pytest.mark.parametrize("alphas", [None, {"transformer.": 6, "transformer_2.": 1}])
+def test_each_expert_gets_its_half_of_a_lora_of_diffusers(wrap, alphas, tmp_path):
+    both, alone = halves(tmp_path, wrap, alphas)
+    for role, file, count in zip(ROLES, alone, (4, 5), strict=True):
+        mine, truth = network(), network()
+        assert apply_lora(mine, both, 0.7, role) == apply_lora(truth, file, 0.7, role) == (count, [])
+        assert all(map(torch.equal, mine.parameters(), truth.parameters()))
+        assert sum(map(torch.equal, mine.parameters(), network().parameters())) == TENSORS - count
+    with pytest.raises(UserError, match="is for two experts .*; this checkpoint is one network"):
+        apply_lora(network(), both)
+
+
+@pytest.mark.parametrize("name, keys, given, roles", [
+    ("x", ["transformer.a", "transformer_2.b"], None, ROLES), ("x", ["transformer_2.b"], None, ("low",)),
+    ("x", ["transformer.a"], None, ROLES), ("x", ["transformer_2.b"], "high", ("high",)),
+    ("lora_high_noise", ["blocks.a"], None, ("high",)), ("Wan22-LowNoise-v1", ["blocks.a"], None, ("low",)),
+    ("high_noise_model", ["transformer.a", "transformer_2.b"], None, ROLES),
+    ("HIGH-noise", ["blocks.a"], "low", ("low",)), ("high-kick", ["blocks.a"], None, ROLES),
+    ("high_noise_and_low_noise", ["blocks.a"], None, ROLES), ("follow_noise", ["blocks.a"], None, ROLES)])
+def test_which_expert_a_file_is_for(name, keys, given, roles, tmp_path, capsys):
+    path = save(tmp_path / f"{name}.safetensors", dict.fromkeys(keys, torch.ones(1)))
+    assert experts_of(path, given, ROLES) == roles
+    by_name = len(roles) == 1 and not given and "_2" not in keys[0]
+    assert ("as its name says" in capsys.readouterr().out) == by_name
+    assert experts_of(path, None, (None,)) == (None,)
+
+
+@pytest.mark.parametrize("prefix", [
+    "model.diffusion_model.", "module.", "dit.", "transformer.base_model.model."])
+def test_prefixes_of_other_trainers(prefix, tmp_path):
+    pair = {f"{prefix}blocks.0.self_attn.q.lora_{half}.weight": t for half, t in (("A", A), ("B", UP))}
+    assert apply_lora(network(), save(tmp_path / "x.safetensors", pair)) == (1, [])
+
+
+def test_an_expert_that_gets_no_lora_is_named(wan, tmp_path, capsys):
+    found = sample.find(str(wan / "2.2"))
+    both, (high, low) = halves(tmp_path)
+    assert sample.check_loras([(both, 1.0, None)], found) == [(both, 1.0, ROLES)]
+    assert sample.check_loras([(high, 1.0, "high"), (low, 0.5, "low")], found) == [
+        (high, 1.0, ("high",)), (low, 0.5, ("low",))]
+    assert not capsys.readouterr().out
+    sample.check_loras([(high, 1.0, "high")], found)
+    assert capsys.readouterr().out == "no --lora is for the expert for low noise, which stays as it is\n"
+    with pytest.raises(UserError, match="is for two experts"):
+        sample.check_loras([(both, 1.0, None)], sample.find(str(wan / "2.1")))
