@@ -421,20 +421,17 @@ def read_weights(path):
                           refused)
 
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")  # the last one, to say why not
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)")
 
 
 def shards_of(path):
     """A weight file, one of several shards, or their index -> all files of that network."""
     path = Path(path)
-    if shard := SHARD.fullmatch(path.name):
-        stem, _, total, suffix = shard.groups()
-        files = [path.with_name(f"{stem}-{n:05d}-of-{total}{suffix}") for n in range(1, int(total) + 1)]
-        if missing := [file.name for file in files[:10**4] if not file.is_file()]:
-            raise UserError(f"{path.parent}: of {int(total)} shards {len(missing)} are missing: "
-                            f"{', '.join(missing[:3])}; download them")
-        return files
+    shard = SHARD.fullmatch(path.name)
+    if shard and 1 <= int(shard["number"]) <= int(shard["total"]) <= 1000:
+        return [path.with_name(f"{shard['stem']}-{n:05d}-of-{shard['total']}{shard['suffix']}")
+                for n in range(1, int(shard["total"]) + 1)]
     if not path.name.endswith(".index.json"):
         return [path]
     if not path.is_file():
@@ -591,7 +588,9 @@ ROLES = ("high", "low")  # by the noise that each works at
 
 
 def role_of(path):
-    """The expert that a file's name tells: "high", "low" or None."""
+    """The expert that the name of a file or folder tells: "high", "low" or None."""
+    if Path(path).name == EXPERTS[1][1]:  # while any single network of diffusers is a `transformer`
+        return "low"
     begins = "(?:(?<![A-Za-z])|(?=[A-Z]))"  # of a word, also inside oneLikeThis
     words = {w.lower() for w in re.findall(f"{begins}((?i:high|low))[-_ ]?(?i:noise)", Path(path).name)}
     return words.pop() if len(words) == 1 else None
@@ -849,6 +848,17 @@ def load_tensors(folder, name):
     path = Path(folder) / f"{name}.safetensors"
     with as_user_error(path):
         return safetensors.torch.load_file(path)
+
+
+def moved_base(source, base, wan):
+    """What checkpoint.json of `source` says of its frozen base, once --wan was given: wan is its place now.
+    UserError where another network is there; what is older than 2026-12-01 does not say which it had."""
+    if base["sha256"] or not base.get("content") or wan == base["path"]:
+        return base
+    if fingerprint(wan_files(wan)) != base["content"]:
+        raise UserError(f"{source} was trained on {base['path']}, and --wan {wan} holds another network: "
+                        "give the one that it had")
+    return base | {"path": wan}
 
 
 def compare(checkpoint, stored, current):
