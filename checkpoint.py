@@ -323,13 +323,8 @@ def content_of(path):
     moment, and is no proof against damage."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    stat = os.stat(path)
-    return hash_parts(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1024)
-def hash_parts(path, size, _):
-    ends, digest = 2**20, hashlib.sha256(str(size).encode())
+    size, ends = os.path.getsize(path), 2**20
+    digest = hashlib.sha256(str(size).encode())
     parts = [(0, ends), *((size * i // 257, 4096) for i in range(1, 257)), (size - ends, ends)]
     with open(path, "rb") as file:
         for start, length in parts if size > 4 * ends else [(0, size)]:
@@ -447,7 +442,7 @@ def shards_of(path):
 
 def weight_sets(folder, depth=0):
     """The files of each network in a folder, and in its folders to that depth: [[file, ...], ...]. Not those
-    of our own checkpoints; torch.save files only where no .safetensors of the same beginning is there."""
+    of our own checkpoints below it; .bin files, diffusers' older twins, only where no .safetensors is."""
     folder, sets = Path(folder), []
     if not folder.is_dir():
         return sets
@@ -458,7 +453,7 @@ def weight_sets(folder, depth=0):
         if not any(path in files for files in sets):
             sets.append(shards_of(path))
     safe = any(path.suffix == ".safetensors" for path in files)
-    sets = [files for files in sets if not (safe and files[0].suffix == ".bin")]  # diffusers' older twins
+    sets = [files for files in sets if not (safe and files[0].suffix == ".bin")]
     for path in entries if depth else ():
         if not (path / "checkpoint.json").is_file():
             sets += weight_sets(path, depth - 1)
@@ -466,7 +461,7 @@ def weight_sets(folder, depth=0):
 
 
 # around all names: of wrappers, of ComfyUI's and of trainers' files
-WRAPPED = re.compile(r"(?:(?:module|_orig_mod|model|diffusion_model|dit|dinov2)\.)+")
+WRAPPED = re.compile(r"^(?:(?:module|_orig_mod|model|diffusion_model|dit|dinov2)\.)+")
 
 
 def read_network(files, names=()):
@@ -499,11 +494,12 @@ def read_network(files, names=()):
 
 def rename(name, names):
     """A stored tensor's name in ours, by such a table; None where the tensor is to be left out."""
-    name = WRAPPED.sub("", name, count=1) if WRAPPED.match(name) else name
+    name = WRAPPED.sub("", name)
     for pattern, ours in names:
-        if ours is None and re.match(pattern, name):
+        if ours is not None:
+            name = re.sub(pattern, ours, name)
+        elif re.match(pattern, name):
             return None
-        name = re.sub(pattern, ours, name) if ours is not None else name
     return name
 
 
@@ -850,9 +846,18 @@ def load_tensors(folder, name):
         return safetensors.torch.load_file(path)
 
 
+def check_base(base):
+    """UserError where the release that adapters were trained on is another one by now. base: as in
+    checkpoint.json; one older than 2026-12-01 does not say which it was."""
+    came, expected = fingerprint(wan_files(base["path"])), base.get("content")
+    if expected not in (None, came):
+        raise UserError(f"{base['path']}, the frozen network that this was trained on, is another one now: "
+                        f"its content is {came}, expected {expected}; put the old files back")
+
+
 def moved_base(source, base, wan):
     """What checkpoint.json of `source` says of its frozen base, once --wan was given: wan is its place now.
-    UserError where another network is there; what is older than 2026-12-01 does not say which it had."""
+    UserError where another network is there."""
     if base["sha256"] or not base.get("content") or wan == base["path"]:
         return base
     if fingerprint(wan_files(wan)) != base["content"]:
