@@ -402,12 +402,7 @@ def content_of(path, ends=2**20, pages=256, page=4096):
     moment, and is no proof against damage."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    stat = os.stat(path)
-    return hash_parts(os.path.realpath(path), stat.st_size, stat.st_ctime_ns, ends, pages, page)
-
-
-@functools.lru_cache(maxsize=1024)
-def hash_parts(path, size, _, ends, pages, page):
+    size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     between = [(size * i // (pages + 1), page) for i in range(1, pages + 1)]
     parts = [(0, ends), *between, (size - ends, ends)]
@@ -501,20 +496,17 @@ def read_weights(path):
                           refused)
 
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")  # the last one, to say why not
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)")
 
 
 def shards_of(path):
     """A weight file, one of several shards, or their index -> all files of that network."""
     path = Path(path)
-    if shard := SHARD.fullmatch(path.name):
-        stem, _, total, suffix = shard.groups()
-        files = [path.with_name(f"{stem}-{n:05d}-of-{total}{suffix}") for n in range(1, int(total) + 1)]
-        if missing := [file.name for file in files[:10**4] if not file.is_file()]:
-            raise UserError(f"{path.parent}: of {int(total)} shards {len(missing)} are missing: "
-                            f"{', '.join(missing[:3])}; download them")
-        return files
+    shard = SHARD.fullmatch(path.name)
+    if shard and 1 <= int(shard["number"]) <= int(shard["total"]) <= 1000:
+        return [path.with_name(f"{shard['stem']}-{n:05d}-of-{shard['total']}{shard['suffix']}")
+                for n in range(1, int(shard["total"]) + 1)]
     if not path.name.endswith(".index.json"):
         return [path]
     if not path.is_file():
@@ -530,7 +522,7 @@ def shards_of(path):
 
 def weight_sets(folder, depth=0):
     """The files of each network in a folder, and in its folders to that depth: [[file, ...], ...]. Not those
-    of our own checkpoints; torch.save files only where no .safetensors of the same beginning is there."""
+    of our own checkpoints below it; .bin files, diffusers' older twins, only where no .safetensors is."""
     folder, sets = Path(folder), []
     if not folder.is_dir():
         return sets
@@ -541,7 +533,7 @@ def weight_sets(folder, depth=0):
         if not any(path in files for files in sets):
             sets.append(shards_of(path))
     safe = any(path.suffix == ".safetensors" for path in files)
-    sets = [files for files in sets if not (safe and files[0].suffix == ".bin")]  # diffusers' older twins
+    sets = [files for files in sets if not (safe and files[0].suffix == ".bin")]
     for path in entries if depth else ():
         if not (path / "checkpoint.json").is_file():
             sets += weight_sets(path, depth - 1)
@@ -549,7 +541,7 @@ def weight_sets(folder, depth=0):
 
 
 # around all names: of wrappers, of ComfyUI's and of trainers' files
-WRAPPED = re.compile(r"(?:(?:module|_orig_mod|model|diffusion_model|dit|dinov2)\.)+")
+WRAPPED = re.compile(r"^(?:(?:module|_orig_mod|model|diffusion_model|dit|dinov2)\.)+")
 
 
 def read_network(files, names=()):
@@ -582,11 +574,12 @@ def read_network(files, names=()):
 
 def rename(name, names):
     """A stored tensor's name in ours, by such a table; None where the tensor is to be left out."""
-    name = WRAPPED.sub("", name, count=1) if WRAPPED.match(name) else name
+    name = WRAPPED.sub("", name)
     for pattern, ours in names:
-        if ours is None and re.match(pattern, name):
+        if ours is not None:
+            name = re.sub(pattern, ours, name)
+        elif re.match(pattern, name):
             return None
-        name = re.sub(pattern, ours, name) if ours is not None else name
     return name
 
 
@@ -671,7 +664,9 @@ ROLES = ("high", "low")  # by the noise that each works at
 
 
 def role_of(path):
-    """The expert that a file's name tells: "high", "low" or None."""
+    """The expert that the name of a file or folder tells: "high", "low" or None."""
+    if Path(path).name == EXPERTS[1][1]:  # while any single network of diffusers is a `transformer`
+        return "low"
     begins = "(?:(?<![A-Za-z])|(?=[A-Z]))"  # of a word, also inside oneLikeThis
     words = {w.lower() for w in re.findall(f"{begins}((?i:high|low))[-_ ]?(?i:noise)", Path(path).name)}
     return words.pop() if len(words) == 1 else None
@@ -929,6 +924,26 @@ def load_tensors(folder, name):
     path = Path(folder) / f"{name}.safetensors"
     with as_user_error(path):
         return safetensors.torch.load_file(path)
+
+
+def check_base(base):
+    """UserError where the release that adapters were trained on is another one by now. base: as in
+    checkpoint.json; one older than 2026-12-01 does not say which it was."""
+    came, expected = fingerprint(wan_files(base["path"])), base.get("content")
+    if expected not in (None, came):
+        raise UserError(f"{base['path']}, the frozen network that this was trained on, is another one now: "
+                        f"its content is {came}, expected {expected}; put the old files back")
+
+
+def moved_base(source, base, wan):
+    """What checkpoint.json of `source` says of its frozen base, once --wan was given: wan is its place now.
+    UserError where another network is there."""
+    if base["sha256"] or not base.get("content") or wan == base["path"]:
+        return base
+    if fingerprint(wan_files(wan)) != base["content"]:
+        raise UserError(f"{source} was trained on {base['path']}, and --wan {wan} holds another network: "
+                        "give the one that it had")
+    return base | {"path": wan}
 
 
 def compare(checkpoint, stored, current):

@@ -49,26 +49,31 @@ def load_network(kind, files, dtype, device):
 
 def find_network(kind, folder):
     """The files of that network in a folder: those that Wan names so, or else what in it, or in its folders
-    two levels deep, holds such a network. [] where there is none; UserError where it is damaged or there are
-    several."""
+    two levels deep, holds such a network. [] where there is none, and a file that could not be read, as a
+    UserError, or None. Raises one where the network does not fit or there are several."""
     named = sorted(path for path in folder.glob(kind.FILE) if path.is_file())
     if len(named) == 1:
-        return named
-    found, faults = [], []
+        return named, None
+    found, misfits, unread = [], [], None
     for files in weight_sets(folder, depth=2):
         try:
-            if kind.KEY in read_network(files, kind.NAMES).shapes:
+            shapes = read_network(files, kind.NAMES).shapes
+        except UserError as error:
+            unread = unread or error
+            continue
+        try:
+            if kind.KEY in shapes:
                 open_network(kind, files)
                 found.append(files)
         except UserError as error:
-            faults.append(error)
+            misfits.append(error)
     if len(found) > 1:
         names = ", ".join(str(files[0].relative_to(folder)) for files in found[:4])
         raise UserError(f"{folder} holds {len(found)} networks {kind.__name__} ({names}): "
                         "move all but one away")
-    if faults and not found:
-        raise faults[0]
-    return found[0] if found else []
+    if misfits and not found:
+        raise misfits[0]
+    return (found[0], None) if found else ([], unread)
 
 
 def stream_blocks(module, device):
@@ -442,7 +447,7 @@ class WanVAE(nn.Module):
     the result, measured on ten random networks: below 0.1 (encode) and 0.2 (decode) with tiles of 128 pixels,
     below 0.03 and 0.07 with 256.
     The input may stay on another device than the weights: pieces move, the float32 result joins the input."""
-    FILE, KEY = "Wan2.1_VAE.*", "encoder.downsamples.0.residual.0.gamma"
+    FILE, KEY = "Wan2.1_VAE.*", "decoder.conv1.weight"
     NAMES = (
         (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
         (r"coder\.conv_in\.", "coder.conv1."), (r"coder\.norm_out\.", "coder.head.0."),
@@ -570,7 +575,8 @@ class WanEncoders:
         check_tile(tile)
         self.folder, self.device, self.dtype = release_folder(folder), device, dtype
         self.offload, self.tile, self.network = offload, tile, None
-        self.paths = {kind: find_network(kind, self.folder) for kind in (UMT5, WanVAE, DINOv2)}
+        found = {kind: find_network(kind, self.folder) for kind in (UMT5, WanVAE, DINOv2)}
+        self.paths, self.faults = ({kind: pair[i] for kind, pair in found.items()} for i in range(2))
         self.tokenizer = Tokenizer(find_tokenizer(self.folder, self.paths[UMT5]))
         for kind in (UMT5, WanVAE, DINOv2) if need_vit else (UMT5, WanVAE):
             self.need(kind)
@@ -584,6 +590,8 @@ class WanEncoders:
     def need(self, kind):
         """The files of that network; UserError where there are none."""
         if not self.paths[kind]:
+            if self.faults[kind]:
+                raise self.faults[kind]
             raise UserError(f"{self.folder} holds no {kind.__name__} ({kind.FILE}, or such a network under "
                             "another name); see README.md, With real Wan weights")
         return self.paths[kind]

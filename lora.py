@@ -223,8 +223,8 @@ def noted_alpha(path, role=None):
 def experts_of(path, given, roles):
     """Which of two experts a LoRA file is merged into: the one that was `given`, or those whose names begin
     its keys, or the one in its own name, or both. roles: ("high", "low"), or (None,) for one network."""
-    if roles == (None,) or given:
-        return roles if roles == (None,) else (given,)
+    if given or roles == (None,):
+        return (given,)
     low = [bool(LOW.match(key)) for key in read_weights(path).shapes]
     if any(low):
         return ROLES if not all(low) else ROLES[1:]
@@ -233,6 +233,22 @@ def experts_of(path, given, roles):
               "says otherwise")
         return (role,)
     return ROLES
+
+
+def check_loras(loras, roles, networks):
+    """--lora's (file, scale, expert or None) -> (file, scale, roles of the networks that it is merged into).
+    UserError where one does not fit; says which expert gets none. networks: for each role, a function that
+    returns it, perhaps on the meta device."""
+    if roles == (None,) and any(given for _, _, given in loras):
+        raise UserError("--lora high= and low= are for two experts, and this checkpoint is one network")
+    loras = [(file, scale, experts_of(file, given, roles)) for file, scale, given in loras]
+    for role, network in zip(roles, networks):
+        mine = [file for file, _, experts in loras if role in experts]
+        for file in mine:
+            check_lora(network(), file, role)
+        if loras and not mine:
+            print(f"no --lora is for the expert for {role} noise, which stays as it is")
+    return loras
 
 
 def read_lora_argument(text):

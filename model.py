@@ -25,8 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from checkpoint import (UserError, check_files, check_fit, fingerprint, layers_of, load_weights, put_tensor,
-                        read_meta, read_wan, read_weights, wan_files)
+from checkpoint import (UserError, check_base, check_files, check_fit, layers_of, load_weights, put_tensor,
+                        read_meta, read_wan, read_weights)
 from kernels import qk_norm_rope, rope_tables
 from lora import init_lora, merge_lora, new_names, set_trained
 from rope import VIEWS, check_layout, reference_positions, video_positions
@@ -554,14 +554,10 @@ def fill(model, file, dtype=None):
 
 def load_base(model, base, dtype=None):
     """Fill model from the frozen network of --train new or lora: base is what checkpoint.json says of it,
-    {"train", "rank", "path", "sha256", "content"}, path a Wan checkpoint or a folder of train.py. UserError
-    where that is another network by now; older checkpoints do not say of Wan's which it was."""
+    {"train", "rank", "path", "sha256", "content"}, path a Wan checkpoint or a folder of train.py."""
     path = Path(base["path"])
     if not base["sha256"]:
-        came, expected = fingerprint(wan_files(path)), base.get("content")
-        if expected not in (None, came):
-            raise UserError(f"{path}, the frozen network that this was trained on, is another one now: its "
-                            f"content is {came}, expected {expected}; put the old files back")
+        check_base(base)
         return fill(model, read_wan(path), dtype)
     if not path.is_dir() or read_meta(path)["sha256"].get("ema.safetensors") != base["sha256"]:
         raise UserError(f"the frozen network that this was trained on, {path}, is gone or was trained again")

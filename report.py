@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from checkpoint import UserError, atomic_file, read_lines, take_lock
+from checkpoint import UserError, atomic_file, naming, read_lines, take_lock
 from pictures import to_bytes
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
@@ -148,7 +148,7 @@ def read_results(path):
 def append(path, line):
     """Add a line to the results, below whatever is there."""
     text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
-    with open(path, "ab+", buffering=0) as file:
+    with naming(path), open(path, "ab+", buffering=0) as file:
         take_lock(file)  # other processes append too: only one may look at the end and write
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read() not in (b"", b"\n"):  # a line that a kill cut off

@@ -25,12 +25,12 @@ from tqdm import tqdm
 import data
 import toy
 from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, boundary_of, check_files,
-                        check_outputs, count, expert_folders, find_checkpoint, find_wan, frame_rate, in_range,
-                        nonempty, probe_writable, read_meta, run_script, save_checkpoint, seed_number,
-                        uses_bf16)
+                        check_outputs, count, expert_folders, find_checkpoint, find_wan, frame_rate,
+                        in_range, nonempty, probe_writable, read_meta, role_of, run_script, save_checkpoint,
+                        seed_number, uses_bf16)
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
-from lora import apply_lora, check_lora, experts_of, read_lora_argument
+from lora import apply_lora, check_loras, read_lora_argument
 from model import DiTConfig, check_checkpoint, load_checkpoint, load_wan, wan_on_meta
 from parallel import Ulysses, World
 from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
@@ -255,6 +255,10 @@ class Found:
     frames: int = 81  # of the videos, unless --frames and --size say something else
     size: tuple = (480, 832)
 
+    @property
+    def roles(self):
+        return ROLES if len(self.networks) > 1 else (None,)
+
 
 def find(ckpt):
     """--ckpt -> Found. The folder of a checkpoint, of a run (its newest one), or of a Wan release; each of
@@ -266,6 +270,8 @@ def find(ckpt):
     if not pair and not metas and not find_wan(folder):
         raise UserError(f"no checkpoint at {ckpt}: make one with `python train.py --stage all`, about ten "
                         "minutes on a laptop, or give the folder of a Wan checkpoint")
+    if not pair and not metas and role_of(folder):
+        raise UserError(f"{ckpt} is one of Wan2.2's two experts: give the folder that holds both")
     config, *others = [on_meta(network).config for network in networks]
     if others and others[0] != config:
         raise UserError(f"{ckpt}: its two experts are not of one size and kind")
@@ -315,26 +321,6 @@ def is_trained(network):
 def on_meta(network):
     """The network of a folder on the meta device. Names and shapes are checked, no weights are read."""
     return check_checkpoint(network) if is_trained(network) else wan_on_meta(network)
-
-
-def roles_of(found):
-    """What each network is: one for all noise, or two experts."""
-    return ROLES if len(found.networks) > 1 else (None,)
-
-
-def check_loras(loras, found):
-    """--lora's files, scales and experts -> (file, scale, roles of the networks that it is merged into) each.
-    UserError where one does not fit; says which expert gets none."""
-    if len(found.networks) == 1 and any(only for _, _, only in loras):
-        raise UserError("--lora high= and low= are for two experts, and this checkpoint is one network")
-    loras = [(file, scale, experts_of(file, only, roles_of(found))) for file, scale, only in loras]
-    for network, role in zip(found.networks, roles_of(found)):
-        mine = [file for file, _, roles in loras if role in roles]
-        for file in mine:
-            check_lora(on_meta(network), file, role)
-        if loras and not mine:
-            print(f"no --lora is for the expert for {role} noise, which stays as it is")
-    return loras
 
 
 def default_checkpoint():
@@ -398,7 +384,7 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
         if offload:
             stream_blocks(model, device)
         return model
-    experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, roles_of(found))]
+    experts = [functools.partial(load_expert, *expert) for expert in zip(found.networks, found.roles)]
     return Experts(experts, found.config, device, found.boundary, precision), encoders
 
 
@@ -585,7 +571,7 @@ def main(argv=None):
         ranks = 1 if ulysses else world.size  # those that share the prompts
         per_round = min(ROUND, math.ceil(len(jobs) / ranks))  # so that every rank has a round
         videos, sheets = output_files(args, jobs, per_round)
-        loras = check_loras(args.lora, found)
+        loras = check_loras(args.lora, found.roles, [functools.partial(on_meta, n) for n in found.networks])
         need_vit = any(job.files for job in jobs) and found.config.vit_dim > 0
         model, encoders = load(found, args.wan, args.offload, args.tile, args.compile, args.precision,
                                need_vit, loras, ulysses)

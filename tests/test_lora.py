@@ -1,5 +1,6 @@
 import argparse
 import json
+from functools import partial
 
 import diffusers
 import pytest
@@ -9,9 +10,8 @@ from conftest import WAN_SMALL
 from safetensors.torch import load_file
 from test_model import their_name
 
-import sample
 from checkpoint import ROLES, UserError, load_weights, read_weights
-from lora import add_lora, apply_lora, experts_of, merge_lora, read_lora_argument
+from lora import add_lora, apply_lora, check_loras, experts_of, merge_lora, read_lora_argument
 from lora import NEW_PREFIXES
 from model import CONFIGS, DiTConfig, HarmoView
 
@@ -320,14 +320,13 @@ def test_prefixes_of_other_trainers(prefix, tmp_path):
     assert apply_lora(network(), save(tmp_path / "x.safetensors", pair)) == (1, [])
 
 
-def test_an_expert_that_gets_no_lora_is_named(wan, tmp_path, capsys):
-    found = sample.find(str(wan / "2.2"))
+def test_an_expert_that_gets_no_lora_is_named(tmp_path, capsys):
     both, (high, low) = halves(tmp_path)
-    assert sample.check_loras([(both, 1.0, None)], found) == [(both, 1.0, ROLES)]
-    assert sample.check_loras([(high, 1.0, "high"), (low, 0.5, "low")], found) == [
-        (high, 1.0, ("high",)), (low, 0.5, ("low",))]
+    check = partial(check_loras, roles=ROLES, networks=[network, network])
+    assert check([(both, 1.0, None)]) == [(both, 1.0, ROLES)]
+    assert check([(high, 1.0, "high"), (low, 0.5, "low")]) == [(high, 1.0, ("high",)), (low, 0.5, ("low",))]
     assert not capsys.readouterr().out
-    sample.check_loras([(high, 1.0, "high")], found)
+    check([(high, 1.0, "high")])
     assert capsys.readouterr().out == "no --lora is for the expert for low noise, which stays as it is\n"
     with pytest.raises(UserError, match="is for two experts"):
-        sample.check_loras([(both, 1.0, None)], sample.find(str(wan / "2.1")))
+        check_loras([(both, 1.0, None)], (None,), [network])

@@ -341,7 +341,7 @@ def test_another_release_does_not_take_over_a_run(train_what, saved, clips, smal
     train.main([*command, "--wan", "one"])
     for wan in ("one", "copy"):
         train.main([*command, "--wan", wan, "--resume"])
-    says = "/one, and --wan other holds"
+    says = "/one, and --wan .*/other holds"
     if train_what == "all":
         says = "started from other weights.*/one, not other"
     with pytest.raises(UserError, match=says):
@@ -362,3 +362,175 @@ def test_another_release_does_not_take_over_a_run(train_what, saved, clips, smal
     (step / "checkpoint.json").write_text(json.dumps(meta))
     sample.main(make)
     train.main([*command, "--wan", "one", "--resume"])
+
+
+# ------------------------------------------------------------------------------ further, as people have them
+def resave(pattern, suffix=None, dtype=None, rename=lambda name: name, **more):
+    """Write a folder's weight file anew, perhaps as torch.save does."""
+    def change(folder):
+        path, = folder.glob(pattern)
+        tensors = {rename(name): t.to(dtype or t.dtype) for name, t in load_file(path).items()} | more
+        path.unlink()
+        if suffix in (None, ".safetensors"):
+            save_file(tensors, path)
+        else:
+            torch.save(tensors, path.with_name(path.name.replace(".safetensors", suffix)))
+    return change
+
+
+def only_bin(folder):
+    """A repository of before safetensors, its umT5 in shards with their index."""
+    for index in folder.glob("*/*.index.json"):
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = {name: file.replace(".safetensors", ".bin") for name, file in weight_map.items()}
+        index.with_name("pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+        index.unlink()
+    for file in folder.glob("*/*.safetensors"):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+
+
+def cache_of_the_hub(folder):
+    """Every file a link into a folder of blobs whose names say nothing."""
+    (folder / "blobs").mkdir()
+    for n, file in enumerate([f for f in folder.glob("*/*") if f.parent.name != "blobs"]):
+        file.rename(folder / "blobs" / f"{n:064x}")
+        file.symlink_to(Path("..") / "blobs" / f"{n:064x}")
+
+
+def shards_without_index(folder):
+    for index in folder.glob("text_encoder/*.index.json"):
+        index.unlink()
+
+
+def pointers(folder):
+    for file in folder.glob("*/*.safetensors"):
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
+def variant(folder):
+    """Both precisions of one network."""
+    file, = folder.glob("transformer/*.safetensors")
+    save_file({name: t.half() for name, t in load_file(file).items()},
+              file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+
+def gguf(folder):
+    shutil.rmtree(folder / "text_encoder")
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "umt5-xxl-encoder-Q8_0.gguf").write_bytes(b"GGUF" + bytes(99))
+
+
+def unrelated(folder):
+    """Other models of a collection, one of them cut short: none of this release's."""
+    (folder / "loras").mkdir()
+    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.ones(1)}, folder / "loras" / "x.safetensors")
+    (folder / "loras" / "cut.safetensors").write_bytes(b"\x10")
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    save_file(vae.state_dict(), folder / "loras" / "sdxl_vae.safetensors")
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=150, d_model=32, d_kv=8, d_ff=48,
+                                                           num_layers=2, num_heads=4,
+                                                           feed_forward_proj="gated-gelu"))
+    save_file({k: v for k, v in t5.state_dict().items() if "embed_tokens" not in k},
+              folder / "loras" / "t5xxl_fp16.safetensors")
+
+
+def only_t5(folder):
+    unrelated(folder)
+    shutil.rmtree(folder / "text_encoder")
+
+
+def vae_of_5b(folder):
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
+                                     decoder_base_dim=8, patch_size=2)
+    file, = folder.glob("vae/*.safetensors")
+    save_file(vae.state_dict(), file)
+
+
+def all_in_one(folder):
+    file, = folder.glob("transformer/*.safetensors")
+    tensors = {"model.diffusion_model." + name: t for name, t in load_file(file).items()}
+    vae, = folder.glob("vae/*.safetensors")
+    save_file(tensors | {"vae." + name: t for name, t in load_file(vae).items()}, file)
+
+
+def other_tokenizer(folder):
+    """T5's 32,000 pieces for umT5's vocabulary."""
+    shutil.rmtree(folder / "text_encoder")
+    config = transformers.UMT5Config(vocab_size=2000, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+
+
+SAME = None  # the same video, bit for bit
+FURTHER = {
+    "only .bin": (only_bin, SAME), "the hub's cache": (cache_of_the_hub, SAME),
+    "shards without an index": (shards_without_index, SAME), "among other models": (unrelated, SAME),
+    "DataParallel": (resave("transformer/*.safetensors", ".pt", rename=lambda name: "module." + name), SAME),
+    "Kijai's VAE": (resave("vae/*.safetensors", rename=lambda name: "model." + name), SAME),
+    "a VAE in .pt": (resave("vae/*.safetensors", ".pt"), SAME),
+    "git-lfs pointers": (pointers, "git-LFS pointer, not the weights"),
+    "two precisions": (variant, r"holds 2 Wan transformers .diffusion_pytorch_model.fp16.safetensors, diff"),
+    "GGUF": (gguf, "umt5-xxl-encoder-Q8_0.gguf is a GGUF file, quantised: take the .safetensors in fp16"),
+    "another T5": (only_t5, r"t5xxl_fp16.safetensors does not fit UMT5: .*missing \('blocks.1.pos_embedding"),
+    "the VAE of 5B": (vae_of_5b, "is a VAE of 48 channels, such as Wan2.2's for its 5B; expected Wan2.1's"),
+    "all in one": (all_in_one, "does not fit HarmoView: .* unknown .'vae."),
+    "another tokenizer": (other_tokenizer, "the tokenizer has ..+ pieces, the UMT5 2000"),
+    "an fp8 file": (resave("transformer/*.safetensors", dtype=torch.float8_e4m3fn), "quantised .* fp8.*fp16"),
+    "a NaN": (resave("vae/*.safetensors", **{"quant_conv.bias": torch.full((32,), float("nan"))}),
+              "vae/diffusion_pytorch_model.safetensors: 'conv1.bias' is not finite"),
+}
+
+
+@pytest.mark.parametrize("what", FURTHER)
+def test_further_folders_are_read_or_refused_in_one_line(what, saved, tmp_path):
+    change, says = FURTHER[what]
+    shutil.copytree(saved / "2.1", tmp_path / "wan")
+    change(tmp_path / "wan")
+
+    def make(folder):
+        found = sample.find(str(folder))
+        recipe = sample.SAMPLE_RECIPES[found.kind] | {"steps": 2}
+        model, encoders = sample.load(found, precision="fp32")
+        return sample.generate(model, encoders, [Job(WORDS[0], None, 0, (32, 48))], recipe, 5)[0]
+
+    if says is SAME:
+        assert torch.equal(make(tmp_path / "wan"), make(saved / "2.1"))
+        return
+    with pytest.raises(UserError, match=says) as caught:
+        make(tmp_path / "wan")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_release_in_half_precision_is_near(dtype, saved, tmp_path):
+    shutil.copytree(saved / "2.1", tmp_path / "wan")
+    for file in (tmp_path / "wan").glob("*/*.safetensors"):
+        save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file)
+    text = [WanEncoders(folder, CPU).text(WORDS) for folder in (tmp_path / "wan", saved / "2.1")]
+    assert 0 < error(*text) < 0.05
+
+
+@pytest.mark.parametrize("layout, part", [
+    ("diffusers", "transformer_2"), ("comfy", "diffusion_models/wan_high_noise.safetensors")])
+def test_one_of_two_experts_alone_makes_no_video(layout, part, saved, pieces, tmp_path):
+    folder = saved / "2.2"
+    if layout == "comfy":
+        folder = in_folders(comfy(folder, tmp_path / "models", pieces))
+    with pytest.raises(UserError, match="is one of Wan2.2's two experts: give the folder that holds both"):
+        sample.find(str(folder / part))
+    for expert, other in ((0, "high"), (1, "low")):
+        both = sample.find(str(folder)).networks
+        assert train.choose_expert(str(folder), other) == both[expert]
+        assert train.choose_expert(both[expert], other) == both[expert]
+    with pytest.raises(UserError, match="that is the other expert"):
+        train.choose_expert(both[1], "high")
+
+
+@pytest.mark.parametrize("boundary, expected", [(0.9, 0.9), (None, 0.875), ("x", 0.875), (7, 0.875)])
+def test_the_boundary_of_two_experts_is_the_releases(boundary, expected, saved, tmp_path):
+    shutil.copytree(saved / "2.2", tmp_path / "wan")
+    index = tmp_path / "wan" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"boundary_ratio": boundary}))
+    assert sample.find(str(tmp_path / "wan")).boundary == expected
+    index.write_text("{")
+    assert sample.find(str(tmp_path / "wan")).boundary == 0.875
