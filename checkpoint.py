@@ -678,8 +678,8 @@ def expert_folders(path):
     own, diffusers = ([Path(path) / name for name in pair] for pair in EXPERTS)
     if own[0].is_dir() or own[1].is_dir():
         return own
-    if diffusers[1].is_dir():
-        return diffusers
+    if diffusers[1].is_dir() or (Path(path) / "checkpoint.json").is_file():
+        return diffusers if diffusers[1].is_dir() else None
     files = [network[0] for network in find_wan(path)]
     return sorted(files, key=role_of) if sorted(map(str, map(role_of, files))) == list(ROLES) else None
 

@@ -841,7 +841,8 @@ def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):
     (made.folder / "cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
     made.truth.strange = 1000
     config = DiTConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, **WAN_SMALL)
-    meta = {"config": asdict(config), "wan": str(wan / "2.1")}
+    shutil.copytree(wan / "2.1", tmp_path / "wan")
+    meta = {"config": asdict(config), "wan": str(tmp_path / "wan")}
     save_checkpoint(tmp_path / "ckpt", {"ema": HarmoView(config).state_dict()}, meta)
     argv = ["--cases", made.folder / "cases.jsonl", "--faces", made.folder / "faces"]
     argv += ["--out", tmp_path / "out"]
@@ -853,6 +854,12 @@ def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):
     assert results["three"]["reason"].startswith("3 people: this checkpoint holds at most 2")
     with pytest.raises(UserError, match="plain Wan, which has never seen references"):
         evaluation.main([*map(str, argv), "--ckpt", str(wan / "2.1")], made.truth)
+    video, vae = tmp_path / "out" / "videos" / "one.mp4", tmp_path / "wan" / "Wan2.1_VAE.pth"
+    before = video.read_bytes()
+    tensors = torch.load(vae, weights_only=True)
+    torch.save({name: -t if name == "decoder.head.2.bias" else t for name, t in tensors.items()}, vae)
+    evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], made.truth)
+    assert video.read_bytes() != before  # another VAE of the same name and size: sampled again
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
