@@ -39,12 +39,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, content_of,
                         fingerprint, frame_rate, in_range, is_text, lock, nonempty, not_negative,
-                        probe_writable, read_lines, read_text, run_script, save_tensors, sha256_of,
-                        temporary_name)
+                        probe_writable, progress, read_lines, read_text, run_script, save_tensors,
+                        sha256_of, temporary_name)
 from faces import MOST_FACES, Faces, find_faces, iou
 from manifest import PEOPLE, Names, check_columns, find_tables, find_videos, read_rows, value_of
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
@@ -671,7 +670,7 @@ def ask_captions(entries, args):
     store, failed, in_a_row = args.out / "captions.jsonl", {}, 0
     known = {Path(line["video"]).name: line["caption"] for line in read_lines(store)
              if is_text(line.get("video")) and is_text(line.get("caption"))}
-    for entry in tqdm(entries, desc="captions", unit=" clips", disable=None if args.caption_url else True):
+    for entry in progress(entries, "captions", "clips", show=bool(args.caption_url)):
         video = entry["video"]
         entry["caption"] = entry["caption"] or known.get(Path(video).name) or ""
         if entry["caption"] or in_a_row == 10 or not args.caption_url:
@@ -863,7 +862,7 @@ def main(argv=None, detector=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = list(zip(names, folders))[args.shard[0] * ranks + rank::args.shard[1] * ranks]
     worked = False
-    for name, folder in tqdm(mine, desc="extract", unit=" videos", disable=None):
+    for name, folder in progress(mine, "extract", "videos"):
         if read_row(folder) is None:
             worked = True
             detector = detector or Faces(args.faces, args.device)

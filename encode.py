@@ -12,10 +12,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from checkpoint import (UserError, atomic_file, count, fingerprint, fraction, frame_rate, in_range, lock,
-                        nonempty, probe_writable, uses_bf16)
+                        nonempty, probe_writable, progress, uses_bf16)
 from encoders import WanEncoders
 from manifest import Samples
 from parallel import World
@@ -72,7 +71,7 @@ def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, si
     if not sample_path(folder, "empty").exists():
         write_sample(folder, "empty", {"text": encoders.text([""])[0].half()})
     mine, lines, todo, done = range(rank, len(samples), size), [], {}, []
-    with tqdm(total=len(mine), desc="encoding", unit=" clips", disable=None if rank == 0 else True) as bar:
+    with progress(None, "encoding", "clips", total=len(mine), show=rank == 0) as bar:
         for number in mine:
             try:
                 sample = samples[number]
@@ -197,7 +196,7 @@ def encode_samples(named, folder, encoders, settings):
                 return name, read(name)
             except UserError as error:
                 failed[name] = str(error)
-                tqdm.write(f"{named[name].source} is left out: {error}", file=sys.stderr)
+                progress.write(f"{named[name].source} is left out: {error}", file=sys.stderr)
         yield from filter(None, prefetch(map(attempt, [name for name in named if name not in failed])))
     if encoders.vit_shape:
         for name, fronts in inputs(lambda name: pictures(name, ("front",))):

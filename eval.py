@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import html
+import itertools
 import json
 import os
 import sys
@@ -27,24 +28,24 @@ from typing import NamedTuple
 # before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
-from tqdm import tqdm
 
 import benchmark
 import cases as real_cases
 import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, find_checkpoint, frame_rate,
-                        in_range, lock, nonempty, probe_writable, read_meta, run_script, sha256_of,
-                        source_hash, uses_bf16)
+                        in_range, lock, nonempty, probe_writable, progress, run_script, source_hash,
+                        uses_bf16)
 from curate import check_url
 from faces import Faces, RetinaFace
 from parallel import World
-from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, wrap, write_video
+from pictures import (Job, check_ours, from_bytes, notes_in, open_picture, picture_size, read_references,
+                      to_bytes, wrap, write_video)
 from report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval, mean,
                     one, per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
-from sample import (ROUND, SAMPLE_RECIPES, default_checkpoint, find, frames_and_size, generate, load,
-                    make_round, override, recipe_flags)
+from sample import (ROUND, SAMPLE_RECIPES, VIDEO_CODE, default_checkpoint, find, frames_and_size, generate,
+                    load, made_with, make_round, note_of, override, recipe_flags)
 
 CASES = 100
 # views given; in "described" none, but a caption that tells the people's looks
@@ -56,7 +57,6 @@ YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested y
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
 # what a video depends on, and what the numbers do
-VIDEO_CODE = ("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "text", "toy")
 CODE = (*VIDEO_CODE, "encode", "eval")
 
 
@@ -335,7 +335,7 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
         return {(line["case"], line.get("setting")): line for line in lines}
     results = stored()
     batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
-    for numbers in tqdm(batches, "evaluating", unit=" batches", disable=None):
+    for numbers in progress(batches, "evaluating", "batches"):
         for setting in (*plan.settings, None):
             missing = [n for n in numbers if (n, setting) not in results]
             if not missing:
@@ -455,29 +455,28 @@ def sample_cases(cases, args, world):
         raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
                         "train.py made")
     probe_writable(folder)
-    weights = [read_meta(network)["sha256"] for network in found.networks]
-    bf16 = uses_bf16(world.device, args.precision)
-    code = source_hash(*VIDEO_CODE)
     model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
                            need_vit=found.config.vit_dim > 0)
-    networks = encoders.contents() if found.config.is_wan else None  # the toy's are in its code
+    bf16 = uses_bf16(world.device, args.precision)
+    made = made_with(found, encoders, recipe, frames, bf16, args.tile)
 
     def job_of(case):
-        """A case as a Job with its pictures, which says in its note what the video is made of."""
+        """A case as a Job whose references are files, and what is written of how its video is made."""
         if len(case.refs) > found.config.max_identities:
             raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
                             f"{found.config.max_identities}")
-        references = [{view: read_picture(file, size) for view, file in views.items()}
-                      for views in case.refs]
-        files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
-        note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16, networks,
-                           args.tile, code])
+        for file in itertools.chain(*map(dict.values, case.refs)):
+            with open_picture(file) as picture:
+                picture.load()
         shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
-        return Job(case.prompt, references, case.seed, shape, note=hashlib.sha256(note.encode()).hexdigest())
+        job = Job(case.prompt, case.refs, case.seed, shape,
+                  files=[[f"{view}={file}" for view, file in views.items()] for views in case.refs])
+        return replace(job, note=note_of(job, recipe, frames, args.ckpt, made))
     checked, todo = [], []
     for case in cases:
         try:
-            if not case.fault and not is_made(folder / f"{case.id}.mp4", job_of(case).note):
+            if not case.fault and notes_in(folder / f"{case.id}.mp4") != [job_of(case).note]:
+                check_ours([folder / f"{case.id}.mp4"])
                 todo.append(case)
         except UserError as error:
             case = case._replace(fault=str(error))
@@ -485,21 +484,13 @@ def sample_cases(cases, args, world):
     world.barrier()  # all have looked before anybody writes
     mine = todo[world.rank::world.size]
     for start in range(0, len(mine), ROUND):
-        jobs = [job_of(case) for case in mine[start:start + ROUND]]
+        jobs = [replace(job, references=read_references(job.references, size))
+                for job in map(job_of, mine[start:start + ROUND])]
         make_round(model, encoders, jobs, recipe, frames)
         for case, job in zip(mine[start:], jobs):
             write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
     world.barrier()
     return folder, checked
-
-
-def is_made(path, note):
-    """Is there a whole video with this comment."""
-    try:
-        with open_video(path) as (container, _):
-            return container.metadata.get("comment") == note
-    except UserError:
-        return False
 
 
 def run_real(args, world, detector=None):

@@ -338,6 +338,7 @@ def test_swap_exchanges_the_references_and_keeps_the_noise(tiny, tmp_path, monke
     assert all((tmp_path / name).exists() for name in ("s-1.mp4", "s-2.mp4"))
     with Image.open(tmp_path / "s.png") as sheet:
         notes = [json.loads(sheet.text[f"video {i}"]) for i in (1, 2)]
+    assert notes[0].pop("made_of") != notes[1].pop("made_of")
     assert notes[0] == notes[1] and notes[0]["seed"] == 0
 
 
@@ -845,7 +846,7 @@ def test_many_prompts_are_written_in_rounds(tiny, tmp_path, monkeypatch):
         sample.main([*command, "--seed", "1"])
     after = {path.name: path.read_bytes() for path in tmp_path.glob("v-*")}
     changed = [name for name in sorted(before) if before[name] != after[name]]
-    assert changed == ["v-1.mp4", "v-1.png", "v-2.mp4", "v-3.mp4", "v-4.mp4"]
+    assert changed == ["v-1.mp4", "v-1.png", "v-2.mp4"]
     assert not list(tmp_path.glob(".*"))  # nothing unfinished stays
 
 
