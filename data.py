@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import importers
 import manifest
+import toy
 from checkpoint import Parser, UserError, in_range, nonempty, run_script
 from encode import encode_flags, encode_manifest, read_sample, read_settings, sample_path, unpack
 from rope import VIEWS
@@ -358,6 +359,8 @@ def main(argv=None):
         return importers.import_set(args.kind, args.root, args.out, args.mirror)
     if args.what == "show":
         return show_draws(manifest.show(args.data, args.index, Path(args.out)))
+    if args.wan == "toy":
+        return toy.encode_films(args.data, Path(args.out or f"{args.data}/encoded"), args.fps)
     return encode_manifest(args)
 
 
