@@ -876,7 +876,7 @@ def main(argv=None, detector=None):
     for name, folder in tqdm(mine, desc="extract", unit=" videos", disable=None):
         if read_row(folder) is None:
             worked = True
-            detector = detector or load_faces(args.faces, args.device)
+            detector = detector or load_faces(args.faces, args.device, Faces)
             try:
                 with atomic_folder(folder) as build:
                     extract(args.videos / name, detector, args, build)

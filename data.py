@@ -359,9 +359,7 @@ def main(argv=None):
         return importers.import_set(args.kind, args.root, args.out, args.mirror)
     if args.what == "show":
         return show_draws(manifest.show(args.data, args.index, Path(args.out)))
-    if args.wan == "toy":
-        return toy.encode_films(args.data, Path(args.out or f"{args.data}/encoded"), args.fps)
-    return encode_manifest(args)
+    return (toy.encode_films if args.wan == "toy" else encode_manifest)(args)
 
 
 if __name__ == "__main__":

@@ -670,14 +670,17 @@ def write_films(folder, n, held_out, size, frames, fps):
     print(f"{n} videos of {min(n, many)} people: {folder}")
 
 
-def encode_films(data, out, fps):
-    """Encode a curated folder with the toy's networks, for train.py --config toy, with its tokenizer."""
-    size, frames = WORLDS["toy"]["size"], WORLDS["toy"]["frames"]
+def encode_films(args):
+    """`data.py encode --wan toy`: encode a curated folder with the toy's networks for train.py --config
+    toy, with its tokenizer. Of the flags it reads --data, --out and --fps; the rest is as toy clips are."""
+    size, frames, data, fps = WORLDS["toy"]["size"], WORLDS["toy"]["frames"], Path(args.data), args.fps
+    out = Path(args.out or data / "encoded")
+    probe_writable(out)
     shape = {"size": size, "frames": frames, "fps": fps, "networks": "toy"}
     encoders, samples = ToyEncoders(Path(__file__).with_name("assets") / "base", size), []
     for entry in read_manifest(data):
-        clip = sample_of(entry, Path(data), [frame_size(size, len(entry["identities"]))], [frames], fps)
-        square = sample_of(entry, Path(data), [(size, size)], [frames], fps)
+        clip = sample_of(entry, data, [frame_size(size, len(entry["identities"]))], [frames], fps)
+        square = sample_of(entry, data, [(size, size)], [frames], fps)
         samples.append(clip._replace(people=square.people))
     encoded, failed = encode(samples, out, encoders, shape)
     shutil.copy(encoders.files[0], out)

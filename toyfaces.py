@@ -26,7 +26,7 @@ def is_toy(folder):
     return str(folder) == "toy" and not any(folder.glob(Faces.FILES[RetinaFace]))
 
 
-def load_faces(folder, device, kind=Faces):
+def load_faces(folder, device, kind):
     """What --faces names: these, or the networks in a folder as this kind of Faces."""
     return ToyFaces() if is_toy(folder) else kind(folder, device)
 

@@ -35,7 +35,7 @@ FILES = {
                   "checkpoint"),
     "report": (250, "pictures checkpoint"),
     "benchmark": (560, "report cases curate toyfaces faces manifest pictures checkpoint"),
-    "cases": (230, "manifest rope checkpoint"),
+    "cases": (235, "manifest rope checkpoint"),
     "claims": (190, "eval toy report checkpoint"),
     "bench": (180, "model train monitor muon lora sample pictures toy encoders kernels rope checkpoint"),
 }
@@ -43,19 +43,21 @@ FILES = {
 OVER = {
     "model": (601, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
-    "train": (664, "FSDP2, adapters, experts and a base beside the bare loop"),
+    "train": (665, "FSDP2, adapters, experts and a base beside the bare loop"),
     "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
-    "data": (365, "which clips a step draws"),
+    "data": (366, "which clips a step draws"),
     "encode": (253, "its own command line, which stood in data.py"),
     "monitor": (243, "a validation refuses people of the training set"),
-    "toy": (696, "captions that describe people, for a base model"),
+    "toy": (750, "captions that describe people, for a base model; films to curate, and their encoding"),
+    "manifest": (339, "tables, names and folders of a user, whatever system and program they are from"),
+    "faces": (575, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (628, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (676, "every class of bad input, text and damaged file is met here, once for all scripts"),
     "bench": (282, "dry runs of sampling and of training; one-way references side by side"),
-    "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
-                "refuses what is not its own, finds damaged rows"),
+    "curate": (905, "names what is wrong with every video; tracks, identities in bounded memory, report; "
+                "refuses what is not its own, finds damaged rows, keeps what a hand has changed"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}

@@ -74,7 +74,7 @@ def test_a_folder_called_toy_with_networks_is_that_folder(tmp_path, monkeypatch)
     folder = tmp_path / "toy"
     assert is_toy(folder.relative_to(tmp_path)) and not is_toy(folder)
     folder.mkdir()
-    assert isinstance(load_faces(folder.relative_to(tmp_path), "cpu"), ToyFaces)
+    assert isinstance(load_faces(folder.relative_to(tmp_path), "cpu", Faces), ToyFaces)
     (folder / "detection_x_Final.pth").write_text("no weights")
     assert not is_toy(folder.relative_to(tmp_path))
     with pytest.raises(UserError, match="detection_x_Final.pth"):
