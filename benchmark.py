@@ -32,6 +32,7 @@ from manifest import Names
 from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder, wrap
 from report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
                     in_columns, interval, mean, one, per_frame, plot, read_results, show, table, write_page)
+from toyfaces import load_faces, toy_code
 
 SHORT_SIDE = 720  # larger videos are shrunk to it
 LONGEST = 120  # seconds of a video
@@ -413,7 +414,7 @@ def tasks_of(cases, folder, args):
             video, content = None, str(error)
         counts = [sorted(views) for views in case.refs], list(map(len, case.eval_refs))
         parts = [case.prompt, case.seed, case.asked_yaw, case.places, counts, files, networks, args.rate,
-                 source_hash(*CODE)]
+                 source_hash(*CODE), *toy_code(args.faces)]
         rule = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
         tasks.append(Task(case, video, (case.id, rule, content)))
     return tasks
@@ -435,7 +436,7 @@ def run_cases(cases, folder, args, world, detector=None):
     for task in progress(tasks[world.rank::world.size], "measuring", "videos"):
         result = known.get(task.key)
         if result is None and task.video and not networks:
-            networks = (detector or BenchmarkFaces(args.faces, world.device),
+            networks = (detector or load_faces(args.faces, world.device, BenchmarkFaces),
                         Aesthetic.load(args.faces, world.device))
         if result is None:
             found = (measure_case(task.case, task.video, *networks, args.rate) if task.video

@@ -49,6 +49,7 @@ from manifest import PEOPLE, Names, check_columns, find_tables, find_videos, rea
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
                       write_video)
 from rope import VIEWS
+from toyfaces import is_toy, load_faces, toy_code
 
 degrees = in_range(float, 0, 180, "0 to 180 degrees")
 cosine = in_range(float, -1, 1, "a cosine from -1 to 1")
@@ -775,7 +776,7 @@ def read_arguments(argv):
     add = p.add_argument
     add("--videos", required=True, type=Path, help="folder of videos, searched in depth")
     add("--out", required=True, type=Path, help="folder to write to")
-    add("--faces", required=True, type=Path, help="folder with the weights that faces.py names")
+    add("--faces", required=True, type=Path, help="folder with the weights that faces.py names, or toy")
     cards = torch.cuda.device_count()
     own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % cards}" if cards else "cpu"
     add("--device", default=own, help="cpu, cuda:0, cuda:1, ... (default: one for each process)")
@@ -796,7 +797,7 @@ def read_arguments(argv):
     args.shard = int(part[1]), int(part[2])
     check_url("--caption-url", args.caption_url)
     for flag, folder in (("videos", args.videos), ("faces", args.faces)):
-        if not folder.is_dir():
+        if not folder.is_dir() and not (flag == "faces" and is_toy(folder)):
             raise UserError(f"--{flag} {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
         raise UserError(f"--device {args.device[:40]}: expected cpu, cuda or cuda:0, cuda:1, ...")
@@ -830,7 +831,8 @@ def row_names(names, args):
     """A hash for every video: of its path, its content and its mask's, the settings and the networks."""
     networks = [fingerprint(file) for pattern in Faces.FILES.values()
                 for file in sorted(args.faces.glob(pattern))[:1]]  # those that Faces reads
-    settings = [ROWS, networks, [getattr(args, flag.replace("-", "_")) for flag in EXTRACT]]
+    settings = [ROWS, networks + toy_code(args.faces),
+                [getattr(args, flag.replace("-", "_")) for flag in EXTRACT]]
 
     def name_of(name):
         files = filter(None, (args.videos / name, mask_of(args.videos / name)))
@@ -865,7 +867,7 @@ def main(argv=None, detector=None):
     for name, folder in progress(mine, "extract", "videos"):
         if read_row(folder) is None:
             worked = True
-            detector = detector or Faces(args.faces, args.device)
+            detector = detector or load_faces(args.faces, args.device, Faces)
             try:
                 with atomic_folder(folder) as build:
                     extract(args.videos / name, detector, args, build)

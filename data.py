@@ -23,6 +23,7 @@ import torch.nn as nn
 
 import importers
 import manifest
+import toy
 from checkpoint import Lines, Parser, UserError, in_range, nonempty, progress, run_script
 from encode import encode_flags, encode_manifest, read_sample, read_settings, sample_path, unpack
 from rope import VIEWS
@@ -338,7 +339,7 @@ def main(argv=None):
         return importers.import_set(args.kind, args.root, args.out, args.mirror)
     if args.what == "show":
         return show_draws(manifest.show(args.data, args.index, Path(args.out)))
-    return encode_manifest(args)
+    return (toy.encode_films if args.wan == "toy" else encode_manifest)(args)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure,
 from rope import VIEWS
 from sample import (ROUND, SAMPLE_RECIPES, VIDEO_CODE, default_checkpoint, find, frames_and_size, generate,
                     load, made_with, make_round, note_of, override, recipe_flags)
+from toyfaces import is_toy
 
 CASES = 100
 # views given; in "described" none, but a caption that tells the people's looks
@@ -500,7 +501,7 @@ def run_real(args, world, detector=None):
     check_outputs([page, args.out / "cases_measured.jsonl"], [args.cases])
     cases, folder = real_cases.read_cases(args.cases), args.videos
     pattern = Faces.FILES[RetinaFace]
-    if not detector and not any(args.faces.glob(pattern)):  # said before hours of sampling
+    if not (detector or is_toy(args.faces) or any(args.faces.glob(pattern))):  # before hours of sampling
         raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")
     if not folder:
         folder, cases = sample_cases(cases, args, world)
@@ -534,7 +535,7 @@ def arguments(argv):
     add = p.add_argument_group("real videos").add_argument
     add("--cases", type=Path, help="file of cases; see cases.py and make-cases")
     add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
-    add("--faces", type=Path, help="folder with the weights that faces.py names")
+    add("--faces", type=Path, help="folder with the weights that faces.py names, or toy")
     add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at")
     add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model, for `natural`")
     add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
@@ -556,7 +557,7 @@ def arguments(argv):
             (OF_SAMPLING, args.videos, "is for sampling: leave it out with --videos")):
         if wrong and (named := sorted(given & flags)):
             raise UserError(f"{named[0]} {reason}")
-    if args.cases and not (args.faces and args.faces.is_dir()):
+    if args.cases and not (args.faces and (args.faces.is_dir() or is_toy(args.faces))):
         raise UserError(f"--faces {args.faces or ''}: expected a folder of face networks; see README.md")
     if args.videos and not args.videos.is_dir():
         raise UserError(f"--videos {args.videos}: no such folder")

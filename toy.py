@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,11 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (Parser, UserError, atomic_file, atomic_folder, frame_rate, in_range, lock, nonempty,
-                        probe_writable, progress, run_script, save_tensors, source_hash)
+from checkpoint import (Parser, UserError, atomic_file, atomic_folder, count, frame_rate, in_range, lock,
+                        nonempty, probe_writable, progress, run_script, save_tensors, source_hash)
 from encode import encode
 from encoders import UMT5, DINOv2, Tokenizer
-from manifest import Sample
+from manifest import Sample, read_manifest, sample_of
 from pictures import Job, from_bytes, to_bytes, to_image, write_video
 from rope import VIEWS
 
@@ -643,6 +644,48 @@ def held_out_references(indices, views, size):
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
+FILM_SEED, FILM_PEOPLE, HELD_OUT = 31_000, 24, 8  # the last ones are in no training video
+
+
+@functools.cache
+def film_people():
+    """Everybody in the videos of write_films."""
+    return draw_identities(FILM_PEOPLE, FILM_SEED)
+
+
+def write_films(folder, n, held_out, size, frames, fps):
+    """n videos with a caption beside each, to curate as if they were anybody's: one person in each, everybody
+    in several. held_out: of the people that are for cases only"""
+    first, many = (FILM_PEOPLE - HELD_OUT, HELD_OUT) if held_out else (0, FILM_PEOPLE - HELD_OUT)
+    rng = random.Random(f"{FILM_SEED}-{first}")
+    if taken := sorted(folder.glob("film*")):
+        raise UserError(f"{taken[0]} exists: choose another --out")
+    for k in progress(range(n), "drawing", "videos"):
+        clip, name = draw_clip(rng, 1, SWEEPS), f"film{k:04d}"
+        video = render_clips([clip], [pick(film_people(), first + k % many)], frames, size)[0][0]
+        write_video(folder / f"{name}.mp4", video, fps)
+        with atomic_file(folder / f"{name}.txt") as path:
+            path.write_text(f"{caption(clip)}\n")
+    print(f"{n} videos of {min(n, many)} people: {folder}")
+
+
+def encode_films(args):
+    """`data.py encode --wan toy`: encode a curated folder with the toy's networks for train.py --config
+    toy, with its tokenizer. Of the flags it reads --data, --out and --fps; the rest is as toy clips are."""
+    size, frames, data, fps = WORLDS["toy"]["size"], WORLDS["toy"]["frames"], Path(args.data), args.fps
+    out = Path(args.out or data / "encoded")
+    probe_writable(out)
+    shape = {"size": size, "frames": frames, "fps": fps, "networks": "toy"}
+    encoders, samples = ToyEncoders(Path(__file__).with_name("assets") / "base", size), []
+    for entry in read_manifest(data):
+        clip = sample_of(entry, data, [frame_size(size, len(entry["identities"]))], [frames], fps)
+        square = sample_of(entry, data, [(size, size)], [frames], fps)
+        samples.append(clip._replace(people=square.people))
+    encoded, failed = encode(samples, out, encoders, shape)
+    shutil.copy(encoders.files[0], out)
+    print(f"{out}: {encoded} clips encoded, {failed} left out (failed.jsonl has the reasons)")
+
+
 NAMES = ("ann", "ben", "cho", "dan")  # the first held-out identities
 
 
@@ -653,10 +696,14 @@ def main(argv=None):
     add("--size", type=in_range(int, 16, 1024, "16 to 1024 pixels"), default=128, help="pixels a side, even")
     add("--frames", type=in_range(int, 1, 1000, "1 to 1000 frames"), default=16, help="frames of a clip")
     add("--fps", type=frame_rate, default=8, help="frames per second")
+    add("--films", type=count, help="write so many videos to curate instead, with captions: see README.md")
+    add("--held-out", action="store_true", help="with --films: of people who are for cases, not for training")
     args = p.parse_args(argv)
     if args.size % 2:
         raise UserError(f"--size {args.size}: expected an even number of pixels")
     probe_writable(args.out)
+    if args.films:
+        return write_films(Path(args.out), args.films, args.held_out, args.size, args.frames, args.fps)
     write_samples(Path(args.out), args.size, args.frames, args.fps)
 
 

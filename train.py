@@ -589,7 +589,8 @@ def encoded_set(folder):
 def load_data(args, config, world):
     """The Dataset, the Validation or None, and the files that sampling needs besides the network. The toy's
     are rendered and encoded where that was not done yet, by one process on all cores."""
-    folder, valid, files = encoded_set(args.data), args.valid, ()
+    folder, valid = encoded_set(args.data), args.valid
+    files = folder and list(folder.glob(toy.ToyEncoders.TOKENIZER))  # which sampling needs
     if not folder:
         size, frames = (toy.WORLDS[args.config][name] for name in ("size", "frames"))
         threads = torch.get_num_threads()

@@ -1086,7 +1086,7 @@ def test_the_script_exits_with_that_line(wan, tmp_path):
     assert line.startswith("data.py: none/manifest.jsonl: no such file")
 
 
-def test_data_py_knows_no_world():
-    """Real data comes through the same door: nothing of the toy's is in these files."""
-    for name in ("data", "manifest", "pictures"):
+def test_real_data_knows_no_toy():
+    """Nothing of the toy's is in these files; data.py is the door to both."""
+    for name in ("encode", "manifest", "pictures", "importers"):
         assert "import toy" not in (ROOT / f"{name}.py").read_text()

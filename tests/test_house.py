@@ -12,7 +12,7 @@ from conftest import ROOT
 FILES = {
     "rope": (105, "checkpoint"),
     "model": (420, "rope kernels lora checkpoint"),
-    "data": (330, "importers manifest pictures encode encoders rope checkpoint"),
+    "data": (330, "importers manifest toy pictures encode encoders rope checkpoint"),
     "train": (610, "model data toy encode monitor muon parallel pictures kernels lora rope checkpoint"),
     "monitor": (230, "model data parallel rope checkpoint"),
     "sample": (460, "model data toy parallel pictures encoders kernels lora rope checkpoint"),
@@ -24,16 +24,18 @@ FILES = {
     "text": (77, "checkpoint"),
     "checkpoint": (330, ""),
     "encode": (200, "encoders manifest parallel pictures rope checkpoint"),
-    "pictures": (395, "rope checkpoint"),
+    "pictures": (300, "rope checkpoint"),
     "toy": (625, "encode manifest pictures encoders rope checkpoint"),
-    "manifest": (240, "pictures rope checkpoint"),
+    "manifest": (190, "pictures rope checkpoint"),
     "importers": (430, "manifest pictures rope checkpoint"),
-    "curate": (400, "manifest pictures faces rope checkpoint"),
+    "curate": (400, "manifest pictures toyfaces faces rope checkpoint"),
     "faces": (540, "checkpoint"),
-    "eval": (600, "sample toy data parallel report benchmark cases curate faces pictures rope checkpoint"),
+    "toyfaces": (150, "toy faces checkpoint"),
+    "eval": (600, "sample toy data parallel report benchmark cases curate toyfaces faces pictures rope "
+                  "checkpoint"),
     "report": (250, "pictures checkpoint"),
-    "benchmark": (560, "report cases curate faces manifest pictures checkpoint"),
-    "cases": (230, "manifest rope checkpoint"),
+    "benchmark": (560, "report cases curate toyfaces faces manifest pictures checkpoint"),
+    "cases": (235, "manifest rope checkpoint"),
     "claims": (190, "eval toy report checkpoint"),
     "bench": (180, "model train monitor muon lora sample pictures toy encoders kernels rope checkpoint"),
 }
@@ -41,24 +43,27 @@ FILES = {
 OVER = {
     "model": (602, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
-    "train": (667, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
-    "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
+    "train": (669, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
+    "sample": (644, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
-    "data": (365, "which clips a step draws"),
-    "encode": (261, "its own command line, which stood in data.py; sets that know their networks by size"),
+    "data": (346, "which clips a step draws"),
+    "encode": (313, "its own command line, which stood in data.py; sets that know their networks by size"),
     "encoders": (656, "tables of the names of transformers and diffusers; finds each network in a folder by "
                       "what files hold"),
     "text": (128, "reads tokenizer.json as a sentencepiece model"),
     "lora": (268, "which of two experts a file is for"),
+    "pictures": (460, "whatever a file says of its order, colours, turns and streams is read or refused"),
     "monitor": (243, "a validation refuses people of the training set"),
-    "toy": (696, "captions that describe people, for a base model"),
+    "toy": (742, "captions that describe people, for a base model; films to curate, and their encoding"),
+    "manifest": (393, "tables, names and folders of a user, whatever system and program they are from"),
+    "faces": (573, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (894, "every class of bad input and of damaged file is met here, once for all scripts; "
+    "checkpoint": (1075, "every class of bad input and of damaged file is met here, once for all scripts; "
                         "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
     "bench": (282, "dry runs of sampling and of training; one-way references side by side"),
-    "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
-                "refuses what is not its own, finds damaged rows"),
+    "curate": (895, "names what is wrong with every video; tracks, identities in bounded memory, report; "
+                "refuses what is not its own, finds damaged rows, keeps what a hand has changed"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
 PACKAGES = {"torch", "numpy", "safetensors", "sentencepiece", "PIL", "av", "tqdm", "triton"}
@@ -91,7 +96,7 @@ def test_a_file_keeps_to_its_lines(name):
 
 
 def test_the_method_is_read_in_one_sitting():
-    assert sum(map(lines, METHOD)) <= 2345
+    assert sum(map(lines, METHOD)) <= 2369
 
 
 @pytest.mark.parametrize("name", FILES)
