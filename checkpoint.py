@@ -130,7 +130,7 @@ class progress:
         self.done = self.first = done
         self.every = every
         self.began = self.said = time.monotonic()
-        self.note, self.lines, self.bar = "", show and not sys.stderr.isatty(), None
+        self.note, self.lines, self.bar = "", show and not sys.stderr.isatty(), None  # note: see tell
         if show and not self.lines:
             self.bar = tqdm(desc=what, unit=f" {unit}", total=self.total, initial=done, leave=None)
 
@@ -141,6 +141,10 @@ class progress:
             self.bar.update(n)
         elif self.lines and time.monotonic() - self.said >= self.every:
             self.say()
+
+    def tell(self, note):
+        """Put words behind the numbers. Where there are lines, one comes with the next update."""
+        self.note, self.said = note, -math.inf
 
     def say(self):
         """A line now, where there are lines."""

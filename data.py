@@ -250,6 +250,13 @@ class Dataset:
         """A line of index.jsonl."""
         return json.loads(self.lines[number])
 
+    def commonest_shape(self):
+        """The shape [C, T, H, W] of most clips' latents."""
+        counts = collections.Counter()
+        for (shape, _), clips in self.sampler.groups.items():
+            counts[shape] += len(clips)
+        return counts.most_common(1)[0][0]
+
     def sample(self, number, views, bucket):
         """The tensors of a sample that these views need, or of the next one in its Bucket."""
         keys = ["latents", "text"]

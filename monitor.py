@@ -228,16 +228,28 @@ def draw_losses(out, stage):
 
 
 # ----------------------------------------------------------------------------------------------------- sheets
-def write_samples(folder, step, last, args, config):
+SHEET_SECONDS = 3000  # the other processes wait for an hour at most
+
+
+def write_samples(folder, step, last, args, config, shape):
     """What a user would run on the newest checkpoint of a stage, as a process of its own, since training does
-    not import sample.py. There is none for Wan without prompts, none of sharded weights before a stage's end,
-    and none of one expert alone."""
+    not import sample.py; for Wan of the set's commonest shape [C, T, H, W] in latents. There is none for Wan
+    without prompts, none of sharded weights before a stage's end, and none of one expert alone."""
     prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
     if args.no_samples or args.expert or config.is_wan and not prompts or args.shard and not last:
         return
     name = folder / ("sample" if last else f"sample-{step:06d}")
     alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     torch.cuda.empty_cache()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # the other processes wait for an hour at most
-        subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
-                        "--out", name], check=False, env=alone, timeout=3000)
+    if config.is_wan:
+        _, t, h, w = shape
+        prompts += ["--frames", str(4 * t - 3), "--size", f"{8 * h}x{8 * w}"]
+    try:
+        script = [sys.executable, Path(__file__).with_name("sample.py")]
+        done = subprocess.run([*script, *prompts, "--ckpt", folder, "--out", name], env=alone,
+                              timeout=SHEET_SECONDS)
+        if done.returncode:
+            print(f"no sample sheet of step {step}: sample.py says why above; training goes on", flush=True)
+    except subprocess.TimeoutExpired:
+        print(f"no sample sheet of step {step}: it took over {SHEET_SECONDS // 60} minutes; give fewer "
+              "--sample-prompts, or --no-samples", flush=True)

@@ -32,16 +32,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import toy
 from checkpoint import (ROLES, Parser, UserError, as_user_error, autocast, check_replaceable, compare, count,
                         delete_checkpoint, expert_folders, find_checkpoint, find_valid, fingerprint,
                         fraction, in_range, load_tensors, lock, moved_base, nonempty, not_negative,
-                        pack_optimizers, parent_of, positive, probe_writable, read_meta, release_folder,
-                        role_of, run_script, save_checkpoint, seed_number, sha256_of, steps_in,
-                        temporary_name, unpack_optimizers, uses_bf16, wan_files)
+                        pack_optimizers, parent_of, positive, probe_writable, progress, read_meta,
+                        release_folder, role_of, run_script, save_checkpoint, seed_number, sha256_of,
+                        steps_in, temporary_name, unpack_optimizers, uses_bf16, wan_files)
 from encode import prefetch
 from kernels import use_fused
 from lora import TRAINS, set_trained
@@ -50,7 +49,7 @@ from monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, wri
 from muon import make_optimizers
 from parallel import (CORES, World, gathered, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
-from pictures import read_jobs
+from pictures import name_references, read_jobs
 from rope import LAYOUTS
 
 
@@ -112,8 +111,9 @@ def arguments(argv=None):
         "of the blocks' matrices, on a frozen network")
     opt("--rank", type=count, default=32, help="rank of the adapters")
     opt("--steps", type=count, nargs="+", help="steps of each stage: one number for all, or one a stage")
-    opt("--batch", type=count, help="global batch size: all ranks, all micro-steps")
-    opt("--micro-batch", type=count, help="samples per forward on a rank (default: its share, for Wan 1)")
+    clips = in_range(int, 1, 65536, "1 to 65536 clips")
+    opt("--batch", type=clips, help="global batch size: all ranks, all micro-steps")
+    opt("--micro-batch", type=clips, help="samples per forward on a rank (default: its share, for Wan 1)")
     opt("--muon-lr", type=positive, help="peak learning rate of Muon")
     opt("--adamw-lr", type=positive, help="peak learning rate of AdamW")
     opt("--new-lr", type=positive, help="the same of what Wan lacks: proxies, MFI, adapters (default: for "
@@ -242,7 +242,8 @@ def resolve(args, world):
     if args.expert and args.sample_prompts:
         raise UserError("--sample-prompts needs both experts, and this run trains one: leave it out")
     if args.sample_prompts:
-        read_jobs(Path(args.sample_prompts), args.seed)  # refused now, not after a stage
+        for job in read_jobs(Path(args.sample_prompts), args.seed):  # refused now, not after a stage
+            name_references(job, config.max_identities)
     if config.is_wan and not (args.wan and encoded_set(args.data)):
         raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
                         "DIR, a set that `python data.py encode` made; "
@@ -485,15 +486,14 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, args.keep, shards)
 
     network = model if args.shard else replicate(model, world)
-    bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
-               disable=None if world.rank == 0 else True)
+    bar = progress(range(first_step, steps), f"stage {number} {stage.name}", "steps", steps, first_step,
+                   show=world.rank == 0, every=math.inf)
     skipped, began = 0, time.perf_counter()
     batches = prefetch(micro_batches(stage, number, first_step, args, dataset, world))
     for step in bar:
         clips, micro_steps = metrics.next(batches)
         # learning rate
-        progress = step / steps
-        factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
+        factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * step / steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
@@ -518,7 +518,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
         else:  # every rank sees the same summed gradient, so every rank skips
             skipped += 1
             if world.rank == 0:
-                tqdm.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
+                progress.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
                            "step skipped, no weight changed")
             if skipped == min(10, steps - first_step):
                 sources = sorted({dataset.entry(clip)["source"] for clip in clips})
@@ -534,7 +534,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             if world.size > 1:
                 dist.all_reduce(total)
             loss = float(total) / world.size
-            bar.set_postfix_str(f"loss {loss:.4f}")
+            bar.tell(f"loss {loss:.4f}")
             metrics.write(stage=number, step=step + 1, loss=loss, grad_norm=float(norm), lr_factor=factor,
                           **metrics.speed())
         stopping = stop()
@@ -547,18 +547,19 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             if world.rank == 0:
                 draw_losses(args.out, number)
                 if (last or args.sample_saves) and not stopping:
-                    write_samples(folder, step + 1, last, args, model.config)
+                    write_samples(folder, step + 1, last, args, model.config, dataset.commonest_shape())
             world.barrier()
         if stopping:
             return
     if world.rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"stage {number} {stage.name}: steps {first_step + 1} to {steps} in {minutes:.1f} min, "
-              f"loss {float(total) / world.size:.4f}", flush=True)
+              f"loss {float(total) / world.size:.4f}: {find_checkpoint(folder)}", flush=True)
 
 
 def stop_on_signal(world):
-    """A function that says whether any rank was sent SIGTERM or Ctrl-C; all ranks must call it together."""
+    """Two functions that say whether any rank was sent SIGTERM or Ctrl-C, and whether it was Ctrl-C; all
+    ranks must call them together."""
     received = []
 
     def receive(sent, _):
@@ -568,7 +569,7 @@ def stop_on_signal(world):
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
 
-    return lambda: not world.all(not received)
+    return (lambda: not world.all(not received)), (lambda: not world.all(signal.SIGINT not in received))
 
 
 def choose_expert(wan, expert):
@@ -652,17 +653,31 @@ def main(argv=None):
                     (args.out / f"stage{number}" / "metrics.jsonl").unlink(missing_ok=True)
         world.barrier()
         dataset, valid, files = loaded if world.rank == 0 else load_data(args, config, world)
-        stop = stop_on_signal(world)
+        stop, interrupted = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)
             train_stage(number, start, args, dataset, valid, files, world, stop)
             start = None
             gc.collect()  # sharded networks hold references to themselves
             if stop():
+                words = f"stopped: {find_checkpoint(args.out)} is saved, --resume goes on"
+                if interrupted():  # and what was to follow this command does not
+                    raise KeyboardInterrupt(words)
                 if world.rank == 0:
-                    print(f"stopped: {find_checkpoint(args.out)} is saved, --resume goes on")
+                    print(words)
                 break
+        else:
+            if world.rank == 0:
+                print(f"next: {next_command(stages[-1], args)}")
     world.leave()
+
+
+def next_command(number, args):
+    """What to type after a stage."""
+    sample = f"python sample.py --ckpt {args.out}"
+    if number == len(STAGES):
+        return sample
+    return f"python train.py --stage {number + 1} --config {args.config} --out {args.out} ..., or {sample}"
 
 
 if __name__ == "__main__":

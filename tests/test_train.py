@@ -197,7 +197,8 @@ def test_sigterm_and_ctrl_c_save_and_the_run_can_go_on(fresh, sent):
             time.sleep(0.02)
             assert process.poll() is None and time.monotonic() < latest
         process.send_signal(sent)
-        assert process.wait(TIMEOUT) == 0
+        # after Ctrl-C, what was to follow (`train.py && sample.py`) does not
+        assert process.wait(TIMEOUT) == (0 if sent == signal.SIGTERM else 130)
     finally:
         process.kill()
     step = json.loads((find_checkpoint(out) / "checkpoint.json").read_text())["step"]
