@@ -451,10 +451,15 @@ def contact_sheet(jobs, tile=112):
 
 
 def draw_person(sheet, views, x, y, width, height):
-    """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view."""
-    w, h = width // 2, height // 2
+    """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view; each says
+    which view it is."""
+    w, h, font = width // 2, height // 2, ImageFont.load_default(9)
     for v, view in enumerate(VIEWS):
         corner = (x + v % 2 * w, y + v // 2 * h)
         if view in views:
             sheet.paste(to_image(views[view], h, w), corner)
-        ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")
+        draw, at = ImageDraw.Draw(sheet), (corner[0] + 3, corner[1] + h - 12)
+        word = view if font.getlength(view) < w - 6 else view[0]
+        draw.rectangle((at[0] - 2, at[1], at[0] + font.getlength(word) + 1, at[1] + 11), fill="white")
+        draw.text(at, word, "#444444", font)
+        draw.rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")

@@ -853,7 +853,7 @@ def test_many_prompts_are_written_in_rounds(tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))  # nothing unfinished stays
 
 
-# ------------------------------------------------------------------------------------ stopped, and called again
+# ---------------------------------------------------------------------------------- stopped, and called again
 @pytest.fixture
 def prompts(tiny, pictures, tmp_path, monkeypatch):
     """A folder to work in with jobs.jsonl, five videos of one step with and without references, in rounds of
