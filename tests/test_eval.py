@@ -361,7 +361,10 @@ def test_batches_hold_all_cases_once_and_never_mix_one_person_with_two():
 @pytest.mark.parametrize("flags, message", [
     (["--limit", "0"], "--limit.*1 to 100 cases"), (["--limit", "1000000"], "--limit.*1 to 100 cases"),
     (["--batch", "0"], "--batch.*1 to 100 cases"), (["--batch", "1000000"], "--batch.*1 to 100 cases"),
-    (["--steps", "0"], "--steps"), (["--steps", "1" + "0" * 20], "--steps"), (["--shift", "0"], "--shift"),
+    (["--steps", "0"], "--steps"), (["--steps", "1" + "0" * 20], "--steps"),
+    (["--steps", "1000000"], "--steps.*1 to 1000 steps"),
+    (["--frames", "1000000"], "--frames.*1 to 10001 frames"),
+    (["--size", "99999"], "--size.*at most 8192"), (["--shift", "0"], "--shift"),
     (["--shift", "nan"], "--shift"), (["--guide-text", "inf"], "--guide-text"),
     (["--guide-text", "1", "2"], "--guide-text"), (["--guide-refs", "nan"], "--guide-refs"),
     (["--settings", "back"], "--settings"), (["--ckpt", ""], "--ckpt"), (["--out", ""], "--out"),

@@ -690,7 +690,8 @@ def test_an_input_is_never_overwritten(arguments, out, tiny, pictures, tmp_path,
 
 
 BAD_FLAGS = """--guide-text=nan --guide-text=inf --guide-refs=1e999 --guide-text=101 --shift=0 --shift=1e-30
---shift=nan --steps=100000000000000000000 --steps=1e3 --fps=2147483648 --fps=nan --seed=-1
+--shift=nan --steps=100000000000000000000 --steps=1e3 --steps=1001 --steps=10000000
+--frames=1000000 --frames=0 --size=99999x99999 --tile=1000000000 --fps=2147483648 --fps=nan --seed=-1
 --seed=9223372036854775808 --size=1x2x3 --size=\uff13\uff12 --out= --out=. --out=.. --out=a/..
 --out=a/ --out=.mp4 --ckpt= --wan= --wan=x --tile=0 --tile=256 --ste=4 --views=side --precision=fp8
 --solver=EULER""".split()
