@@ -28,7 +28,7 @@ from lora import NEW_PREFIXES, TRAINS, set_trained
 from model import CHOICES, CONFIGS, PATCH, HarmoView
 from monitor import GIB, peak_memory
 from muon import make_optimizers
-from pictures import picture_size, view_of
+from pictures import frame_count, picture_size, view_of
 from rope import VIEWS
 
 H200_TFLOPS = 989  # its peak in bf16
@@ -61,13 +61,15 @@ def report_speed(step, model, shape, batch, passes, device, dtype):
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()  # making the model in float32 does not count
-    took, memory = seconds(step, 5), peak_memory()
     video, references = count_tokens(*shape[1:])
-    tokens, rate = video + references, passes * batch * model.flops(video, references) / took / 1e12
+    tokens = video + references
+    print(f"{batch} x {tokens:,} tokens, seven times", flush=True)
+    took, memory = seconds(step, 5), peak_memory()
+    rate = passes * batch * model.flops(video, references) / took / 1e12
     n = 8192 if gpu else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12
-    print(f"{batch} x {tokens:,} tokens: {took:.3g} seconds a step, {batch * tokens / took:,.0f} tokens/s")
+    print(f"{took:.3g} seconds a step, {batch * tokens / took:,.0f} tokens/s")
     print(f"{rate:.3g} model TFLOP/s, {rate / matmul:.0%} of this machine's {dtype} matmul ({matmul:.3g})"
           + (f", {rate / H200_TFLOPS:.0%} of an H200's {H200_TFLOPS}" if gpu else ""))
     print(f"peak memory {memory:.1f} GiB")
@@ -245,9 +247,9 @@ def main(argv=None):
                        ("references", "time forwards with joint and one-way references")):
         speed = what.add_parser(name, help=help).add_argument
         speed("--config", default="toy", choices=CONFIGS, help="a preset of model.CONFIGS")
-        speed("--frames", type=count, help="of a clip (default: the toy's; for Wan 17)")
+        speed("--frames", type=frame_count, help="of a clip (default: the toy's; for Wan 17)")
         speed("--size", type=picture_size, help="HEIGHTxWIDTH (default: the toy's; for Wan 256x256)")
-        speed("--batch", type=count, default=1, help="samples of a forward")
+        speed("--batch", type=in_range(int, 1, 1024, "1 to 1024 samples"), default=1, help="of a forward")
         for flag in ("--recompute", "--compile", "--no-fused"):
             speed(flag, action="store_true", help="as in train.py")
         speed("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as train.py's")
@@ -256,7 +258,7 @@ def main(argv=None):
     dry = what.add_parser("dry-run", help="memory and FLOPs of sample.py at Wan's sizes").add_argument
     dry("--ckpt", type=nonempty, default="1.3b", help="a preset of model.CONFIGS, or a folder of Wan's size")
     dry("--refs", nargs="+", action="append", help="one person's views, as a_front.png; not read")
-    dry("--frames", type=count, help="frames (default: 81)")
+    dry("--frames", type=frame_count, help="frames (default: 81)")
     dry("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default: 480x832)")
     dry("--offload", action="store_true", help="as in sample.py")
     dry("--tile", type=count, help="as in sample.py")
@@ -264,7 +266,7 @@ def main(argv=None):
     how = what.add_parser("plan", help="memory and FLOPs of train.py at Wan's sizes").add_argument
     how("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan],
         help="a preset of model.CONFIGS")
-    how("--frames", type=count, default=81, help="frames of a clip")
+    how("--frames", type=frame_count, default=81, help="frames of a clip")
     how("--size", type=picture_size, default="480x832", help="HEIGHTxWIDTH in pixels")
     how("--people", type=in_range(int, 1, 2, "1 or 2"), default=1, help="in the clip, with four views each")
     how("--rank", type=count, default=32, help="of --train lora")

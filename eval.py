@@ -39,8 +39,8 @@ from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, fi
 from curate import check_url
 from faces import Faces, RetinaFace
 from parallel import World
-from pictures import (Job, check_ours, from_bytes, notes_in, open_picture, picture_size, read_references,
-                      to_bytes, wrap, write_video)
+from pictures import (Job, check_ours, frame_count, from_bytes, notes_in, open_picture, picture_size,
+                      read_references, to_bytes, wrap, write_video)
 from report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval, mean,
                     one, per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
@@ -541,7 +541,7 @@ def arguments(argv):
     add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
     add("--compare", nargs="+", type=Path, metavar="DIR", help="--out folders of earlier calls, side by side")
     add("--wan", type=nonempty, help="for --ckpt: folder of umT5, VAE and ViT, as in sample.py")
-    add("--frames", type=count, help="for --ckpt: as in sample.py")
+    add("--frames", type=frame_count, help="for --ckpt: as in sample.py")
     add("--size", type=picture_size, help="for --ckpt: as in sample.py")
     add("--offload", action="store_true", help="for --ckpt: as in sample.py")
     add("--tile", type=count, help="for --ckpt: as in sample.py")

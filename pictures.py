@@ -23,7 +23,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
-from checkpoint import UserError, atomic_file, is_seed, is_text, read_text
+from checkpoint import UserError, atomic_file, in_range, is_seed, is_text, read_text
 from rope import VIEWS
 
 
@@ -408,9 +408,14 @@ def on_white(picture, alpha):
 def picture_size(text):
     """A type for add_argument: "480x832", or one side of a square -> (H, W)."""
     sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
-    if not sides:
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected HEIGHTxWIDTH, such as 480x832")
-    return int(sides[1]), int(sides[2] or sides[1])
+    size = sides and (int(sides[1]), int(sides[2] or sides[1]))
+    if not size or max(size) > 8192:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected HEIGHTxWIDTH, such as 480x832, "
+                                         "at most 8192 a side")
+    return size
+
+
+frame_count = in_range(int, 1, 10001, "1 to 10001 frames")
 
 
 def contact_sheet(jobs, tile=112):
@@ -451,10 +456,15 @@ def contact_sheet(jobs, tile=112):
 
 
 def draw_person(sheet, views, x, y, width, height):
-    """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view."""
-    w, h = width // 2, height // 2
+    """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view; each says
+    which view it is."""
+    w, h, font = width // 2, height // 2, ImageFont.load_default(9)
     for v, view in enumerate(VIEWS):
         corner = (x + v % 2 * w, y + v // 2 * h)
         if view in views:
             sheet.paste(to_image(views[view], h, w), corner)
-        ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")
+        draw, at = ImageDraw.Draw(sheet), (corner[0] + 3, corner[1] + h - 12)
+        word = view if font.getlength(view) < w - 6 else view[0]
+        draw.rectangle((at[0] - 2, at[1], at[0] + font.getlength(word) + 1, at[1] + 11), fill="white")
+        draw.text(at, word, "#444444", font)
+        draw.rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")

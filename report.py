@@ -50,7 +50,7 @@ def column(name, metric):
 
 # ------------------------------------------------------------------------------------------------- statistics
 class Estimate(NamedTuple):
-    """A mean and its 95 % interval."""
+    """A mean and its 95 % interval, which is infinite for a single value: nothing is known of others."""
     mean: float
     low: float
     high: float
@@ -77,6 +77,8 @@ def interval(values, bounds=None, draws=2000):
     rates, bounds are the least and the most: where all n are alike, they get 3/n (the rule of three)."""
     if not values:
         return None
+    if len(values) == 1:
+        return Estimate(float(values[0]), -math.inf, math.inf)
     if bounds and len(set(values)) == 1:
         value, spread = values[0], 3 / len(values)
         return Estimate(value, max(bounds[0], value - spread), min(bounds[1], value + spread))
@@ -99,18 +101,19 @@ def by_yaw(results, key, percent=False):
 
 # ----------------------------------------------------------------------------------------------------- tables
 def show(found, percent=False, signed=False, with_interval=True):
-    """An Estimate as text, "20.31 [19.86, 20.72]", with the digits that its interval deserves."""
+    """An Estimate as text, "20.31 [19.86, 20.72]", with the digits that its interval deserves; "20.31" where
+    that is infinite."""
     if found is None:
         return "-"
-    digits = 2
+    found, digits = list(filter(math.isfinite, found)), 2
     if percent:
-        found, digits = Estimate(*(100 * v for v in found)), 0
-    elif 0 < max(-found.low, found.high) < 0.05:
+        found, digits = [100 * v for v in found], 0
+    elif 0 < max(map(abs, found)) < 0.05:
         digits = 4
-    average, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in found)  # + 0.0: no -0
+    average, *ends = (f"{round(v, digits) + 0.0:.{digits}f}" for v in found)  # + 0.0: no -0
     if signed and not average.startswith("-"):
         average = "+" + average
-    return f"{average} [{low}, {high}]" if with_interval else average
+    return f"{average} [{', '.join(ends)}]" if with_interval and ends else average
 
 
 def table(corner, groups, metrics, with_interval=True):
@@ -157,22 +160,27 @@ def append(path, line):
 
 
 # ---------------------------------------------------------------------------------------------------- figures
-def tick_values(low, high):
-    """Round numbers from at most `low` to at least `high`, 1, 2 or 5 of a power of ten apart."""
+def tick_values(low, high, most=math.inf):
+    """Round numbers from at most `low` to at least `high`, 1, 2 or 5 of a power of ten apart; none is above
+    `most`, a round number that `high` may exceed in its last digits."""
+    low, high = min(low, most), min(high, most)
     span = high - low or 1
     step = 10 ** math.floor(math.log10(span / 2))
     step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 5)
-    first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    if first == last:
+        first, last = (first - 1, last) if high == most else (first, last + 1)
+    return [i * step for i in range(first, last + 1)]
 
 
-def plot(heading, labels, series, percent=False):
-    """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}."""
+def plot(heading, labels, series, percent=False, most=math.inf):
+    """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}; most: what
+    no value exceeds, 1 where they are rates."""
     series = {name: estimates for name, estimates in series.items() if any(estimates)}
-    ends = [end for estimates in series.values() for e in estimates if e for end in e]
+    ends = [v for estimates in series.values() for e in estimates if e for v in e if math.isfinite(v)]
     if not ends:
         return ""
-    ticks, factor = tick_values(min(ends), max(ends)), 100 if percent else 1
+    ticks, factor = tick_values(min(ends), max(ends), 1 if percent else most), 100 if percent else 1
     W, H, left, top, bottom = 430, 250, 46, 26, 40
 
     def y(v):
@@ -194,8 +202,10 @@ def plot(heading, labels, series, percent=False):
             if e:
                 at = f"{x(i, shift):.1f}"
                 points.append(f"{at},{y(e.mean):.1f}")
-                parts.append(f'<line x1="{at}" x2="{at}" y1="{y(e.low):.1f}" y2="{y(e.high):.1f}" stroke='
-                             f'"{colour}"/><circle cx="{at}" cy="{y(e.mean):.1f}" r="3.5" fill="{colour}"/>')
+                if math.isfinite(e.low):
+                    parts.append(f'<line x1="{at}" x2="{at}" y1="{y(e.low):.1f}" y2="{y(e.high):.1f}" '
+                                 f'stroke="{colour}"/>')
+                parts.append(f'<circle cx="{at}" cy="{y(e.mean):.1f}" r="3.5" fill="{colour}"/>')
         parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
                      f'<text x="{left + s * room:.0f}" y="{H - 6}" fill="{colour}">&#9679; '
                      f'{html.escape(name[:15])}<title>{html.escape(name)}</title></text>')

@@ -33,8 +33,8 @@ from kernels import use_fused
 from lora import apply_lora, check_loras, read_lora_argument
 from model import DiTConfig, check_checkpoint, load_checkpoint, load_wan, wan_on_meta
 from parallel import Ulysses, World
-from pictures import (Job, check_ours, contact_sheet, from_bytes, name_references, notes_in, picture_size,
-                      read_frames, read_jobs, read_references, view_of, write_video)
+from pictures import (Job, check_ours, contact_sheet, frame_count, from_bytes, name_references, notes_in,
+                      picture_size, read_frames, read_jobs, read_references, view_of, write_video)
 from rope import VIEWS
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -439,12 +439,13 @@ def swapped(jobs):
 
 # -------------------------------------------------------------------------------------------------------- CLI
 guidance = in_range(float, -100, 100, "a number from -100 to 100")
+solver_steps = in_range(int, 1, 1000, "1 to 1000 steps")
 time_shift = in_range(float, 1e-3, 1e6, "a number from 0.001 to a million")
 
 
 def recipe_flags(add):
     """Flags that override SAMPLE_RECIPES; eval.py has them too."""
-    add("--steps", type=count, help="solver steps")
+    add("--steps", type=solver_steps, help="solver steps")
     add("--shift", type=time_shift, help="timestep shift: more than 1 spends more steps at high noise")
     add("--guide-refs", type=guidance, help="guidance to the references, 1 is none (Wan: --guide-text's)")
     add("--guide-text", type=guidance, nargs="+", help="guidance to the caption; two: at high, low noise")
@@ -472,7 +473,7 @@ def arguments(argv=None):
     what("--wan", type=nonempty, help="folder of umT5, VAE and ViT (default: --ckpt's own)")
     what("--out", default="out/sample", help="where to write, without suffix")
     how = p.add_argument_group("how (defaults by kind of checkpoint: SAMPLE_RECIPES)").add_argument
-    how("--frames", type=count, help="frames, for Wan 4n+1 (default: as trained; Wan 81)")
+    how("--frames", type=frame_count, help="frames, for Wan 4n+1 (default: as trained; Wan 81)")
     how("--size", type=picture_size, help="HEIGHTxWIDTH in pixels (default: as trained; Wan 480x832)")
     how("--fps", type=frame_rate, help="frames per second of the MP4")
     how("--solver", choices=SOLVERS, help="of the path from noise to video")

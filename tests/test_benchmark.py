@@ -747,6 +747,8 @@ def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
     assert "*" not in mvrc  # three cases decide nothing
     page = (made.folder / "both/compare.html").read_text()
     assert "theirs - ours" in page and page.count("<svg") == 2
+    for text in (printed, page):
+        assert "* the interval of the difference, paired by case, is without 0" in text
     made.run("ours", "--fps", "8", lines=made.lines[:1])
     made.run("blurry", "--fps", "4", lines=made.lines[:1])
     with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
@@ -830,6 +832,30 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
         assert process.exitcode == 0
     assert {path.name: path.read_bytes() for path in (made.folder / "ranks/videos").iterdir()} == videos
     assert results_of(made.folder / "ranks") == results
+
+
+@pytest.mark.parametrize("theirs", ["video", "rubbish", "commented"])
+def test_a_video_of_the_users_is_its_cases_reason_and_stays(theirs, tmp_path, monkeypatch):
+    made = World(tmp_path / "set")
+    for k in range(3):
+        made.case(f"case-{k}", made.truth.shoot([k], ["nods"], 2), [k])
+    made.truth.strange = 100
+    own = made.folder / "out/videos/case-1.mp4"
+    own.parent.mkdir(parents=True)
+    if theirs == "rubbish":
+        own.write_bytes(b"no video")
+    else:
+        comment = '{"title": "holiday"}' if theirs == "commented" else ""
+        write_video(own, torch.zeros(3, 2, 32, 32), 4, comment)
+    before = own.read_bytes()
+    argv = ["--cases", made.folder / "cases.jsonl", "--ckpt", ROOT / "assets/toy", "--steps", 1,
+            "--faces", made.folder / "faces", "--out", made.folder / "out"]
+    made.folder.joinpath("cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
+    evaluation.main([*map(str, argv)], made.truth)
+    results = results_of(made.folder / "out")
+    assert own.read_bytes() == before
+    assert "case-1.mp4 was not made by this program and would be replaced" in results["case-1"]["reason"]
+    assert all("people" in results[f"case-{k}"] for k in (0, 2))
 
 
 def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):

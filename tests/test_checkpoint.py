@@ -12,7 +12,10 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
+import subprocess
 import sys
+import termios
 import time
 import weakref
 from pathlib import Path
@@ -250,6 +253,121 @@ def test_every_flags_help_names_its_default(script, monkeypatch):
 def test_no_scripts_help_is_forgotten():
     scripts = {path.stem for path in ROOT.glob("*.py") if " = Parser(" in path.read_text()}
     assert scripts == set(PARSERS)
+
+
+# ------------------------------------------------------------------------------------------ what is printed
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.py")))
+def test_every_files_help_says_something(name, tmp_path):
+    command = [sys.executable, ROOT / name, "--help"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 0 and len(said.stdout) > 60 and not said.stderr
+    assert not list(tmp_path.iterdir())
+
+
+SCRIPT = f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from checkpoint import UserError, progress, run_script
+def main():
+    EXPECTED
+    open("done", "w").close()
+run_script(main)
+"""
+
+
+def script(tmp_path, body, shell, **environment):
+    """Run a script of this body in a shell, where $RUN starts it -> bytes of stdout and stderr."""
+    (tmp_path / "draw.py").write_text(SCRIPT.replace("EXPECTED", body), encoding="utf-8")
+    done = subprocess.run(["bash", "-c", shell.replace("$RUN", f"{sys.executable} draw.py")], cwd=tmp_path,
+                          capture_output=True, env=os.environ | environment)
+    assert done.returncode == 0 and (tmp_path / "done").exists(), done.stderr
+    return done.stdout, done.stderr
+
+
+SHOWN = {"ESC": "\x1b[2J\x1b]0;title\x07", "backspaces": "\b\b\b", "C1": "\x9b2J",
+         "return": "a\rb", "delete": "\x7f", "embedding": "\u202bx\u202c", "override": "\u202ecod.exe",
+         "isolate": "\u2066x\u2069"}
+
+
+@pytest.mark.parametrize("text", SHOWN.values(), ids=SHOWN)
+@pytest.mark.parametrize("how", ["print({!r})", "progress.write({!r})", "print({!r}, file=sys.stderr)",
+                                 "print('a', {!r}, sep='', end='')"])
+def test_no_text_moves_a_terminals_cursor(text, how, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/draw.py"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    run_script(lambda: exec(how.format(f"1{text}2\tä\n"), {"sys": sys, "progress": checkpoint.progress}))
+    said = "".join(capsys.readouterr())
+    expected = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    assert said.removeprefix("a").rstrip("\n") == f"1{expected}2\tä"
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"},
+                                         {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
+def test_letters_that_stdout_lacks_are_written_as_numbers(environment, tmp_path):
+    out, err = script(tmp_path, "print('\u5f20 \U0001f600'); print('\u5f20', file=sys.stderr)", "$RUN",
+                      **environment)
+    assert out.decode().split() == ["\\u5f20", "\\U0001f600"] and err.decode().split() == ["\\u5f20"]
+
+
+@pytest.mark.parametrize("shell", ["$RUN >&-", "$RUN 2>&-", "$RUN <&-", "$RUN <&- >&- 2>&-"])
+def test_a_closed_stream_is_no_reason_not_to_work(shell, tmp_path):
+    """And no file of the work gets its number."""
+    body = ("file = open('video', 'w'); print('said'); print('said', file=sys.stderr); input; "
+            "[0 for _ in progress([1, 2], 'a', 'b')]; file.close()")
+    script(tmp_path, body, shell)
+    assert (tmp_path / "video").read_text() == ""
+
+
+class Clock:
+    """Instead of the module time in checkpoint.py."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.mark.parametrize("seconds, lines", [(1, []), (20, [2, 4]), (40, [1, 2, 3, 4, 5]), (7, [5])])
+def test_without_a_terminal_progress_is_a_line_now_and_then(seconds, lines, monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(checkpoint, "time", clock)
+    for _ in checkpoint.progress(range(5), "measuring", "videos"):
+        clock.now += seconds
+    left = {n: f"0:{(5 - n) * seconds // 60:02}:{(5 - n) * seconds % 60:02}" for n in range(6)}
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines() == [
+        f"measuring: {n} of 5 videos, {seconds} s each, {left[n]} left" for n in lines]
+
+
+def test_progress_counts_what_was_there_before_but_not_its_time(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(checkpoint, "time", clock)
+    with checkpoint.progress(None, "encoding", "clips", total=1000, done=900) as bar:
+        bar.note = "loss 0.5"
+        clock.now += 40
+        bar.update(10)
+    with checkpoint.progress(None, "encoding", "clips", total=10, show=False) as bar:
+        clock.now += 40
+        bar.update(10)
+    assert capsys.readouterr().err == "encoding: 910 of 1000 clips, 4 s each, 0:06:00 left, loss 0.5\n"
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path):
+    """Lines that are printed meanwhile stay whole, and what moves the bar arrives."""
+    body = "[progress.write('written ' + str(n)) for n in progress(range(3), 'measuring', 'videos')]"
+    (tmp_path / "draw.py").write_text(SCRIPT.replace("EXPECTED", body))
+    reader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    done = subprocess.run([sys.executable, "draw.py"], cwd=tmp_path, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    said = b""
+    with contextlib.suppress(OSError):  # how the end of a terminal reads
+        while part := os.read(reader, 4096):
+            said += part
+    os.close(reader)
+    assert done.returncode == 0 and b"\r" in said and b"3/3" in said and b"\\x" not in said
+    assert all(f"\rwritten {n}\r\n".encode() in said for n in range(3))
 
 
 NUMBER_TEXTS = ("nan", "inf", "-inf", "-1", "0", "1e400", "", "x", str(10**20), "9" * 5000, "1", "0.5", "٣")

@@ -1,6 +1,7 @@
 """Every metric on videos whose score is known: the truth, noise, somebody else, exchanged people, a pose."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -360,7 +361,10 @@ def test_batches_hold_all_cases_once_and_never_mix_one_person_with_two():
 @pytest.mark.parametrize("flags, message", [
     (["--limit", "0"], "--limit.*1 to 100 cases"), (["--limit", "1000000"], "--limit.*1 to 100 cases"),
     (["--batch", "0"], "--batch.*1 to 100 cases"), (["--batch", "1000000"], "--batch.*1 to 100 cases"),
-    (["--steps", "0"], "--steps"), (["--steps", "1" + "0" * 20], "--steps"), (["--shift", "0"], "--shift"),
+    (["--steps", "0"], "--steps"), (["--steps", "1" + "0" * 20], "--steps"),
+    (["--steps", "1000000"], "--steps.*1 to 1000 steps"),
+    (["--frames", "1000000"], "--frames.*1 to 10001 frames"),
+    (["--size", "99999"], "--size.*at most 8192"), (["--shift", "0"], "--shift"),
     (["--shift", "nan"], "--shift"), (["--guide-text", "inf"], "--guide-text"),
     (["--guide-text", "1", "2"], "--guide-text"), (["--guide-refs", "nan"], "--guide-refs"),
     (["--settings", "back"], "--settings"), (["--ckpt", ""], "--ckpt"), (["--out", ""], "--out"),
@@ -396,6 +400,35 @@ def test_help_says_what_every_column_means(capsys):
         evaluation.main(["--help"])
     printed = capsys.readouterr().out
     assert all(f"  {evaluation.title(name)} " in printed for name in METRICS)
+
+
+def results_of(*values):
+    return [{"case": n, "people": [{"v": value}]} for n, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("value", [24.3, 0.0123, 0.0, 1.0, -3.0])
+@pytest.mark.parametrize("percent", [False, True])
+def test_one_case_has_no_interval(value, percent):
+    metric = report.Metric("", report.one("v"), percent)
+    for values in ((value,), (value, None)):  # the other does not show it
+        found = report.estimate(results_of(*values), metric)
+        shown = report.show(found, percent)
+        assert "[" not in shown and float(shown) == pytest.approx(100 * value if percent else value, abs=0.5)
+        drawn = evaluation.plot("t", ["a"], {"all": [found]})
+        assert "<circle" in drawn and "nan" not in drawn and "inf" not in drawn
+        assert 'stroke="#1b9e77"/>' not in drawn
+    assert "[" in report.show(report.estimate(results_of(value, value + 1), metric), percent)
+
+
+@pytest.mark.parametrize("percent", [False, True])
+@pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (1 + 2e-7, 1.0, 1 + 3e-7), (0.97, 0.2, 1 + 1e-7),
+                                    (0.6, 0.3, 0.9), (0.999, 0.998, 1.0), (-0.5, -0.9, 0.98),
+                                    (1.0, -math.inf, math.inf)])
+def test_a_plot_of_rates_or_cosines_ends_at_one(values, percent):
+    drawn = evaluation.plot("t", ["a"], {"all": [report.Estimate(*values)]}, percent, 1)
+    ticks = [float(v) for v in re.findall(r'end">(.*?)<', drawn)]
+    most = 100 if percent else 1
+    assert len(ticks) > 1 and ticks[0] < ticks[-1] <= most and ticks[-1] >= most * min(1, values[0])
 
 
 @pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (0.5, 0.0, 1.0), (15.0, 14.0, 22.0), (0.0, 0.0, 0.0)])

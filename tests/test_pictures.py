@@ -26,7 +26,7 @@ import pictures
 from checkpoint import lock
 from pictures import (Job, contact_sheet, from_bytes, name_references, picture_size, read_frames, read_jobs,
                       read_picture, read_references, to_bytes, to_image, view_of, watch_decoder, write_video)
-from rope import UserError
+from rope import VIEWS, UserError
 
 
 @pytest.fixture
@@ -705,12 +705,13 @@ def test_fuzzed_videos_survive_with_reasons(tmp_path):
     assert reasons
 
 
-@pytest.mark.parametrize("text, size", [("480x832", (480, 832)), ("32", (32, 32)), ("1x99999", (1, 99999))])
+@pytest.mark.parametrize("text, size", [("480x832", (480, 832)), ("32", (32, 32)), ("1x8192", (1, 8192))])
 def test_a_size_is_height_and_width(text, size):
     assert picture_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "x", "480x", "x832", "480X832", "480x832x3", "-1", "4.5", "٣", "1" * 6])
+@pytest.mark.parametrize("text", ["", "x", "480x", "x832", "480X832", "480x832x3", "-1", "4.5", "٣", "1" * 6,
+                                  "99999", "480x8193", "1000000x1"])
 def test_anything_else_is_no_size(text):
     with pytest.raises(Exception, match="expected HEIGHTxWIDTH"):
         picture_size(text)
@@ -927,6 +928,22 @@ def test_the_contact_sheet_shows_everything():
         assert [image.getpixel(c) == (0, 0, 0) for c in corners.values()] == [v == view for v in corners]
     assert sheet("short", front=white).getpixel((20, 20)) == (255, 255, 255)
     assert small.getpixel((small.width - 20, 20)) == (128, 128, 128)  # the last frame
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (48, 16), (16, 64)])
+@pytest.mark.parametrize("colour", [-1.0, 1.0])
+def test_the_contact_sheet_says_which_square_is_which_view(height, width, colour):
+    """Also where none was given; on a narrow one with the word's first letter."""
+    def squares(*views):
+        w = round(112 * width / height) // 2
+        people = [dict.fromkeys(views, torch.full((3, height, width), colour)), {}]
+        sheet = contact_sheet([Job("", people, video=torch.zeros(3, 1, height, width))])
+        sheet = sheet.crop((6, 6, 6 + 2 * w, 118) if views else (6, 6, 118, 118)).convert("L")
+        w = sheet.width // 2
+        words = [sheet.crop((x + 1, y + 44, x + w - 1, y + 55)) for y in (0, 56) for x in (0, w)]
+        assert all((np.asarray(word)[:, :-2] < 128).sum() > 4 for word in words)  # dark letters
+        return {word.tobytes() for word in words}
+    assert len(squares(*VIEWS)) == len(squares()) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import time
 import weakref
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -15,13 +17,14 @@ import torch
 from conftest import ROOT, WAN_SMALL, call, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_checkpoint import FULL_DISK, fork, kill, wait_for
 
 import sample
 import toy
 from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from model import CONFIGS, DiTConfig, HarmoView, load_wan, wan_on_meta
-from pictures import Job, contact_sheet, to_image
+from pictures import Job, contact_sheet, to_image, write_video
 from rope import VIEWS
 from train import STAGES
 
@@ -687,7 +690,8 @@ def test_an_input_is_never_overwritten(arguments, out, tiny, pictures, tmp_path,
 
 
 BAD_FLAGS = """--guide-text=nan --guide-text=inf --guide-refs=1e999 --guide-text=101 --shift=0 --shift=1e-30
---shift=nan --steps=100000000000000000000 --steps=1e3 --fps=2147483648 --fps=nan --seed=-1
+--shift=nan --steps=100000000000000000000 --steps=1e3 --steps=1001 --steps=10000000
+--frames=1000000 --frames=0 --size=99999x99999 --tile=1000000000 --fps=2147483648 --fps=nan --seed=-1
 --seed=9223372036854775808 --size=1x2x3 --size=\uff13\uff12 --out= --out=. --out=.. --out=a/..
 --out=a/ --out=.mp4 --ckpt= --wan= --wan=x --tile=0 --tile=256 --ste=4 --views=side --precision=fp8
 --solver=EULER""".split()
@@ -848,6 +852,206 @@ def test_many_prompts_are_written_in_rounds(tiny, tmp_path, monkeypatch):
     changed = [name for name in sorted(before) if before[name] != after[name]]
     assert changed == ["v-1.mp4", "v-1.png", "v-2.mp4"]
     assert not list(tmp_path.glob(".*"))  # nothing unfinished stays
+
+
+# ---------------------------------------------------------------------------------- stopped, and called again
+@pytest.fixture
+def prompts(tiny, pictures, tmp_path, monkeypatch):
+    """A folder to work in with jobs.jsonl, five videos of one step with and without references, in rounds of
+    two -> the arguments of sample.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "ROUND", 2)
+    for name in ("0_front.png", "0_left.png", "1_front.png"):
+        shutil.copy(pictures / name, tmp_path)
+    write_jobs(JOBS)
+    return ["--prompts", "jobs.jsonl", "--steps", "1", "--ckpt", str(tiny / "out" / "tiny"), "--out", "v"]
+
+
+JOBS = [{"prompt": "one person nods"}, {"prompt": "one person", "refs": [["0_front.png", "0_left.png"]]},
+        {"prompt": "zwei Leute, größer", "refs": [["0_front.png"], ["1_front.png"]], "seed": 7},
+        {"prompt": "one person nods", "seed": 1}, {"prompt": "one person", "refs": [["1_front.png"]]}]
+
+
+def write_jobs(jobs):
+    Path("jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+
+
+def written():
+    return {path.name: path.read_bytes() for path in Path().glob("v*")}
+
+
+def made_in(command, monkeypatch):
+    """Run sample.py -> how many videos it made."""
+    jobs, generate = [], sample.generate
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "generate", lambda m, e, some, *others: jobs.extend(some)
+                      or generate(m, e, some, *others))
+        sample.main(command)
+    return len(jobs)
+
+
+@pytest.mark.parametrize("nth, half", [(1, False), (2, True), (3, True), (4, False), (5, True)])
+def test_what_was_killed_goes_on_where_it_was(nth, half, prompts, monkeypatch, no_gpu):
+    """At the nth video, before it or while it is written."""
+    assert made_in(prompts, monkeypatch) == 5
+    undisturbed = written()
+    assert len(undisturbed) == 8
+    for name in undisturbed:
+        Path(name).unlink()
+
+    def stopped():
+        calls, write_video, replaced = [], sample.write_video, os.replace
+
+        def write(path, *others):
+            calls.append(path)
+            if len(calls) == nth:
+                os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                if not half:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            write_video(path, *others)
+            os.replace = replaced
+        sample.write_video = write
+        sample.main(prompts)
+    process = fork(stopped)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    kept = {name: Path(name).stat().st_mtime_ns for name in written() if name.endswith(".mp4")}
+    assert sorted(kept) == [f"v-{n}.mp4" for n in range(1, nth)]
+    assert made_in(prompts, monkeypatch) == 5 - len(kept)
+    assert written() == undisturbed
+    assert kept == {name: Path(name).stat().st_mtime_ns for name in kept}
+    assert made_in(prompts, monkeypatch) == 0 and written() == undisturbed
+    assert not list(Path().glob(".*"))  # neither halves nor a lock
+
+
+def with_job(n, **change):
+    write_jobs([{**job, **change} if i == n else job for i, job in enumerate(JOBS, 1)])
+
+
+def other_picture(name):
+    with Image.open(name) as picture:
+        picture.rotate(180).save(name)
+
+
+@pytest.mark.parametrize("change, flags, anew", [
+    (lambda: None, {}, []),
+    (lambda: with_job(1, prompt="one person nods."), {}, [1]),
+    (lambda: with_job(4, seed=2), {}, [4]),
+    (lambda: other_picture("0_left.png"), {}, [2]),
+    (lambda: other_picture("1_front.png"), {}, [3, 5]),
+    (lambda: with_job(3, refs=[["1_front.png"], ["0_front.png"]]), {}, [3]),
+    (lambda: with_job(2, refs=[["0_front.png"]]), {}, [2]),
+    (lambda: None, {"--seed": "3"}, [1, 2, 5]),  # those without their own
+    (lambda: None, {"--steps": "2"}, [1, 2, 3, 4, 5]),
+    (lambda: None, {"--guide-refs": "2"}, [1, 2, 3, 4, 5]),
+    (lambda: None, {"--fps": "8"}, [1, 2, 3, 4, 5]),
+    (lambda: os.rename("0_left.png", "also_left.png") or with_job(2, refs=[["0_front.png", "also_left.png"]]),
+     {}, [2]),  # its note says the files' names
+])
+def test_only_what_was_made_of_something_else_is_made_anew(change, flags, anew, prompts, monkeypatch):
+    sample.main(prompts)
+    before = {n: Path(f"v-{n}.mp4").stat().st_mtime_ns for n in range(1, 6)}
+    change()
+    flags = {**dict(zip(prompts[::2], prompts[1::2])), **flags}
+    assert made_in([part for flag in flags.items() for part in flag], monkeypatch) == len(anew)
+    assert [n for n in before if Path(f"v-{n}.mp4").stat().st_mtime_ns != before[n]] == anew
+
+
+def test_another_checkpoint_makes_all_anew(tiny, prompts, monkeypatch):
+    sample.main(prompts)
+    prompts[prompts.index("--ckpt") + 1] = str(tiny / "out" / "tiny" / "stage2")
+    assert made_in(prompts, monkeypatch) == 5
+
+
+def test_a_damaged_or_a_missing_file_alone_is_made_anew(prompts, monkeypatch):
+    sample.main(prompts)
+    before = written()
+    Path("v-3.mp4").unlink()
+    assert made_in(prompts, monkeypatch) == 1 and written() == before
+    Path("v-1.png").unlink()
+    assert made_in(prompts, monkeypatch) == 0 and written().keys() == before.keys()
+
+
+def test_two_calls_never_share_their_out(prompts, monkeypatch, no_gpu):
+    """The second is told so, and it works where it writes under another name, in the same folder too."""
+    def slow():
+        sample.generate = lambda *_: Path("began").touch() or time.sleep(60)
+        sample.main(prompts)
+    process = fork(slow)
+    try:
+        wait_for(Path("began").exists)
+        with pytest.raises(UserError, match=f"^v is in use by process {process.pid}: wait for it, or choose "
+                           "another --out$"):
+            sample.main(prompts)
+        sample.main([*prompts[:-1], "w"])
+    finally:
+        kill(process)
+    assert made_in(prompts, monkeypatch) == 5
+
+
+@pytest.mark.parametrize("name", ["v-2.mp4", "v-1.png", "v-5.png"])
+def test_a_file_of_the_users_is_refused_and_stays(name, prompts, monkeypatch):
+    monkeypatch.setattr(sample, "generate", None)
+    if name.endswith(".png"):
+        Image.new("RGB", (32, 32), "red").save(name)
+    else:
+        write_video(name, torch.zeros(3, 2, 32, 32), 4, "holiday")
+    before = Path(name).read_bytes()
+    with pytest.raises(UserError, match=f"^{name} was not made by this program and would be replaced"):
+        sample.main(prompts)
+    assert Path(name).read_bytes() == before and len(written()) == 1
+    Path(name).write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="was not made by this program"):
+        sample.main(prompts)
+    assert Path(name).read_bytes() == b"rubbish"
+
+
+def test_a_full_disk_keeps_what_was_made(prompts, monkeypatch):
+    real, calls = os.fsync, []
+
+    def fsync(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # the second video: the sheet comes first
+            raise FULL_DISK
+        return real(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left on device.*v-2.mp4"):
+            sample.main(prompts)
+    assert sorted(written()) == ["v-1.mp4", "v-1.png"] and not list(Path().glob(".*"))
+    assert made_in(prompts, monkeypatch) == 4
+
+
+def test_references_lie_beside_the_jsonl_or_as_before_in_the_working_folder(prompts, monkeypatch, capsys):
+    """The first alone says nothing, the second is said once."""
+    Path("set").mkdir()
+    for name in ("jobs.jsonl", "0_front.png", "0_left.png"):
+        shutil.move(name, "set")
+    prompts[1] = "set/jobs.jsonl"
+    sample.main(prompts)
+    said = [line for line in capsys.readouterr().out.splitlines() if "beside" in line]
+    assert said == ["set/jobs.jsonl: references are looked for beside it; 2 are not there and are taken from "
+                    "the working folder, 1_front.png first"]
+    before = written()
+    shutil.move("1_front.png", "set")
+    assert made_in(prompts, monkeypatch) == 0 and written() == before  # of the same content
+    assert "beside" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, says", [
+    ("gone_front.png", "gone_front.png: no such file"), ("text_front.png", "text_front.png: not a readable"),
+    ("cut_front.png", "cut_front.png: not a readable"), ("dot_front.png", "dot_front.png: 1 x 1 pixels"),
+    ("0.png", "which view is it"), ('0_front.png", "0_front.png', "second front view")])
+def test_a_bad_reference_in_the_last_line_is_found_before_the_first_step(name, says, prompts, monkeypatch):
+    monkeypatch.setattr(sample, "generate", None)
+    Path("text_front.png").write_text("no picture")
+    Path("cut_front.png").write_bytes(Path("0_front.png").read_bytes()[:200])
+    Image.new("RGB", (1, 1)).save("dot_front.png")
+    with open("jobs.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "x"}) + "\n" + f'{{"prompt": "last", "refs": [["{name}"]]}}\n')
+    with pytest.raises(UserError, match=says):
+        sample.main(prompts)
+    assert not written()
 
 
 def test_files_do_not_tell_where_they_were_made(tiny, pictures, tmp_path):
