@@ -23,10 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from cases import Case
-from checkpoint import UserError, sha256_of, source_hash
+from checkpoint import UserError, progress, sha256_of, source_hash
 from curate import EXTRACT, MIDDLE, ask, follow
 from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align, find_faces
 from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder, wrap
@@ -431,7 +430,7 @@ def run_cases(cases, folder, args, world, detector=None):
     lines, networks = read_results(path), None
     known, latest = by_key(lines), {line["case"]: line for line in lines}
     judge = args.judge_url and Judge(args.judge_url, args.judge_model)
-    for task in tqdm(tasks[world.rank::world.size], "measuring", unit=" videos", disable=None):
+    for task in progress(tasks[world.rank::world.size], "measuring", "videos"):
         result = known.get(task.key)
         if result is None and task.video and not networks:
             networks = (detector or BenchmarkFaces(args.faces, world.device),

@@ -1,13 +1,16 @@
 """What all scripts share, and every file that holds weights. Knows no network.
 
   errors and arguments   UserError, run_script, Parser and the types of its flags; precision
+  what is printed        progress: a bar on a terminal, lines elsewhere; Printable: no control characters
   files                  atomic_file and atomic_folder: written whole or not at all; lock; check_outputs
   weight files           any .safetensors or torch.save file, read tensor by tensor
   Wan's files            shards, the original and diffusers' names
   our checkpoints        a folder with safetensors and a readable checkpoint.json
 """
 import argparse
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +19,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -25,6 +29,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -41,6 +46,11 @@ def run_script(main, less_memory="a smaller job"):
     """Run main(); turn what a user can cause into one line that begins with the script's name.
     less_memory  what to try where memory ran out"""
     script = Path(sys.argv[0]).name
+    atexit.unregister(say_what_it_is)
+    for name in ("stdin", "stdout", "stderr"):  # one that is closed (2>&-) would make any print an error, and
+        if getattr(sys, name) is None:  # the next file that opens would get its number
+            setattr(sys, name, open(os.devnull, "r+"))
+    sys.stdout, sys.stderr = Printable(sys.stdout), Printable(sys.stderr)
 
     def fail(message, code=1):
         line = " ".join(str(message).split())
@@ -55,19 +65,106 @@ def run_script(main, less_memory="a smaller job"):
             sys.stdout.flush()  # aborted one in ten sharded trainings that had ended well
             sys.stderr.flush()
             os._exit(0)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
+    except KeyboardInterrupt as stop:
+        fail(str(stop) or "stopped", 130)
     except (MemoryError, torch.OutOfMemoryError) as error:
         cause = ". ".join(str(error).split(". ")[:2])
         fail(f"out of memory{cause and f' ({cause})'}; try {less_memory}")
     except (UserError, OSError, safetensors.SafetensorError) as error:
         fail(error)
     except RuntimeError as error:
-        if re.search("can't allocate memory|bad_alloc|out of memory|ALLOC_FAILED", str(error)):
+        if re.search("(can't|cannot) allocate memory|bad_alloc|out of memory|ALLOC_FAILED", str(error), re.I):
             fail(f"out of memory; try {less_memory}")  # torch's words, on a CPU and on a card
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
         fail("another process of this run has ended: its own message says why")
+
+
+@atexit.register
+def say_what_it_is(ours=Path(__file__).resolve().parent):
+    """A file of ours that is no script, asked for --help, says what it holds; run_script calls this off."""
+    file, words = Path(sys.argv[0]), sys.modules["__main__"].__doc__
+    if file.resolve().parent == ours and words and {"-h", "--help"} & set(sys.argv[1:]):
+        words = " ".join(words.split("\n\n")[0].split())
+        print(f"{file.name} is no command but a part of the others, which README.md lists: {words}")
+
+
+class Printable:
+    """A text stream without the control characters of a caption or a file name, which could write anything
+    anywhere on a terminal, and without an error where its encoding lacks a letter. What moves a bar of tqdm
+    comes on its own, or is a first \\r."""
+    MOVES = re.compile(r"(\n|\x1b\[A)*")
+    CONTROL = re.compile(r"(?!^\r)[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        if not self.MOVES.fullmatch(text):
+            text = self.CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+class progress:
+    """How far something is that takes long: a bar of tqdm on a terminal, elsewhere (nohup, Slurm) a line at
+    most `every` seconds, so that what takes less says nothing.
+
+    for item in progress(items, "measuring", "videos"): ...        counts the items
+    with progress(None, "encoding", "clips", total=90) as bar: bar.update(64)
+    done: how many were there before; show: does this process say anything; note: stands behind the numbers
+    """
+
+    def __init__(self, items, what, unit, total=None, done=0, show=True, every=30):
+        self.items, self.what, self.unit = items, what, unit
+        self.total = len(items) if total is None else total
+        self.done = self.first = done
+        self.every = every
+        self.began = self.said = time.monotonic()
+        self.note, self.lines, self.bar = "", show and not sys.stderr.isatty(), None
+        if show and not self.lines:
+            self.bar = tqdm(desc=what, unit=f" {unit}", total=self.total, initial=done, leave=None)
+
+    def update(self, n=1):
+        self.done += n
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.note, refresh=False)
+            self.bar.update(n)
+        elif self.lines and time.monotonic() - self.said >= self.every:
+            self.say()
+
+    def say(self):
+        """A line now, where there are lines."""
+        if self.lines and self.done > self.first:
+            self.said = time.monotonic()
+            each = (self.said - self.began) / (self.done - self.first)
+            left = round(each * (self.total - self.done))
+            left = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            print(f"{self.what}: {self.done} of {self.total} {self.unit}, {each:.3g} s each, {left}"
+                  + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
+
+    @staticmethod
+    def write(text, file=None):
+        """Print a line that leaves a bar whole."""
+        tqdm.write(text, file or sys.stdout)
+        (file or sys.stdout).flush()
+
+    def __iter__(self):
+        with self:
+            for item in self.items:
+                yield item
+                self.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
 
 
 def is_text(value):
@@ -207,20 +304,21 @@ def is_running(pid):
 
 
 @contextlib.contextmanager
-def lock(folder, wait=False):
+def lock(folder, wait=False, name=""):
     """Hold `folder` for this process and delete what killed ones left unfinished below it.
-    Raises UserError where another process holds it; with wait (caches), waits for that one to end."""
+    Raises UserError where another process holds it; with wait (caches), waits for that one to end. name: hold
+    only files that begin so."""
     folder = Path(folder)
     probe_writable(folder)
-    with open(folder / (".cache-lock" if wait else ".lock"), "a+") as file:
+    with open(folder / (".cache-lock" if wait else f".{name}{'.' * bool(name)}lock"), "a+") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)  # it is still empty where the holder has only just come
             if not wait:
-                raise UserError(f"{folder} is in use by process {file.read() or '?'}: "
-                                "wait for it, or choose another folder") from None
+                raise UserError(f"{folder / name} is in use by process {file.read() or '?'}: "
+                                f"wait for it, or choose another {'--out' if name else 'folder'}") from None
             print(f"waiting for process {file.read() or '?'}, which uses {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
@@ -275,8 +373,29 @@ def read_lines(path):
 
 
 def fingerprint(*parts):
-    """A name for what these JSON-able parts say: equal parts, equal names, on any machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    """A name for what these JSON-able parts say: equal parts, equal names, on any machine. A Path among them
+    counts with the content of its file, not with its name."""
+    text = json.dumps(parts, sort_keys=True, default=content_of)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def content_of(path):
+    """A hash of a file: of all of it, or, above 4 MiB, of its length, 1 MiB at each end (there a torch.save
+    file lists the checksums of its tensors) and 256 pages between. It tells one network from another in a
+    moment, and is no proof against damage."""
+    stat = os.stat(path)
+    return hash_parts(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def hash_parts(path, size, _):
+    ends, digest = 2**20, hashlib.sha256(str(size).encode())
+    parts = [(0, ends), *((size * i // 257, 4096) for i in range(1, 257)), (size - ends, ends)]
+    with open(path, "rb") as file:
+        for start, length in parts if size > 4 * ends else [(0, size)]:
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
 
 
 def source_hash(*modules):

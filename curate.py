@@ -37,11 +37,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
 from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, frame_rate, in_range,
-                        is_text, lock, nonempty, not_negative, probe_writable, read_lines, run_script,
-                        save_tensors, sha256_of)
+                        is_text, lock, nonempty, not_negative, probe_writable, progress, read_lines,
+                        run_script, save_tensors, sha256_of)
 from faces import Faces, find_faces, iou
 from manifest import PEOPLE
 from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
@@ -546,7 +545,7 @@ def ask_captions(entries, args):
     store, failed, in_a_row = args.out / "captions.jsonl", {}, 0
     known = {line["video"]: line["caption"] for line in read_lines(store)
              if is_text(line.get("video")) and is_text(line.get("caption"))}
-    for entry in tqdm(entries, desc="captions", unit=" clips", disable=None if args.caption_url else True):
+    for entry in progress(entries, "captions", "clips", show=bool(args.caption_url)):
         video = entry["video"]
         entry["caption"] = entry["caption"] or known.get(video) or ""
         if entry["caption"] or in_a_row == 10 or not args.caption_url:
@@ -734,7 +733,7 @@ def main(argv=None, detector=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = list(zip(names, folders))[args.shard[0] * ranks + rank::args.shard[1] * ranks]
     worked = False
-    for name, folder in tqdm(mine, desc="extract", unit=" videos", disable=None):
+    for name, folder in progress(mine, "extract", "videos"):
         if read_row(folder) is None:
             worked = True
             detector = detector or Faces(args.faces, args.device)

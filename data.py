@@ -21,11 +21,10 @@ import numpy as np
 import safetensors
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 import importers
 import manifest
-from checkpoint import Parser, UserError, in_range, nonempty, run_script
+from checkpoint import Parser, UserError, in_range, nonempty, progress, run_script
 from encode import encode_flags, encode_manifest, read_sample, read_settings, sample_path, unpack
 from rope import VIEWS
 
@@ -271,8 +270,8 @@ class Dataset:
             try:
                 return read_sample(self.folder, entry["name"], keys)
             except DAMAGE as error:
-                tqdm.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left out: "
-                           "delete its file and encode again")
+                progress.write(f"sample {entry['name']} ({entry['source']}) is damaged ({error}) and left "
+                               "out: delete its file and encode again")
                 self.broken.add(number)
         raise UserError(f"{self.folder}: no whole sample is left for views {views}: encode it again")
 

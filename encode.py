@@ -10,10 +10,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from checkpoint import (UserError, atomic_file, count, fingerprint, fraction, frame_rate, in_range, lock,
-                        nonempty, probe_writable, read_lines, uses_bf16)
+                        nonempty, probe_writable, progress, read_lines, uses_bf16)
 from encoders import WanEncoders
 from manifest import samples_of
 from parallel import World
@@ -79,7 +78,7 @@ def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, si
         with atomic_file(folder / "settings.json") as path:
             path.write_text(json.dumps(settings, indent=1))
     failed = {}
-    with tqdm(total=len(todo), desc="encoding", unit=" clips", disable=None if rank == 0 else True) as bar:
+    with progress(None, "encoding", "clips", total=len(todo), show=rank == 0) as bar:
         for first in range(0, len(todo), 64):  # so many at a time, as each network is loaded once for them
             batch = {name: named[name] for name in todo[first:first + 64]}
             failed |= encode_samples(batch, folder, encoders, settings)
@@ -177,7 +176,7 @@ def encode_samples(named, folder, encoders, settings):
                     add(tensors[name], name, sample)
             except UserError as error:
                 failed[name] = str(error)
-                tqdm.write(f"{sample.source} is left out: {error}", file=sys.stderr)
+                progress.write(f"{sample.source} is left out: {error}", file=sys.stderr)
     encoders.drop()
     return failed
 

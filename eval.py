@@ -27,15 +27,14 @@ from typing import NamedTuple
 # before torch starts its threads: beside another busy process, spinning ones made a toy step ten times longer
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
-from tqdm import tqdm
 
 import benchmark
 import cases as real_cases
 import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, find_checkpoint, frame_rate,
-                        in_range, lock, nonempty, probe_writable, read_meta, run_script, sha256_of,
-                        source_hash, uses_bf16)
+                        in_range, lock, nonempty, probe_writable, progress, read_meta, run_script,
+                        sha256_of, source_hash, uses_bf16)
 from curate import check_url
 from faces import Faces, RetinaFace
 from parallel import World
@@ -335,7 +334,7 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
         return {(line["case"], line.get("setting")): line for line in lines}
     results = stored()
     batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
-    for numbers in tqdm(batches, "evaluating", unit=" batches", disable=None):
+    for numbers in progress(batches, "evaluating", "batches"):
         for setting in (*plan.settings, None):
             missing = [n for n in numbers if (n, setting) not in results]
             if not missing:

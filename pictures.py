@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import textwrap
 import warnings
@@ -26,7 +27,8 @@ from rope import VIEWS
 class Job:
     """A video to make, and then the video. Pictures and videos are in -1..1."""
     prompt: str
-    references: list | None  # {view: picture [3, h, w]} per identity, {} for one without; None: plain Wan
+    # {view: picture [3, h, w], or the file that holds it} per identity, {} for one without; None: plain Wan
+    references: list | None
     seed: int = 0
     size: tuple = None  # (H, W) in pixels
     files: list = ()  # the references' file names, a list per identity
@@ -54,9 +56,9 @@ def to_image(picture, height, width=None):
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
-def read_picture(path, size, least=1):
-    """A picture file of at least `least` pixels a side -> [3, H, W] in -1..1, size (H, W): EXIF orientation,
-    alpha on white, Lanczos fit, white padding."""
+@contextlib.contextmanager
+def open_picture(path):
+    """Yield a file's PIL image, its header read; whatever goes wrong meanwhile is a UserError."""
     formats = f"a {', '.join(PICTURE_FORMATS)} file"
     if not Path(path).is_file():  # a pipe might never end
         problem = "not a file" if Path(path).exists() else "no such file"
@@ -65,10 +67,17 @@ def read_picture(path, size, least=1):
         with warnings.catch_warnings(action="ignore"):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=PICTURE_FORMATS) as file:  # of others, some start programs
-                image = ImageOps.exif_transpose(file)
-                image.load()
+                yield file
     except Exception as error:  # Pillow's readers raise a dozen kinds
         raise UserError(f"{path}: not a readable picture ({error}); expected {formats}") from None
+
+
+def read_picture(path, size, least=1):
+    """A picture file of at least `least` pixels a side -> [3, H, W] in -1..1, size (H, W): EXIF orientation,
+    alpha on white, Lanczos fit, white padding."""
+    with open_picture(path) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
     if min(image.size) < least:
         raise UserError(f"{path}: {image.width} x {image.height} pixels, expected at least {least} a side")
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
@@ -97,41 +106,69 @@ def view_of(argument):
     return words[0], argument
 
 
-def read_references(people, size):
-    """Picture files, a list per person -> [{view: [3, H, W]}]. size: (H, W)"""
+def name_references(job, most):
+    """A Job's files -> [{view: path}], of at most so many people. No pixels are read yet, which for thousands
+    of jobs would not fit into memory; that each file begins like a picture is known."""
+    if len(job.files) > most:
+        raise UserError(f"{len(job.files)} people (one --refs each) for {job.prompt[:40]!r}: "
+                        f"this checkpoint holds at most {most}")
     references = []
-    for files in people:
+    for files in job.files:
         views = {}
         for view, path in map(view_of, files):
             if view in views:
                 raise UserError(f"{path}: a second {view} view of the same person; "
                                 "give one picture a view, and one --refs a person")
-            views[view] = read_picture(path, size)
+            with open_picture(path):
+                views[view] = path
         references.append(views)
     return references
 
 
+def read_references(references, size):
+    """[{view: path, or a picture that is there}] -> [{view: picture [3, H, W]}]. size: (H, W)"""
+    return [{view: picture if torch.is_tensor(picture) else read_picture(picture, size)
+             for view, picture in views.items()} for views in references]
+
+
 def read_jobs(path, seed):
     """A JSONL file, one video a line: {"prompt": ..., "refs": [[files of person 1], ...], "seed": ...}, the
-    last two optional -> Jobs, their pictures not read yet. seed: of lines without one."""
+    last two optional -> Jobs, their pictures not read yet. Files are relative to the JSONL's folder; where
+    one is not there, to the working folder, as it once was. seed: of lines without one."""
     try:
         if path.exists() and not path.is_file():
             raise OSError("a pipe or folder")
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable text file ({error})") from None
-    jobs = []
+    jobs, elsewhere = [], []
     for n, line in enumerate(lines, 1):
         if line.strip():
             try:
-                jobs.append(read_job(line, seed))
+                job = read_job(line, seed)
+                found = [[beside(path.parent, file) for file in files] for files in job.files]
+                job.files = [[file for file, _ in files] for files in found]
+                elsewhere += [file for files in found for file, working in files if working]
+                jobs.append(job)
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f'{path} line {n}: expected {{"prompt": "...", "refs": [["front.png", ...], '
                                 f'...], "seed": 0}}, the last two optional; got {line[:60]} ({error})'
                                 ) from None
     if not jobs:
         raise UserError(f"{path} holds no prompt; expected one JSON object a line")
+    if elsewhere:
+        print(f"{path}: references are looked for beside it; {len(elsewhere)} are not there and are taken "
+              f"from the working folder, {elsewhere[0]} first")
     return jobs
+
+
+def beside(folder, file):
+    """A reference of a JSONL file in this folder -> where it is, as read_jobs says, and whether that is the
+    working folder."""
+    view, equals, name = file.partition("=")
+    view, name = (f"{view}=", name) if equals and view in VIEWS else ("", file)
+    elsewhere = not os.path.exists(folder / name) and os.path.exists(name)
+    return view + (name if elsewhere else str(folder / name)), elsewhere
 
 
 def read_job(line, seed):
@@ -169,6 +206,28 @@ def write_video(path, video, fps=16, comment="", crf=19):
             picture = to_image(video[:, f], grow * height, grow * width)
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
+
+
+def notes_in(path):
+    """What a video or contact sheet of ours says of how each video was made; nothing, or something else, of
+    any other file."""
+    try:
+        if Path(path).suffix == ".png":
+            with Image.open(path, formats=["PNG"]) as sheet:
+                return list(sheet.text.values())
+        with open_video(path) as (container, _):
+            return [container.metadata.get("comment", "")]
+    except Exception:  # a dozen kinds, and none that we wrote
+        return []
+
+
+def check_ours(paths):
+    """UserError where a file that would be replaced is none that we made."""
+    for path in filter(os.path.exists, paths):
+        notes = notes_in(path)
+        if not notes or not all(note.startswith('{"prompt": ') for note in notes):
+            raise UserError(f"{path} was not made by this program and would be replaced: move it away, or "
+                            "choose another --out")
 
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".flv")

@@ -9,6 +9,7 @@ One --refs per person, in the caption's order. A file's view is the word front, 
 name, or view=path. Writes OUT.mp4 and OUT.png, a contact sheet with the references on the left and the frames
 on the right.
 """
+import contextlib
 import functools
 import json
 import math
@@ -20,19 +21,20 @@ from pathlib import Path
 import torch
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
 import data
 import toy
 from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, check_files, check_outputs, count,
-                        expert_folders, find_checkpoint, frame_rate, in_range, nonempty, probe_writable,
-                        read_meta, run_script, save_checkpoint, seed_number, uses_bf16)
+                        expert_folders, find_checkpoint, fingerprint, frame_rate, in_range, lock, nonempty,
+                        probe_writable, progress, read_meta, run_script, save_checkpoint, seed_number,
+                        source_hash, uses_bf16, wan_files)
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
 from lora import apply_lora, check_lora, read_lora_argument
 from model import DiTConfig, check_checkpoint, load_checkpoint, load_wan, wan_on_meta
 from parallel import Ulysses, World
-from pictures import Job, contact_sheet, picture_size, read_jobs, read_references, view_of, write_video
+from pictures import (Job, check_ours, contact_sheet, from_bytes, name_references, notes_in, picture_size,
+                      read_frames, read_jobs, read_references, view_of, write_video)
 from rope import VIEWS
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -46,6 +48,8 @@ SAMPLE_RECIPES = {
                    negative=NEGATIVE_PROMPT),
 }
 BOUNDARY = 0.875  # where Wan2.2's experts change, as a share of t's range
+# what a video depends on, besides what it is made of: a change of these files may change it
+VIDEO_CODE = ("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "text", "toy")
 ROUND = 16  # videos that are made together, one network after the other, and written before the next ones
 
 
@@ -214,7 +218,7 @@ def generate(model, encoders, jobs, recipe, frames, batch=1):
     noise = data.noise_of(shape, [torch.Generator().manual_seed(job.seed) for job in jobs]).to(model.device)
     solutions = [solving(x, recipe["steps"], recipe["shift"], recipe["solver"]) for x in noise.split(batch)]
     states = [next(solution) for solution in solutions]  # x and t of each part
-    bar = tqdm(total=len(jobs) * recipe["steps"], desc="sampling", unit=" steps", disable=None, leave=None)
+    bar = progress(None, "sampling", "steps", total=len(jobs) * recipe["steps"])
 
     def denoise(i, expert):
         """The steps of part i that an expert makes; what references keep for them goes when it ends."""
@@ -383,7 +387,8 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
 
 # --------------------------------------------------------------------------------------------------- the jobs
 def make_jobs(args, found, frames, size):
-    """What --prompts, --prompt, --refs, --views and --swap ask for, as Jobs with their pictures."""
+    """What --prompts, --prompt, --refs, --views and --swap ask for, as Jobs whose references are files, or
+    the toy's pictures."""
     is_toy = found.kind == "toy"
     # a base model or the stage t2v has never seen a reference
     views = args.views or (() if found.meta.get("name") == "t2v" else None)
@@ -401,14 +406,11 @@ def make_jobs(args, found, frames, size):
     else:
         raise UserError("--prompt is missing: say what happens")
     for job in jobs:
-        if len(job.files) > found.config.max_identities:
-            raise UserError(f"{len(job.files)} people (one --refs each) for {job.prompt[:40]!r}: "
-                            f"this checkpoint holds at most {found.config.max_identities}")
         if job.files and not found.meta:
             raise UserError("this checkpoint is plain Wan, which has never seen references: "
                             "give one that train.py made, or leave --refs out")
         if job.files:
-            job.references = read_references(job.files, size)
+            job.references = name_references(job, found.config.max_identities)
         elif job.references is None and is_toy:  # people that training never saw
             cast = (0, 1) if "two people" in job.prompt else (0,)
             job.references = toy.held_out_references(cast, VIEWS if views is None else views, size[0])
@@ -524,6 +526,7 @@ def output_files(args, jobs, per_round=ROUND):
     out = args.out.removesuffix(".mp4").removesuffix(".png")
     if os.path.basename(out) in ("", ".", ".."):
         raise UserError(f"--out {args.out!r}: expected the name of a file to write, without suffix")
+    args.out = out
     names = [out] if len(jobs) == 1 else [f"{out}-{n}" for n in range(1, len(jobs) + 1)]
     videos = [f"{name}.mp4" for name in names]
     sheets = [f"{name}.png" for name in (names[::per_round] if len(jobs) > per_round else [out])]
@@ -531,7 +534,33 @@ def output_files(args, jobs, per_round=ROUND):
     inputs += [args.prompts] if args.prompts else []
     probe_writable(os.path.dirname(out))
     check_outputs([*videos, *sheets], inputs)
+    check_ours([*videos, *sheets])
     return videos, sheets
+
+
+def made_with(found, encoders, recipe, frames, bf16, tile=None, loras=()):
+    """A name for what all videos of a call depend on: networks by their contents, settings, code."""
+    trained = [read_meta(network) for network in filter(is_trained, found.networks)]
+    networks = [(meta["sha256"], meta["config"], meta.get("base")) for meta in trained]
+    networks += [Path(file) for network in found.networks if not is_trained(network)
+                 for file in wan_files(network)]
+    if found.config.is_wan:
+        networks += [encoders.path(kind, False) for kind in encoders.FILES]
+        networks.append(encoders.tokenizer.model.serialized_model_proto().hex())
+    loras = [(Path(file), scale, only) for file, scale, only in loras]
+    return fingerprint(networks, loras, recipe, frames, bf16, tile, source_hash(*VIDEO_CODE))
+
+
+def note_of(job, recipe, frames, ckpt, made):
+    """What a video's file says of how it was made, as JSON: what a person can read, and the fingerprint of
+    all that it depends on. made: made_with's"""
+    refs = [{view: picture.tolist() if torch.is_tensor(picture) else Path(picture)
+             for view, picture in views.items()} for views in job.references or ()]
+    names = [[Path(view_of(file)[1]).name for file in files] for files in job.files]
+    how = {"prompt": job.prompt, "seed": job.seed, "refs": names, "frames": frames, "size": job.size,
+           "ckpt": Path(os.path.abspath(ckpt)).name, **recipe,  # not this machine's folders
+           "made_of": fingerprint(job.prompt, job.seed, job.size, job.references is None, refs, made)}
+    return json.dumps(how, ensure_ascii=False)
 
 
 def make_round(model, encoders, jobs, recipe, frames):
@@ -542,22 +571,26 @@ def make_round(model, encoders, jobs, recipe, frames):
             job.video = video
 
 
-def write_round(jobs, recipe, frames, ckpt, videos, sheet):
-    """Write these jobs' videos and their contact sheet; each file tells how its video was made."""
-    info = PngInfo()
-    for n, (job, path) in enumerate(zip(jobs, videos), 1):
-        refs = [[Path(view_of(file)[1]).name for file in files] for files in job.files]
-        how = {"prompt": job.prompt, "seed": job.seed, "refs": refs, "frames": frames, "size": job.size,
-               "ckpt": Path(os.path.abspath(ckpt)).name, **recipe}  # not this machine's folders
-        how = json.dumps(how, ensure_ascii=False)
-        info.add_itxt(f"video {n}", how)
-        write_video(path, job.video, recipe["fps"], how)
-    with atomic_file(sheet) as path:
-        contact_sheet(jobs).save(path, "PNG", pnginfo=info)
+def write_round(jobs, notes, videos, sheet, fps):
+    """Write the videos of those jobs that have one, and the sheet of all, if it is not there. The sheet comes
+    first: had a kill left videos without it, it would be drawn from their files, in other bits."""
+    made = [job.video is not None for job in jobs]
+    if notes_in(sheet) != notes:
+        info = PngInfo()
+        for n, (job, note, path) in enumerate(zip(jobs, notes, videos), 1):
+            info.add_itxt(f"video {n}", note)
+            if job.video is None:
+                pictures = [from_bytes(torch.from_numpy(picture)) for picture in read_frames(path, fps)]
+                job.video = torch.stack(pictures).permute(3, 0, 1, 2)
+        with atomic_file(sheet) as path:
+            contact_sheet(jobs).save(path, "PNG", pnginfo=info)
+    for job, note, path, new in zip(jobs, notes, videos, made):
+        if new:
+            write_video(path, job.video, fps, note)
 
 
 def main(argv=None):
-    world = World.join()
+    world, held = World.join(), contextlib.ExitStack()
     with world.one_voice():
         args = arguments(argv)
         if args.export:
@@ -583,21 +616,37 @@ def main(argv=None):
                                need_vit, args.lora, ulysses)
         for text in [*(job.prompt for job in jobs), recipe["negative"]]:
             check_prompt(encoders, found, text)
+        if world.rank == 0:
+            held.enter_context(lock(os.path.dirname(args.out), name=os.path.basename(args.out)))
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
+    world.barrier()  # rank 0 holds the name
+    made = made_with(found, encoders, recipe, frames, uses_bf16(model.device, args.precision), args.tile,
+                     args.lora)
     writes = world.rank == 0 or not ulysses
-    for n in range(world.rank % ranks, len(sheets), ranks):
-        start, part = time.perf_counter(), slice(n * per_round, (n + 1) * per_round)
-        with world.one_voice():
-            make_round(model, encoders, jobs[part], recipe, frames)
+    mine = range(world.rank % ranks, len(sheets), ranks)
+    parts = [slice(n * per_round, (n + 1) * per_round) for n in mine]
+    total = sum(len(jobs[part]) for part in parts)
+    with held, progress(None, "sampling", "videos", total, show=world.rank == 0) as bar:
+        for n, part in zip(mine, parts):
+            start = time.perf_counter()
+            with world.one_voice():
+                notes = [note_of(job, recipe, frames, args.ckpt, made) for job in jobs[part]]
+                missing = [notes_in(path) != [note] for path, note in zip(videos[part], notes)]
+                missing = world.agree(missing) if ulysses else missing
+                if any(missing) or notes_in(sheets[n]) != notes:  # pictures are read now, of these jobs only
+                    shown = [replace(job, references=job.references and read_references(job.references, size))
+                             for job in jobs[part]]
+                    todo = [job for job, new in zip(shown, missing) if new]
+                    make_round(model, encoders, todo, recipe, frames)
+                    if writes:
+                        write_round(shown, notes, videos[part], sheets[n], recipe["fps"])
+            took = time.perf_counter() - start
+            how = (f"in {took:.1f} s, {took / sum(missing) / recipe['steps']:.3g} seconds a step"
+                   if any(missing) else "kept: made of the same before")
             if writes:
-                write_round(jobs[part], recipe, frames, args.ckpt, videos[part], sheets[n])
-        for job in jobs[part]:
-            job.video = None  # 10,000 videos do not fit into memory
-        took = time.perf_counter() - start
-        if writes:
-            print(f"{', '.join(videos[part])} and {sheets[n]} in {took:.1f} s, "
-                  f"{took / len(jobs[part]) / recipe['steps']:.3g} seconds a step", flush=True)
+                progress.write(f"{', '.join(videos[part])} and {sheets[n]} {how}")
+            bar.update(len(jobs[part]))
     world.leave()
 
 

@@ -18,10 +18,9 @@ import safetensors.torch
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checkpoint import (Parser, UserError, atomic_file, atomic_folder, frame_rate, in_range, lock, nonempty,
-                        probe_writable, run_script, save_tensors, source_hash)
+                        probe_writable, progress, run_script, save_tensors, source_hash)
 from encode import encode
 from encoders import UMT5, DINOv2, Tokenizer
 from manifest import Sample
@@ -532,7 +531,7 @@ def render_training(clips, identities, n_people, size, frames, pairs):
     """Clips that show these identities, and their references: {"video", "refs"} as in render_cache."""
     n = len(clips)
     videos, pictures = [], []
-    for i in tqdm(range(0, n, 64), desc=f"rendering clips of {n_people}", unit=" x 64", disable=None):
+    for i in progress(range(0, n, 64), f"rendering clips of {n_people}", "x 64"):
         chunk = clips[i:i + 64]
         index = torch.arange(i, i + len(chunk))
         cast = [pick(identities, index + k * n) for k in range(n_people)]

@@ -24,8 +24,8 @@ from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
 
 import pictures
 from checkpoint import lock
-from pictures import (Job, contact_sheet, from_bytes, picture_size, read_frames, read_jobs, read_picture,
-                      read_references, to_bytes, to_image, view_of, watch_decoder, write_video)
+from pictures import (Job, contact_sheet, from_bytes, name_references, picture_size, read_frames, read_jobs,
+                      read_picture, read_references, to_bytes, to_image, view_of, watch_decoder, write_video)
 from rope import UserError
 
 
@@ -71,11 +71,13 @@ def test_a_person_has_each_view_once(tmp_path):
     for name in ("a_front.png", "b_front.png", "b_left.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     files = [[str(tmp_path / "a_front.png")], [str(tmp_path / "b_front.png"), str(tmp_path / "b_left.png")]]
-    people = read_references(files, (16, 8))
+    people = read_references(name_references(Job("x", None, files=files), 2), (16, 8))
     assert [tuple(views) for views in people] == [("front",), ("front", "left")]
     assert people[1]["left"].shape == (3, 16, 8)
     with pytest.raises(UserError, match="b_front.png: a second front view of the same person"):
-        read_references([[files[0][0], files[1][0]]], (8, 8))
+        name_references(Job("x", None, files=[[files[0][0], files[1][0]]]), 2)
+    with pytest.raises(UserError, match="2 people .* holds at most 1"):
+        name_references(Job("x", None, files=files), 1)
 
 
 def test_pictures_are_turned_flattened_and_fitted(tmp_path):
@@ -492,7 +494,8 @@ def test_a_jobs_file_is_a_video_a_line(tmp_path):
     jobs = read_jobs(jobs_file(tmp_path, text), 9)
     assert [job.prompt for job in jobs] == [line["prompt"] for line in lines]
     assert [job.seed for job in jobs] == [9, 5, 9]
-    assert [job.files for job in jobs] == [[], lines[1]["refs"], []]
+    beside = [[f"{tmp_path}/a_front.png", f"left={tmp_path}/b.png"], [f"{tmp_path}/c_back.png"]]
+    assert [job.files for job in jobs] == [[], beside, []]
     assert all(job.references is None for job in jobs)
 
 

@@ -16,12 +16,13 @@ from conftest import ROOT, WAN_SMALL, call, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import pictures as pictures_module
 import sample
 import toy
-from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
+from checkpoint import UserError, find_checkpoint, lock, save_checkpoint, sha256_of
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from model import CONFIGS, DiTConfig, HarmoView, load_wan, wan_on_meta
-from pictures import Job, contact_sheet, to_image
+from pictures import Job, contact_sheet, to_image, write_video
 from rope import VIEWS
 from train import STAGES
 
@@ -338,6 +339,7 @@ def test_swap_exchanges_the_references_and_keeps_the_noise(tiny, tmp_path, monke
     assert all((tmp_path / name).exists() for name in ("s-1.mp4", "s-2.mp4"))
     with Image.open(tmp_path / "s.png") as sheet:
         notes = [json.loads(sheet.text[f"video {i}"]) for i in (1, 2)]
+    assert notes[0].pop("made_of") != notes[1].pop("made_of")
     assert notes[0] == notes[1] and notes[0]["seed"] == 0
 
 
@@ -651,7 +653,7 @@ def test_bad_input_gets_one_clear_line(arguments, says, tiny, broken, monkeypatc
     with pytest.raises(UserError) as error:
         sample.main(arguments)
     assert re.search(says, str(error.value)) and "\n" not in str(error.value)
-    files = sorted(p.name for p in broken.rglob("*") if p.is_file())
+    files = sorted(p.name for p in broken.rglob("*") if p.is_file() and p.suffix != ".lock")
     assert files == [
         "cut_front.png",
         "flat.jsonl",
@@ -765,7 +767,7 @@ def test_junk_in_a_checkpoint_is_one_short_line(edit, says, export, tiny, tmp_pa
         what = ["--export", "new"] if export else ["--prompt", "x", "--steps", "1", "--out", "x"]
         sample.main(["--ckpt", "ckpt", *what])
     assert re.search(says, str(error.value)) and len(str(error.value)) < 400
-    assert [path.name for path in Path().iterdir()] == ["ckpt"]
+    assert [path.name for path in Path().iterdir() if path.suffix != ".lock"] == ["ckpt"]
 
 
 def cut(name):
@@ -837,8 +839,134 @@ def test_many_prompts_are_written_in_rounds(tiny, tmp_path, monkeypatch):
         sample.main([*command, "--seed", "1"])
     after = {path.name: path.read_bytes() for path in tmp_path.glob("v-*")}
     changed = [name for name in sorted(before) if before[name] != after[name]]
-    assert changed == ["v-1.mp4", "v-1.png", "v-2.mp4", "v-3.mp4", "v-4.mp4"]
-    assert not list(tmp_path.glob(".*"))  # nothing unfinished stays
+    assert changed == ["v-1.mp4", "v-1.png", "v-2.mp4"]  # a sheet comes before its videos
+    assert [path.name for path in tmp_path.glob(".*")] == [".v.lock"]  # nothing unfinished stays
+
+
+@pytest.fixture
+def five(tiny, pictures, tmp_path, monkeypatch):
+    """A folder with five prompts, some with references; the command that makes them, in rounds of two; and
+    what it makes undisturbed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "ROUND", 2)
+    for name in ("0_front.png", "0_left.png", "1_front.png"):
+        shutil.copy(pictures / name, name)
+    refs = [[], [["0_front.png", "0_left.png"]], [["0_front.png"], ["1_front.png"]], [["front=1_front.png"]], []]
+    lines = [{"prompt": f"one person {n}", "refs": files, "seed": n} for n, files in enumerate(refs)]
+    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["--prompts", "jobs.jsonl", "--steps", "1", "--ckpt", str(tiny / "out" / "tiny"), "--out"]
+    sample.main([*command, "whole"])
+    return tmp_path, command, made(tmp_path, "whole")
+
+
+def made(folder, name):
+    return {path.name.removeprefix(name): path.read_bytes() for path in folder.glob(f"{name}-*")}
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2, 3, 5, 7])  # after so many files
+def test_prompts_go_on_where_they_were_stopped(stopped, five, monkeypatch, capsys):
+    """With the same bytes, and nothing is made twice."""
+    folder, command, whole = five
+    assert len(whole) == 8
+    replaced, os_replace = [], os.replace
+
+    def replace_until_the_kill(*names):
+        if len(replaced) == stopped:
+            raise SystemExit
+        replaced.append(names)
+        os_replace(*names)
+    monkeypatch.setattr(os, "replace", replace_until_the_kill)
+    with pytest.raises(SystemExit):
+        sample.main([*command, "v"])
+    monkeypatch.setattr(os, "replace", os_replace)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("v-*")}
+    assert len(before) == stopped
+    generated, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate",
+                        lambda *given: generated.extend(given[2]) or generate(*given))
+    sample.main([*command, "v"])
+    assert made(folder, "v") == whole
+    assert len(generated) == 5 - sum(name.endswith("mp4") for name in before)
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
+    capsys.readouterr()
+    monkeypatch.setattr(sample, "generate", None)
+    sample.main([*command, "v"])
+    assert capsys.readouterr().out.count("kept: made of the same before") == 3
+
+
+@pytest.mark.parametrize("change", ["prompt", "seed", "picture", "steps", "deleted"])
+def test_what_changed_is_made_again_and_nothing_else(change, five, monkeypatch):
+    folder, command, _ = five
+    lines = [json.loads(line) for line in Path("jobs.jsonl").read_text().splitlines()]
+    expected = {"1"}
+    if change == "picture":
+        shutil.copy("1_front.png", "0_left.png")
+    elif change == "steps":
+        command, expected = ["--steps", "2", *[word for word in command if word not in ("--steps", "1")]], set("01234")
+    elif change == "deleted":
+        (folder / "whole-2.mp4").unlink()
+    else:
+        lines[1][change] = {"prompt": "another", "seed": 9}[change]
+        expected = {str(lines[1]["seed"])} if change == "seed" else expected
+        Path("jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    generated, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate",
+                        lambda *given: generated.extend(given[2]) or generate(*given))
+    sample.main([*command, "whole"])
+    assert {str(job.seed) for job in generated} == expected
+
+
+@pytest.mark.parametrize("name", ["v-2.mp4", "v-1.png", "v-5.png"])
+def test_a_file_of_the_user_is_not_replaced(name, five, monkeypatch):
+    folder, command, _ = five
+    if name.endswith(".png"):
+        shutil.copy("0_front.png", name)
+    else:
+        write_video(folder / name, torch.zeros(3, 4, 32, 32), comment="my holiday")
+    before = (folder / name).read_bytes()
+    monkeypatch.setattr(sample, "generate", None)
+    with pytest.raises(UserError, match=f"{name} was not made by this program"):
+        sample.main([*command, "v"])
+    assert (folder / name).read_bytes() == before and len(list(folder.glob("v-*"))) == 1
+
+
+def test_two_calls_do_not_share_a_name(five):
+    folder, command, whole = five
+    with lock(folder, name="v"):
+        with pytest.raises(UserError, match="v is in use by process .*: wait for it, or choose another --out"):
+            sample.main([*command, "v"])
+        sample.main([*command, "w"])  # another name in the same folder is free
+    assert made(folder, "v") == {} and made(folder, "w") == whole
+
+
+def test_pictures_are_read_when_their_video_is_due(five, monkeypatch):
+    """Ten thousand prompts with their pictures do not fit into memory; a file that is none is found at once."""
+    folder, command, _ = five
+    read, generate = [], sample.generate
+    monkeypatch.setattr(pictures_module, "read_picture",
+                        lambda path, size: read.append(path) or torch.zeros(3, *size))
+    counts = []
+    monkeypatch.setattr(sample, "generate", lambda *given: counts.append(len(read)) or generate(*given))
+    sample.main([*command, "v"])
+    assert counts == [2, 4, 5, 5] or counts == [2, 5, 5, 5] or counts[0] == 2 and counts[-1] == 5
+    Path("1_front.png").write_text("no picture")
+    monkeypatch.setattr(sample, "load", None)
+    with pytest.raises(UserError, match="1_front.png: not a readable picture"):
+        sample.main([*command, "w"])
+
+
+def test_references_are_relative_to_the_jsonl_and_else_to_the_working_folder(five, monkeypatch, capsys):
+    folder, command, whole = five
+    (folder / "sub").mkdir()
+    (folder / "jobs.jsonl").rename(folder / "sub" / "jobs.jsonl")
+    command = [command[0], "sub/jobs.jsonl", *command[2:]]
+    sample.main([*command, "v"])
+    assert "sub/jobs.jsonl: references are looked for beside it; 5 are not there" in capsys.readouterr().out
+    assert made(folder, "v") == whole
+    for name in ("0_front.png", "0_left.png", "1_front.png"):
+        (folder / name).rename(folder / "sub" / name)
+    sample.main([*command, "w"])
+    assert "working folder" not in capsys.readouterr().out and made(folder, "w") == whole
 
 
 def test_files_do_not_tell_where_they_were_made(tiny, pictures, tmp_path):
