@@ -552,12 +552,13 @@ def compare(folders, out):
     if not common:
         raise UserError(f"no case was measured in all of them by the same rules (results: {counts}): measure "
                         "again with the same cases, --faces, --fps and version of the code")
-    heading = f"{len(common)} cases that all systems measured by the same rules; results: {counts}"
+    heading = (f"{len(common)} cases that all systems measured by the same rules; results: {counts}; "
+               "* the interval of the difference is without 0")
     groups = {name: groups_of([found[key] for key in common]) for name, found in systems.items()}
     lines, plots = compare_table(groups), []
     for label in next(iter(groups.values())):
         plots += identity_plots({name: own[label] for name, own in groups.items()}, f", {label}")
-    print(f"{heading}; * the interval of the difference is without 0\n{in_columns(lines)}")
+    print(f"{heading}\n{in_columns(lines)}")
     write_page(out / "compare.html", "real benchmark: systems side by side", heading, list(zip(*lines)),
                METRICS, plots, [])
     print(out / "compare.html")

@@ -137,14 +137,15 @@ class progress:
         elif self.lines and time.monotonic() - self.said >= self.every:
             self.say()
 
-    def say(self):
-        """A line now, where there are lines."""
-        if self.lines and self.done > self.first:
+    def say(self, done=None):
+        """A line now, where there are lines. done: where it is not counted yet"""
+        done = done or self.done
+        if self.lines and done > self.first:
             self.said = time.monotonic()
-            each = (self.said - self.began) / (self.done - self.first)
-            left = round(each * (self.total - self.done))
+            each = (self.said - self.began) / (done - self.first)
+            left = round(each * (self.total - done))
             left = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-            print(f"{self.what}: {self.done} of {self.total} {self.unit}, {each:.3g} s each, {left}"
+            print(f"{self.what}: {done} of {self.total} {self.unit}, {each:.3g} s each, {left}"
                   + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
 
     @staticmethod

@@ -248,6 +248,13 @@ class Dataset:
             raise UserError(f"{sample_path(self.folder, 'empty')} is damaged ({error}): delete it, and "
                             "encode again") from None
 
+    def commonest_shape(self):
+        """The shape (C, T, H, W) that most of the latents have."""
+        counts = collections.Counter()
+        for (shape, _), clips in self.sampler.groups.items():
+            counts[shape] += len(clips)
+        return counts.most_common(1)[0][0]
+
     def entry(self, number):
         """A line of index.jsonl."""
         with open(self.folder / "index.jsonl", "rb") as file:

@@ -33,17 +33,18 @@ import cases as real_cases
 import data
 import toy
 from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, find_checkpoint, frame_rate,
-                        in_range, lock, nonempty, probe_writable, progress, read_meta, run_script,
-                        sha256_of, source_hash, uses_bf16)
+                        in_range, lock, nonempty, probe_writable, progress, run_script, source_hash,
+                        uses_bf16)
 from curate import check_url
 from faces import Faces, RetinaFace
 from parallel import World
-from pictures import Job, from_bytes, open_video, picture_size, read_picture, to_bytes, wrap, write_video
+from pictures import (Job, check_ours, from_bytes, notes_in, picture_size, read_references, to_bytes, wrap,
+                      write_video)
 from report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval, mean,
                     one, per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
-from sample import (ROUND, SAMPLE_RECIPES, check_prompt, default_checkpoint, find, frames_and_size, generate,
-                    load, make_round, override, recipe_flags)
+from sample import (ROUND, SAMPLE_RECIPES, VIDEO_CODE, check_prompt, default_checkpoint, find,
+                    frames_and_size, generate, load, made_with, make_round, note_of, override, recipe_flags)
 
 CASES = 100
 # views given; in "described" none, but a caption that tells the people's looks
@@ -54,8 +55,6 @@ ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
 YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested yaw; the nearest one wins
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
-# what a video depends on, and what the numbers do
-VIDEO_CODE = ("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "text", "toy")
 CODE = (*VIDEO_CODE, "encode", "eval")
 
 
@@ -454,59 +453,51 @@ def sample_cases(cases, args, world):
         raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
                         "train.py made")
     probe_writable(folder)
-    weights = [read_meta(network)["sha256"] for network in found.networks]
-    bf16 = uses_bf16(world.device, args.precision)
-    code = source_hash(*VIDEO_CODE)
     model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
                            need_vit=found.config.vit_dim > 0)
+    made = made_with(found, encoders, recipe, frames, uses_bf16(world.device, args.precision), args.tile)
 
     def job_of(case):
-        """A case as a Job with its pictures, which says in its note what the video is made of."""
+        """A case as a Job, and the note of its video. UserError where it cannot be made."""
         if len(case.refs) > found.config.max_identities:
             raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
                             f"{found.config.max_identities}")
         check_prompt(encoders, found, case.prompt)
-        references = [{view: read_picture(file, size) for view, file in views.items()}
-                      for views in case.refs]
-        files = [{view: sha256_of(file) for view, file in views.items()} for views in case.refs]
-        note = json.dumps([case.prompt, case.seed, files, frames, size, recipe, weights, bf16, args.wan,
-                           args.tile, code])
+        files = [[f"{view}={file}" for view, file in views.items()] for views in case.refs]
         shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
-        return Job(case.prompt, references, case.seed, shape, note=hashlib.sha256(note.encode()).hexdigest())
+        job = Job(case.prompt, case.refs, case.seed, shape, files)
+        note = note_of(job, recipe, frames, args.ckpt, made)
+        return replace(job, references=read_references(case.refs, size)), note
     checked, todo = [], []
     for case in cases:
         try:
-            if not case.fault and not is_made(folder / f"{case.id}.mp4", job_of(case).note):
+            if not case.fault and notes_in(folder / f"{case.id}.mp4") != [job_of(case)[1]]:
                 todo.append(case)
-        except UserError as error:
+        except (UserError, OSError) as error:
             case = case._replace(fault=str(error))
         checked.append(case)
+    check_ours([folder / f"{case.id}.mp4" for case in todo])
     world.barrier()  # all have looked before anybody writes
     mine = todo[world.rank::world.size]
-    for start in range(0, len(mine), ROUND):
-        jobs = [job_of(case) for case in mine[start:start + ROUND]]
-        make_round(model, encoders, jobs, recipe, frames)
-        for case, job in zip(mine[start:], jobs):
-            write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
+    with progress(None, "sampling", "videos", len(mine), show=world.rank == 0) as bar:
+        for start in range(0, len(mine), ROUND):
+            jobs, notes = zip(*map(job_of, mine[start:start + ROUND]))
+            make_round(model, encoders, jobs, recipe, frames)
+            for case, job, note in zip(mine[start:], jobs, notes):
+                write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], note)
+            bar.update(len(jobs))
     world.barrier()
     return folder, checked
-
-
-def is_made(path, note):
-    """Is there a whole video with this comment."""
-    try:
-        with open_video(path) as (container, _):
-            return container.metadata.get("comment") == note
-    except UserError:
-        return False
 
 
 def run_real(args, world, detector=None):
     start, args.out = time.perf_counter(), Path(args.out)
     page = args.out / "report.html"
     world.barrier()  # rank 0 holds the folder
-    check_outputs([page, args.out / "cases_measured.jsonl"], [args.cases])
     cases, folder = real_cases.read_cases(args.cases), args.videos
+    inputs = [args.cases, *(file for case in cases if not case.fault for file in benchmark.files_of(case))]
+    outputs = [] if folder else [args.out / "videos" / f"{case.id}.mp4" for case in cases]
+    check_outputs([page, args.out / "cases_measured.jsonl", *filter(Path.exists, outputs)], inputs)
     pattern = Faces.FILES[RetinaFace]
     if not detector and not any(args.faces.glob(pattern)):  # said before hours of sampling
         raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")

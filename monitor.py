@@ -25,6 +25,7 @@ from rope import VIEWS
 
 GIB = 2**30
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of a validation, of the law that training draws from
+PATIENCE = 3000  # seconds for a sample sheet
 VALID_CLIPS = 4  # of each kind, in a validation
 GIVEN = {"no references": ((),)} | {f"{n} view{'s' * (n > 1)}": (VIEWS[:n],) for n in range(1, 5)}
 GIVEN |= {"two people": (("front",), ("front",))}
@@ -228,16 +229,25 @@ def draw_losses(out, stage):
 
 
 # ----------------------------------------------------------------------------------------------------- sheets
-def write_samples(folder, step, last, args, config):
+def write_samples(folder, step, last, args, config, shape):
     """What a user would run on the newest checkpoint of a stage, as a process of its own, since training does
     not import sample.py. There is none for Wan without prompts, none of sharded weights before a stage's end,
-    and none of one expert alone."""
+    and none of one expert alone. shape: of the set's latents, which for Wan decide the sheet's size"""
     prompts = ["--prompts", args.sample_prompts] if args.sample_prompts else []
     if args.no_samples or args.expert or config.is_wan and not prompts or args.shard and not last:
         return
     name = folder / ("sample" if last else f"sample-{step:06d}")
+    if config.is_wan:  # 4n+1 frames a latent of 8 pixels a side
+        _, T, H, W = shape
+        prompts += ["--frames", str(4 * T - 3), "--size", f"{8 * H}x{8 * W}"]
     alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     torch.cuda.empty_cache()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # the other processes wait for an hour at most
-        subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
-                        "--out", name], check=False, env=alone, timeout=3000)
+    command = [sys.executable, Path(__file__).with_name("sample.py"), *prompts, "--ckpt", folder,
+               "--out", name]
+    try:  # the other processes wait for an hour at most
+        if code := subprocess.run(command, check=False, env=alone, timeout=PATIENCE).returncode:
+            print(f"no sample sheet {name}.png: sample.py ended with {code}, training goes on",
+                  file=sys.stderr)
+    except subprocess.TimeoutExpired:
+        print(f"no sample sheet {name}.png: it took over {PATIENCE // 60} minutes and was ended; fewer "
+              "prompts, or --no-samples", file=sys.stderr)

@@ -360,9 +360,11 @@ def contact_sheet(jobs, tile=112):
 
 def draw_person(sheet, views, x, y, width, height):
     """{view: picture} as 2 x 2 on the PIL image `sheet`, with an empty square for a missing view."""
-    w, h = width // 2, height // 2
+    w, h, font = width // 2, height // 2, ImageFont.load_default(9)
     for v, view in enumerate(VIEWS):
         corner = (x + v % 2 * w, y + v // 2 * h)
         if view in views:
             sheet.paste(to_image(views[view], h, w), corner)
         ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline="#cccccc")
+        ImageDraw.Draw(sheet).text((corner[0] + 3, corner[1] + h - 12), view, "#444444", font, stroke_width=1,
+                                   stroke_fill="white")

@@ -110,7 +110,8 @@ def show(found, percent=False, signed=False, with_interval=True):
     average, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in found)  # + 0.0: no -0
     if signed and not average.startswith("-"):
         average = "+" + average
-    return f"{average} [{low}, {high}]" if with_interval else average
+    # of one case there is no interval, and where nothing differs none is worth printing
+    return f"{average} [{low}, {high}]" if with_interval and found.low < found.high else average
 
 
 def table(corner, groups, metrics, with_interval=True):
@@ -164,7 +165,9 @@ def tick_values(low, high):
     step = 10 ** math.floor(math.log10(span / 2))
     step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
+    if first == last:  # one value: a scale below it, so that cosines do not seem to go on after 1
+        first, last = (first - 1, last) if low > 0 else (first, last + 1)
+    return [i * step for i in range(first, last + 1)]
 
 
 def plot(heading, labels, series, percent=False):

@@ -32,15 +32,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import toy
-from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autocast, check_replaceable,
-                        compare, count, delete_checkpoint, expert_folders, find_checkpoint, find_valid,
-                        fraction, in_range, load_tensors, lock, nonempty, not_negative, pack_optimizers,
-                        parent_of, positive, probe_writable, read_meta, run_script, save_checkpoint,
-                        seed_number, sha256_of, steps_in, temporary_name, unpack_optimizers, uses_bf16)
+from checkpoint import (EXPERTS, ROLES, Parser, UserError, as_user_error, autocast, check_outputs,
+                        check_replaceable, compare, count, delete_checkpoint, expert_folders, find_checkpoint,
+                        find_valid, fraction, in_range, load_tensors, lock, nonempty, not_negative,
+                        pack_optimizers, parent_of, positive, probe_writable, progress, read_meta, run_script,
+                        save_checkpoint, seed_number, sha256_of, steps_in, temporary_name, unpack_optimizers,
+                        uses_bf16)
 from kernels import use_fused
 from lora import TRAINS, set_trained
 from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
@@ -48,7 +48,7 @@ from monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, wri
 from muon import make_optimizers
 from parallel import (CORES, World, gathered, load_shards, local, replicate, save_shards, shard,
                       synchronized, whole)
-from pictures import read_jobs
+from pictures import check_ours, name_references, read_jobs, view_of
 from rope import LAYOUTS
 
 
@@ -87,6 +87,10 @@ TRAIN_RECIPES = {
 MV2ID = "--reference-attention joint --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6 --pairs in"
 
 
+# more would not fit into memory, which is seen only when a step's samples are drawn
+batch_size = in_range(int, 1, 2**14, f"1 to {2**14} samples; more does not fit into memory")
+
+
 def arguments(argv=None):
     p = Parser(description=__doc__)
     run = p.add_argument_group("run").add_argument
@@ -108,10 +112,11 @@ def arguments(argv=None):
     opt = p.add_argument_group("optimization (defaults by --config: TRAIN_RECIPES)").add_argument
     opt("--train", choices=TRAINS, default="all", help="all; new: proxies and MFI; lora: these and adapters "
         "of the blocks' matrices, on a frozen network")
-    opt("--rank", type=count, default=32, help="rank of the adapters")
+    opt("--rank", type=in_range(int, 1, 1024, "1 to 1024"), default=32, help="rank of the adapters")
     opt("--steps", type=count, nargs="+", help="steps of each stage: one number for all, or one a stage")
-    opt("--batch", type=count, help="global batch size: all ranks, all micro-steps")
-    opt("--micro-batch", type=count, help="samples per forward on a rank (default: its share, for Wan 1)")
+    opt("--batch", type=batch_size, help="global batch size: all ranks, all micro-steps")
+    opt("--micro-batch", type=batch_size,
+        help="samples per forward on a rank (default: its share, for Wan 1)")
     opt("--muon-lr", type=positive, help="peak learning rate of Muon")
     opt("--adamw-lr", type=positive, help="peak learning rate of AdamW")
     opt("--new-lr", type=positive, help="the same of what Wan lacks: proxies, MFI, adapters (default: for "
@@ -239,8 +244,16 @@ def resolve(args, world):
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
     if args.expert and args.sample_prompts:
         raise UserError("--sample-prompts needs both experts, and this run trains one: leave it out")
-    if args.sample_prompts:
-        read_jobs(Path(args.sample_prompts), args.seed)  # refused now, not after a stage
+    if args.sample_prompts:  # refused now, not after a stage
+        jobs = read_jobs(Path(args.sample_prompts), args.seed)
+        for job in jobs:
+            name_references(job, config.max_identities)
+        sheets = [args.out / f"stage{number}" / f"sample{n}.{suffix}" for number in STAGES
+                  for suffix in ("png", "mp4") for n in ("", *(f"-{k}" for k in range(1, len(jobs) + 1)))]
+        sheets = [sheet for sheet in sheets if sheet.exists()]
+        files = [view_of(file)[1] for job in jobs for files in job.files for file in files]
+        check_outputs(sheets, [args.sample_prompts, *files])
+        check_ours(sheets)
     if config.is_wan and not (args.wan and encoded_set(args.data)):
         raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
                         "DIR, a set that `python data.py encode` made; "
@@ -474,15 +487,14 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, args.keep, shards)
 
     network = model if args.shard else replicate(model, world)
-    bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"stage {number} {stage.name}",
-               disable=None if world.rank == 0 else True)
+    bar = progress(range(first_step, steps), f"stage {number} {stage.name}", "steps", steps, first_step,
+                   show=world.rank == 0, every=math.inf)
     skipped, began = 0, time.perf_counter()
     batches = data.prefetch(micro_batches(stage, number, first_step, args, dataset, world))
     for step in bar:
         clips, micro_steps = metrics.next(batches)
         # learning rate
-        progress = step / steps
-        factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * progress)
+        factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * step / steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
@@ -507,8 +519,8 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
         else:  # every rank sees the same summed gradient, so every rank skips
             skipped += 1
             if world.rank == 0:
-                tqdm.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
-                           "step skipped, no weight changed")
+                progress.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
+                               "step skipped, no weight changed")
             if skipped == min(10, steps - first_step):
                 sources = sorted({dataset.entry(clip)["source"] for clip in clips})
                 raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
@@ -523,7 +535,8 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             if world.size > 1:
                 dist.all_reduce(total)
             loss = float(total) / world.size
-            bar.set_postfix_str(f"loss {loss:.4f}")
+            bar.note = f"loss {loss:.4f}"
+            bar.say(step + 1)
             metrics.write(stage=number, step=step + 1, loss=loss, grad_norm=float(norm), lr_factor=factor,
                           **metrics.speed())
         stopping = stop()
@@ -536,18 +549,19 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             if world.rank == 0:
                 draw_losses(args.out, number)
                 if (last or args.sample_saves) and not stopping:
-                    write_samples(folder, step + 1, last, args, model.config)
+                    write_samples(folder, step + 1, last, args, model.config, dataset.commonest_shape())
             world.barrier()
         if stopping:
             return
     if world.rank == 0:
         minutes = (time.perf_counter() - began) / 60
         print(f"stage {number} {stage.name}: steps {first_step + 1} to {steps} in {minutes:.1f} min, "
-              f"loss {float(total) / world.size:.4f}", flush=True)
+              f"loss {float(total) / world.size:.4f}; {folder}/step-{steps:06d}", flush=True)
 
 
 def stop_on_signal(world):
-    """A function that says whether any rank was sent SIGTERM or Ctrl-C; all ranks must call it together."""
+    """A function that says whether any rank was sent SIGTERM or Ctrl-C; all ranks must call it together. Its
+    .received are the signals that came here."""
     received = []
 
     def receive(sent, _):
@@ -557,7 +571,10 @@ def stop_on_signal(world):
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
 
-    return lambda: not world.all(not received)
+    def stop():
+        return not world.all(not received)
+    stop.received = received
+    return stop
 
 
 def wan_root(args):
@@ -654,10 +671,25 @@ def main(argv=None):
             start = None
             gc.collect()  # sharded networks hold references to themselves
             if stop():
-                if world.rank == 0:
-                    print(f"stopped: {find_checkpoint(args.out)} is saved, --resume goes on")
                 break
     world.leave()
+    newest = find_checkpoint(args.out) if world.rank == 0 else None
+    if signal.SIGINT in stop.received:  # a scheduler's SIGTERM is no failure, but this is
+        if world.rank:
+            sys.exit(130)
+        raise KeyboardInterrupt(f"stopped: {newest} is saved, --resume goes on")
+    if newest and stop.received:
+        print(f"stopped: {newest} is saved, --resume goes on")
+    elif newest:
+        print(f"the newest checkpoint is {newest}; {following(args, config)}")
+
+
+def following(args, config):
+    """What to type after a training that ended."""
+    if args.expert:
+        return f"`python sample.py --ckpt {args.out.parent}` needs the other expert beside it"
+    what = ' --refs ann_front.png ann_left.png --prompt "..."' if config.is_wan else ""
+    return f"now `python sample.py --ckpt {args.out}{what}`"
 
 
 if __name__ == "__main__":
