@@ -56,6 +56,10 @@ class Estimate(NamedTuple):
     high: float
 
 
+class Single(Estimate):
+    """That of one case, which has no interval."""
+
+
 def mean(values):
     """Of those that are not None; None of none."""
     values = [v for v in values if v is not None]
@@ -80,6 +84,8 @@ def interval(values, bounds=None, draws=2000):
     if bounds and len(set(values)) == 1:
         value, spread = values[0], 3 / len(values)
         return Estimate(value, max(bounds[0], value - spread), min(bounds[1], value + spread))
+    if len(values) == 1:
+        return Single(*map(float, 3 * values))
     values = torch.tensor(values, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
     means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
@@ -102,7 +108,7 @@ def show(found, percent=False, signed=False, with_interval=True):
     """An Estimate as text, "20.31 [19.86, 20.72]", with the digits that its interval deserves."""
     if found is None:
         return "-"
-    digits = 2
+    digits, alone = 2, isinstance(found, Single)
     if percent:
         found, digits = Estimate(*(100 * v for v in found)), 0
     elif 0 < max(-found.low, found.high) < 0.05:
@@ -110,8 +116,7 @@ def show(found, percent=False, signed=False, with_interval=True):
     average, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in found)  # + 0.0: no -0
     if signed and not average.startswith("-"):
         average = "+" + average
-    # of one case there is no interval, and where nothing differs none is worth printing
-    return f"{average} [{low}, {high}]" if with_interval and found.low < found.high else average
+    return f"{average} [{low}, {high}]" if with_interval and not alone else average
 
 
 def table(corner, groups, metrics, with_interval=True):

@@ -700,6 +700,8 @@ def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
     capsys.readouterr()
     compare(made, "ours", "theirs")
     printed = capsys.readouterr().out
+    page = (made.folder / "both" / "compare.html").read_text()
+    assert "* the interval of the difference is without 0" in page
     assert "3 cases that all systems measured" in printed and "results: ours 4, theirs 3" in printed
     (mvrc,) = (line for line in printed.splitlines() if line.startswith("1 person, 3 cases: mvrc "))
     assert "1.00 [1.00, 1.00]" in mvrc and "0.33 [" in mvrc and "-0.67 [" in mvrc
@@ -773,6 +775,14 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
     evaluation.main(argv("alone"), made.truth)
     assert before == {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
+    mine = made.folder / "alone/videos/case-1.mp4"
+    kept = mine.read_bytes()
+    write_video(mine, torch.zeros(3, 4, 32, 32), comment="my holiday")
+    holiday = mine.read_bytes()
+    with pytest.raises(UserError, match="case-1.mp4 was not made by this program and would be replaced"):
+        evaluation.main(argv("alone"), made.truth)
+    assert mine.read_bytes() == holiday
+    mine.write_bytes(kept)
     again = argv("alone")
     again[again.index("--steps") + 1] = "2"
     evaluation.main(again, made.truth)

@@ -1001,7 +1001,8 @@ def test_work_is_done_whatever_the_streams_are(closed, encoding, tmp_path):
     """Closed ones, and encodings that lack the caption's letters; no control character reaches a terminal."""
     (tmp_path / "noisy.py").write_text(NOISY, encoding="utf-8")
     done = subprocess.run(f"{sys.executable} noisy.py {closed}", shell=True, cwd=tmp_path,
-                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)})
+                          capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and (tmp_path / "written").exists(), done.stderr
     assert b"Traceback" not in done.stderr
     assert not re.search(rb"[\x00-\x08\x0b-\x1f]", done.stdout + done.stderr)

@@ -404,3 +404,14 @@ def test_a_plot_holds_its_values_between_its_ticks(values):
     ticks = [float(v) for v in re.findall(r'end">(.*?)<', drawn)]
     assert 2 <= len(ticks) <= 7 and ticks[0] <= values[1] and ticks[-1] >= values[2]
     assert evaluation.plot("t", ["a"], {"all": [None]}) == ""
+
+
+def test_of_one_case_no_interval_is_printed():
+    show, interval = report.show, report.interval
+    assert show(interval([24.3])) == "24.30" and show(interval([1.0, 1.0])) == "1.00 [1.00, 1.00]"
+    assert show(interval([1.0], (0, 1)), percent=True) == "100 [0, 100]"  # the rule of three
+
+
+@pytest.mark.parametrize("value, ticks", [(1.0, (0.8, 1.0)), (0.0, (0.0, 0.2))])
+def test_a_plot_of_one_value_does_not_go_on_after_it(value, ticks):
+    assert report.tick_values(value, value) == pytest.approx(ticks)

@@ -41,17 +41,19 @@ FILES = {
 OVER = {
     "model": (601, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
-    "train": (664, "FSDP2, adapters, experts and a base beside the bare loop"),
-    "sample": (605, "what can be known of a job is refused before its first step; experts, rounds by rank; "
-                    "a cache an expert"),
+    "train": (696, "FSDP2, adapters, experts and a base beside the bare loop"),
+    "sample": (654, "what can be known of a job is refused before its first step; experts, rounds by rank; "
+                    "a cache an expert; goes on where it was stopped"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
-    "data": (365, "which clips a step draws"),
+    "data": (371, "which clips a step draws"),
     "encode": (253, "its own command line, which stood in data.py"),
-    "monitor": (243, "a validation refuses people of the training set"),
+    "monitor": (253, "a validation refuses people of the training set"),
     "toy": (696, "captions that describe people, for a base model"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (628, "every class of bad input and of damaged file is met here, once for all scripts"),
+    "checkpoint": (748, "every class of bad input and of damaged file is met here, once for all scripts"),
     "bench": (282, "dry runs of sampling and of training; one-way references side by side"),
+    "pictures": (370, "whose file is it: what we wrote is known by its note; jobs name their pictures, which "
+                      "are read when they are due"),
     "curate": (765, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows"),
 }
@@ -86,7 +88,7 @@ def test_a_file_keeps_to_its_lines(name):
 
 
 def test_the_method_is_read_in_one_sitting():
-    assert sum(map(lines, METHOD)) <= 2345
+    assert sum(map(lines, METHOD)) <= 2430
 
 
 @pytest.mark.parametrize("name", FILES)
