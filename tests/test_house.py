@@ -31,7 +31,7 @@ FILES = {
     "curate": (400, "manifest pictures faces rope checkpoint"),
     "faces": (540, "checkpoint"),
     "eval": (600, "sample toy data parallel report benchmark cases curate faces pictures rope checkpoint"),
-    "report": (250, "pictures checkpoint"),
+    "report": (251, "pictures checkpoint"),
     "benchmark": (560, "report cases curate faces pictures checkpoint"),
     "cases": (230, "manifest rope checkpoint"),
     "claims": (190, "eval toy report checkpoint"),
