@@ -477,11 +477,11 @@ def sample_cases(cases, args, world):
     for case in cases:
         try:
             if not case.fault and notes_in(folder / f"{case.id}.mp4") != [job_of(case).note]:
-                check_ours([folder / f"{case.id}.mp4"])
                 todo.append(case)
-        except UserError as error:
+        except (UserError, OSError) as error:
             case = case._replace(fault=str(error))
         checked.append(case)
+    check_ours([folder / f"{case.id}.mp4" for case in todo])
     world.barrier()  # all have looked before anybody writes
     mine = todo[world.rank::world.size]
     for start in range(0, len(mine), ROUND):
@@ -498,8 +498,10 @@ def run_real(args, world, detector=None):
     start, args.out = time.perf_counter(), Path(args.out)
     page = args.out / "report.html"
     world.barrier()  # rank 0 holds the folder
-    check_outputs([page, args.out / "cases_measured.jsonl"], [args.cases])
     cases, folder = real_cases.read_cases(args.cases), args.videos
+    inputs = [args.cases, *(file for case in cases if not case.fault for file in benchmark.files_of(case))]
+    outputs = [] if folder else [args.out / "videos" / f"{case.id}.mp4" for case in cases]
+    check_outputs([page, args.out / "cases_measured.jsonl", *filter(Path.exists, outputs)], inputs)
     pattern = Faces.FILES[RetinaFace]
     if not (detector or is_toy(args.faces) or any(args.faces.glob(pattern))):  # before hours of sampling
         raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")

@@ -25,6 +25,7 @@ from rope import VIEWS
 
 GIB = 2**30
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of a validation, of the law that training draws from
+PATIENCE = 3000  # seconds for a sample sheet; the other processes wait for an hour at most
 VALID_CLIPS = 4  # of each kind, in a validation
 GIVEN = {"no references": ((),)} | {f"{n} view{'s' * (n > 1)}": (VIEWS[:n],) for n in range(1, 5)}
 GIVEN |= {"two people": (("front",), ("front",))}
@@ -228,9 +229,6 @@ def draw_losses(out, stage):
 
 
 # ----------------------------------------------------------------------------------------------------- sheets
-SHEET_SECONDS = 3000  # the other processes wait for an hour at most
-
-
 def write_samples(folder, step, last, args, config, shape):
     """What a user would run on the newest checkpoint of a stage, as a process of its own, since training does
     not import sample.py; for Wan of the set's commonest shape [C, T, H, W] in latents. There is none for Wan
@@ -239,17 +237,16 @@ def write_samples(folder, step, last, args, config, shape):
     if args.no_samples or args.expert or config.is_wan and not prompts or args.shard and not last:
         return
     name = folder / ("sample" if last else f"sample-{step:06d}")
+    if config.is_wan:  # 4n+1 frames a latent of 8 pixels a side
+        _, T, H, W = shape
+        prompts += ["--frames", str(4 * T - 3), "--size", f"{8 * H}x{8 * W}"]
     alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     torch.cuda.empty_cache()
-    if config.is_wan:
-        _, t, h, w = shape
-        prompts += ["--frames", str(4 * t - 3), "--size", f"{8 * h}x{8 * w}"]
+    script, missing = Path(__file__).with_name("sample.py"), f"no sample sheet {name}.png:"
+    command = [sys.executable, script, *prompts, "--ckpt", folder, "--out", name]
     try:
-        script = [sys.executable, Path(__file__).with_name("sample.py")]
-        done = subprocess.run([*script, *prompts, "--ckpt", folder, "--out", name], env=alone,
-                              timeout=SHEET_SECONDS)
-        if done.returncode:
-            print(f"no sample sheet of step {step}: sample.py says why above; training goes on", flush=True)
+        if code := subprocess.run(command, env=alone, timeout=PATIENCE).returncode:
+            print(f"{missing} sample.py ended with {code}, training goes on", file=sys.stderr)
     except subprocess.TimeoutExpired:
-        print(f"no sample sheet of step {step}: it took over {SHEET_SECONDS // 60} minutes; give fewer "
-              "--sample-prompts, or --no-samples", flush=True)
+        print(f"{missing} it took over {PATIENCE // 60} minutes and was ended; give fewer --sample-prompts, or "
+              "--no-samples", file=sys.stderr)

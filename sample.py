@@ -610,7 +610,6 @@ def main(argv=None):
             held.enter_context(lock(os.path.dirname(args.out), name=os.path.basename(args.out)))
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
-    world.barrier()  # rank 0 holds the name
     bf16 = uses_bf16(model.device, args.precision)
     made = made_with(found, encoders, recipe, frames, bf16, args.tile, args.lora)
     writes = world.rank == 0 or not ulysses

@@ -88,6 +88,10 @@ TRAIN_RECIPES = {
 MV2ID = "--reference-attention joint --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6 --pairs in"
 
 
+# more would not fit into memory, which is seen only when a step's samples are drawn
+batch_size = in_range(int, 1, 2**14, f"1 to {2**14} samples; more does not fit into memory")
+
+
 def arguments(argv=None):
     p = Parser(description=__doc__)
     run = p.add_argument_group("run").add_argument
@@ -109,11 +113,11 @@ def arguments(argv=None):
     opt = p.add_argument_group("optimization (defaults by --config: TRAIN_RECIPES)").add_argument
     opt("--train", choices=TRAINS, default="all", help="all; new: proxies and MFI; lora: these and adapters "
         "of the blocks' matrices, on a frozen network")
-    opt("--rank", type=count, default=32, help="rank of the adapters")
+    opt("--rank", type=in_range(int, 1, 1024, "1 to 1024"), default=32, help="rank of the adapters")
     opt("--steps", type=count, nargs="+", help="steps of each stage: one number for all, or one a stage")
-    clips = in_range(int, 1, 65536, "1 to 65536 clips")
-    opt("--batch", type=clips, help="global batch size: all ranks, all micro-steps")
-    opt("--micro-batch", type=clips, help="samples per forward on a rank (default: its share, for Wan 1)")
+    opt("--batch", type=batch_size, help="global batch size: all ranks, all micro-steps")
+    opt("--micro-batch", type=batch_size,
+        help="samples per forward on a rank (default: its share, for Wan 1)")
     opt("--muon-lr", type=positive, help="peak learning rate of Muon")
     opt("--adamw-lr", type=positive, help="peak learning rate of AdamW")
     opt("--new-lr", type=positive, help="the same of what Wan lacks: proxies, MFI, adapters (default: for "
@@ -558,8 +562,8 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
 
 
 def stop_on_signal(world):
-    """Two functions that say whether any rank was sent SIGTERM or Ctrl-C, and whether it was Ctrl-C; all
-    ranks must call them together."""
+    """A function that says whether any rank was sent SIGTERM or Ctrl-C; all ranks must call it together. Its
+    .received are the signals that came here."""
     received = []
 
     def receive(sent, _):
@@ -569,7 +573,10 @@ def stop_on_signal(world):
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
 
-    return (lambda: not world.all(not received)), (lambda: not world.all(signal.SIGINT not in received))
+    def stop():
+        return not world.all(not received)
+    stop.received = received
+    return stop
 
 
 def choose_expert(wan, expert):
@@ -653,31 +660,32 @@ def main(argv=None):
                     (args.out / f"stage{number}" / "metrics.jsonl").unlink(missing_ok=True)
         world.barrier()
         dataset, valid, files = loaded if world.rank == 0 else load_data(args, config, world)
-        stop, interrupted = stop_on_signal(world)
+        stop = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)
             train_stage(number, start, args, dataset, valid, files, world, stop)
             start = None
             gc.collect()  # sharded networks hold references to themselves
             if stop():
-                words = f"stopped: {find_checkpoint(args.out)} is saved, --resume goes on"
-                if interrupted():  # and what was to follow this command does not
-                    raise KeyboardInterrupt(words)
-                if world.rank == 0:
-                    print(words)
                 break
-        else:
-            if world.rank == 0:
-                print(f"next: {next_command(stages[-1], args)}")
     world.leave()
+    newest = find_checkpoint(args.out) if world.rank == 0 else None
+    if signal.SIGINT in stop.received:  # then what was to follow, as `train.py && sample.py`, does not
+        if world.rank:
+            sys.exit(130)
+        raise KeyboardInterrupt(f"stopped: {newest} is saved, --resume goes on")
+    if newest and stop.received:
+        print(f"stopped: {newest} is saved, --resume goes on")
+    elif newest:
+        print(f"the newest checkpoint is {newest}; {following(args, config)}")
 
 
-def next_command(number, args):
-    """What to type after a stage."""
-    sample = f"python sample.py --ckpt {args.out}"
-    if number == len(STAGES):
-        return sample
-    return f"python train.py --stage {number + 1} --config {args.config} --out {args.out} ..., or {sample}"
+def following(args, config):
+    """What to type after a training that ended."""
+    if args.expert:
+        return f"`python sample.py --ckpt {args.out.parent}` needs the other expert beside it"
+    what = ' --refs ann_front.png ann_left.png --prompt "..."' if config.is_wan else ""
+    return f"now `python sample.py --ckpt {args.out}{what}`"
 
 
 if __name__ == "__main__":

@@ -741,6 +741,7 @@ def test_systems_are_compared_case_by_case(world, tmp_path, capsys):
     capsys.readouterr()
     compare(made, "ours", "theirs")
     printed = capsys.readouterr().out
+    page = (made.folder / "both" / "compare.html").read_text()
     assert "3 cases that all systems measured" in printed and "results: ours 4, theirs 3" in printed
     (mvrc,) = (line for line in printed.splitlines() if line.startswith("1 person, 3 cases: mvrc "))
     assert "1.00 [1.00, 1.00]" in mvrc and "0.33 [" in mvrc and "-0.67 [" in mvrc
@@ -816,6 +817,14 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
     evaluation.main(argv("alone"), made.truth)
     assert before == {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
+    mine = made.folder / "alone/videos/case-1.mp4"
+    kept = mine.read_bytes()
+    write_video(mine, torch.zeros(3, 4, 32, 32), comment="my holiday")
+    holiday = mine.read_bytes()
+    with pytest.raises(UserError, match="case-1.mp4 was not made by this program and would be replaced"):
+        evaluation.main(argv("alone"), made.truth)
+    assert mine.read_bytes() == holiday
+    mine.write_bytes(kept)
     again = argv("alone")
     again[again.index("--steps") + 1] = "2"
     evaluation.main(again, made.truth)
@@ -835,7 +844,7 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
 
 
 @pytest.mark.parametrize("theirs", ["video", "rubbish", "commented"])
-def test_a_video_of_the_users_is_its_cases_reason_and_stays(theirs, tmp_path, monkeypatch):
+def test_a_video_of_the_users_is_refused_before_sampling_and_stays(theirs, tmp_path, monkeypatch):
     made = World(tmp_path / "set")
     for k in range(3):
         made.case(f"case-{k}", made.truth.shoot([k], ["nods"], 2), [k])
@@ -851,11 +860,9 @@ def test_a_video_of_the_users_is_its_cases_reason_and_stays(theirs, tmp_path, mo
     argv = ["--cases", made.folder / "cases.jsonl", "--ckpt", ROOT / "assets/toy", "--steps", 1,
             "--faces", made.folder / "faces", "--out", made.folder / "out"]
     made.folder.joinpath("cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
-    evaluation.main([*map(str, argv)], made.truth)
-    results = results_of(made.folder / "out")
-    assert own.read_bytes() == before
-    assert "case-1.mp4 was not made by this program and would be replaced" in results["case-1"]["reason"]
-    assert all("people" in results[f"case-{k}"] for k in (0, 2))
+    with pytest.raises(UserError, match="case-1.mp4 was not made by this program and would be replaced"):
+        evaluation.main([*map(str, argv)], made.truth)
+    assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["case-1.mp4"]
 
 
 def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):

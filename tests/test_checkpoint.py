@@ -1324,3 +1324,52 @@ def test_mutated_safetensors_never_surprise(tmp_path):
             assert "\n" not in str(error)
             refused += 1
     assert refused > 100
+
+
+# -------------------------------------------------------------------------------------------- what is printed
+NOISY = """import sys, checkpoint
+def main():
+    print("done", *map(ascii, (sys.stdout.encoding,)), "\\x1b[31m\\u202e\u4f60\u597d")
+    print("trouble \\x07 \u00e9", file=sys.stderr)
+    open("written", "w").close()
+checkpoint.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_work_is_done_whatever_the_streams_are(closed, encoding, tmp_path):
+    """Closed ones, and encodings that lack the caption's letters; no control character reaches a terminal."""
+    (tmp_path / "noisy.py").write_text(NOISY, encoding="utf-8")
+    done = subprocess.run(f"{sys.executable} noisy.py {closed}", shell=True, cwd=tmp_path,
+                          capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and (tmp_path / "written").exists(), done.stderr
+    assert b"Traceback" not in done.stderr
+    assert not re.search(rb"[\x00-\x08\x0b-\x1f]", done.stdout + done.stderr)
+    if not closed:
+        words = done.stdout.decode(encoding)
+        assert "\\x1b[31m\\u202e" in words
+        assert ("\u4f60\u597d" if encoding == "utf-8" else "\\u4f60\\u597d") in words
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py")))
+def test_every_file_says_what_it_is(file, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / file, "--help"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith((f"usage: {file}", f"{file} is no command but a part of the others"))
+
+
+def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    for _ in checkpoint.progress(range(10), "work", "clips"):
+        now[0] += 12
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 3 of 10 clips, 12 s each, 0:01:24 left", "work: 6 of 10 clips, 12 s each, 0:00:48 left",
+        "work: 9 of 10 clips, 12 s each, 0:00:12 left"]
+    with checkpoint.progress(None, "work", "clips", total=200, done=100, show=False) as bar:
+        now[0] += 100
+        bar.update(50)
+    assert capsys.readouterr().err == ""

