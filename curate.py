@@ -837,8 +837,8 @@ def row_names(names, args):
     def name_of(name):
         files = filter(None, (args.videos / name, mask_of(args.videos / name)))
         with contextlib.suppress(OSError):  # extract() says why it cannot be read
-            # eight parts of 64 KiB, as all videos are read at each start
-            return fingerprint(name, [content_of(file, 2**16, 6, 2**16) for file in files], settings)[:16]
+            # eight small parts, as all videos are read at each start
+            return fingerprint(name, [content_of(file, 2**16, 6) for file in files], settings)[:16]
         return fingerprint(name, settings)[:16]
     return list(map(name_of, names))
 

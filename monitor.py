@@ -248,5 +248,5 @@ def write_samples(folder, step, last, args, config, shape):
         if code := subprocess.run(command, env=alone, timeout=PATIENCE).returncode:
             print(f"{missing} sample.py ended with {code}, training goes on", file=sys.stderr)
     except subprocess.TimeoutExpired:
-        print(f"{missing} it took over {PATIENCE // 60} minutes and was ended; give fewer --sample-prompts, or "
-              "--no-samples", file=sys.stderr)
+        print(f"{missing} it took over {PATIENCE // 60} minutes and was ended; give fewer --sample-prompts, "
+              "or --no-samples", file=sys.stderr)

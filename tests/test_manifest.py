@@ -1,9 +1,11 @@
 """manifest.py: which lines are used and why others are not; clips as samples; what `data.py show` shows."""
 
+import contextlib
 import json
 import random
 import re
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ import manifest
 import toy
 from checkpoint import UserError, read_text
 from manifest import Names, Samples, find_videos, read_columns, read_manifest
-from pictures import read_frames, read_picture, to_bytes
+from pictures import read_frames, read_jobs, read_picture, to_bytes
 from rope import VIEWS
 
 
@@ -445,3 +447,28 @@ def test_a_folder_of_videos(tmp_path):
                             "same.mp4"))
     assert passed == {"hidden": 2, "links to folders": 1, "without a suffix": 1, ".jpg": 2, ".txt": 1,
                       "broken links, pipes": 1}
+
+
+@pytest.mark.parametrize("form", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_prompts_that_an_editor_saved_are_read(form, tmp_path):
+    lines = [json.dumps({"prompt": words, "seed": 3}, ensure_ascii=False) for words in WORDS.values()]
+    (tmp_path / "jobs.jsonl").write_bytes("\r\n".join(lines).encode(form))
+    assert [job.prompt for job in read_jobs(tmp_path / "jobs.jsonl", 0)] == list(WORDS.values())
+
+
+@pytest.mark.parametrize("suffix, form, codec", [
+    (".3gp", "3gp", "h264"), (".MTS", "mpegts", "h264"), (".m2ts", "mpegts", "h264"),
+    (".VOB", "vob", "mpeg2video"), (".mpeg", "mpeg", "mpeg1video"), (".m4v", "mp4", "mpeg4")])
+def test_videos_of_cameras_and_discs_are_seen_and_read(suffix, form, codec, tmp_path):
+    path = tmp_path / f"take:1{suffix}"  # a name that FFmpeg takes for an address
+    with av.open(f"file:{path}", "w", format=form) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for n in range(10):
+            picture = np.full((48, 64, 3), 20 * n, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    assert find_videos(tmp_path) == ([path.name], {})
+    assert len(list(read_frames(path, 25))) in (9, 10)
+    with contextlib.chdir(tmp_path):
+        assert len(list(read_frames(path.name, 25))) in (9, 10)
