@@ -44,7 +44,7 @@ OVER = {
     "model": (602, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
     "train": (692, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
-    "sample": (645, "what can be known of a job is refused before its first step; experts, rounds by rank; "
+    "sample": (644, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
     "data": (353, "which clips a step draws"),
@@ -54,7 +54,7 @@ OVER = {
     "text": (128, "reads tokenizer.json as a sentencepiece model"),
     "lora": (268, "which of two experts a file is for"),
     "pictures": (470, "whatever a file says of its order, colours, turns and streams is read or refused"),
-    "monitor": (253, "a validation refuses people of the training set"),
+    "monitor": (252, "a validation refuses people of the training set"),
     "toy": (742, "captions that describe people, for a base model; films to curate, and their encoding"),
     "manifest": (393, "tables, names and folders of a user, whatever system and program they are from"),
     "report": (264, "what one case alone does not have, an interval, and where an axis ends"),
