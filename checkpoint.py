@@ -186,10 +186,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError of one line and flags must be written out in full."""
+    """argparse, but a mistake is a UserError of one line, flags must be written out in full, and ~/ is the
+    home also behind a = (--out=~/x, left=~/a.png), where no shell says so."""
 
     def __init__(self, **options):
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False} | options)
+
+    def parse_args(self, args=None, namespace=None):
+        def at_home(word):
+            flag, path = re.match(r"((?:[\w-]+=)?)(.*)", word, re.DOTALL).groups()
+            return flag + os.path.expanduser(path) if path.startswith("~/") else word
+        return super().parse_args(list(map(at_home, sys.argv[1:] if args is None else args)), namespace)
 
     def error(self, message):
         raise UserError(message.removeprefix("argument "))

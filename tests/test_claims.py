@@ -298,7 +298,8 @@ WRONG = [([f"--train={own}"], "claims.py sets this itself") for own in OWN] + [
     (["full", "nonsense"], "nonsense: expected rows of full"),
     (["base"], "the row base needs --base DIR"), (["--train='"], "--train"),
     (["--seeds", "-1"], "--seeds"), (["--seeds", "1" + "0" * 20], "--seeds"), (["--seed=2"], "--seed"),
-    (["--out", ""], "--out"), (["--limit", "0"], "--limit"), (["--steps", "1000000"], "--steps"), (["--batch", "1000000"], "--batch"),
+    (["--out", ""], "--out"), (["--limit", "0"], "--limit"), (["--steps", "1000000"], "--steps"),
+    (["--batch", "1000000"], "--batch"),
     (["--settings", "back"], "--settings"), (["--config", "1.3b"], "--config")]
 
 
