@@ -87,9 +87,9 @@ def run_script(main, less_memory="a smaller job"):
 
 @atexit.register
 def say_what_it_is(ours=Path(__file__).resolve().parent):
-    """A file of ours that is no script, asked for --help, says what it holds; run_script calls this off."""
+    """A file of ours that is started but no script says what it holds; run_script calls this off."""
     file, words = Path(sys.argv[0]), sys.modules["__main__"].__doc__
-    if file.resolve().parent == ours and words and {"-h", "--help"} & set(sys.argv[1:]):
+    if file.resolve().parent == ours and words:
         words = " ".join(words.split("\n\n")[0].split())
         print(f"{file.name} is no command but a part of the others, which README.md lists: {words}")
 
