@@ -61,11 +61,10 @@ def report_speed(step, model, shape, batch, passes, device, dtype):
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()  # making the model in float32 does not count
-    video, references = count_tokens(*shape[1:])
-    tokens = video + references
+    tokens = sum(count_tokens(*shape[1:]))
     print(f"{batch} x {tokens:,} tokens, seven times", flush=True)
     took, memory = seconds(step, 5), peak_memory()
-    rate = passes * batch * model.flops(video, references) / took / 1e12
+    rate = passes * batch * model.flops(*count_tokens(*shape[1:])) / took / 1e12
     n = 8192 if gpu else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12

@@ -87,9 +87,9 @@ def run_script(main, less_memory="a smaller job"):
 
 @atexit.register
 def say_what_it_is(ours=Path(__file__).resolve().parent):
-    """A file of ours that is no script, asked for --help, says what it holds; run_script calls this off."""
+    """A file of ours that is started but no script says what it holds; run_script calls this off."""
     file, words = Path(sys.argv[0]), sys.modules["__main__"].__doc__
-    if file.resolve().parent == ours and words and {"-h", "--help"} & set(sys.argv[1:]):
+    if file.resolve().parent == ours and words:
         words = " ".join(words.split("\n\n")[0].split())
         print(f"{file.name} is no command but a part of the others, which README.md lists: {words}")
 
@@ -190,10 +190,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError of one line and flags must be written out in full."""
+    """argparse, but a mistake is a UserError of one line, flags must be written out in full, and ~/ is the
+    home also behind a = (--out=~/x, left=~/a.png), where no shell says so."""
 
     def __init__(self, **options):
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False} | options)
+
+    def parse_args(self, args=None, namespace=None):
+        def at_home(word):
+            flag, path = re.match(r"((?:[\w-]+=)?)(.*)", word, re.DOTALL).groups()
+            return flag + os.path.expanduser(path) if path.startswith("~/") else word
+        return super().parse_args(list(map(at_home, sys.argv[1:] if args is None else args)), namespace)
 
     def error(self, message):
         raise UserError(message.removeprefix("argument "))

@@ -267,6 +267,8 @@ def find(ckpt):
     """--ckpt -> Found. The folder of a checkpoint, of a run (its newest one), or of a Wan release; each of
     two experts may be either. Raises UserError where a file's names or shapes do not fit."""
     folder = Path(ckpt)
+    if folder.is_file() and is_trained(folder.parent):
+        raise UserError(f"--ckpt {ckpt} is a file of a checkpoint: give its folder, {folder.parent}")
     pair = expert_folders(folder)
     networks = [find_checkpoint(part) or part for part in pair or [folder]]
     metas = [read_meta(network) for network in networks if is_trained(network)]

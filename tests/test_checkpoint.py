@@ -193,6 +193,20 @@ def help_of(parser, action):
     return "".join(formatter.format_help().split())
 
 
+@pytest.mark.parametrize("before, after", [
+    ("~/x", "HOME/x"), ("--out=~/x", "HOME/x"), ("left=~/ä b.png", "left=HOME/ä b.png"), ("a~/x", "a~/x"),
+    ("~", "~"), ("~x", "~x"), ("a caption = ~/x", "a caption = ~/x"), ("a\n~/x", "a\n~/x")])
+@pytest.mark.parametrize("given", [True, False])
+def test_home_is_home_behind_an_equals_too(before, after, given, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of me")
+    parser = Parser()
+    parser.add_argument("--out")
+    words = [before] if before.startswith("--") else ["--out", before]
+    monkeypatch.setattr(sys, "argv", ["draw.py", *([] if given else words)])
+    args = parser.parse_args(*[words] * given)
+    assert args.out == after.replace("HOME", "/home/of me")
+
+
 def test_help_names_a_default_once(capsys):
     parser = Parser(prog="draw.py", description="Draw.\n  two  lines")
     defaults = {"--size": 64, "--scale": 0.0, "--out": Path("out/x"), "--views": ["left", "back"],
@@ -261,6 +275,8 @@ def test_every_files_help_says_something(name, tmp_path):
     command = [sys.executable, ROOT / name, "--help"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0 and len(said.stdout) > 60 and not said.stderr
+    if " is no command but a part of the others" in said.stdout:  # nor is it silent without a flag
+        assert said.stdout == subprocess.check_output(command[:-1], cwd=tmp_path, text=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -44,7 +44,7 @@ OVER = {
     "model": (602, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
     "train": (692, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
-    "sample": (644, "what can be known of a job is refused before its first step; experts, rounds by rank; "
+    "sample": (646, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
     "data": (353, "which clips a step draws"),
@@ -61,9 +61,9 @@ OVER = {
     "benchmark": (589, "what the stars of a comparison mean"),
     "faces": (573, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (1079, "every class of bad input and of damaged file is met here, once for all scripts; "
+    "checkpoint": (1086, "every class of bad input and of damaged file is met here, once for all scripts; "
                         "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
-    "bench": (284, "dry runs of sampling and of training; one-way references side by side"),
+    "bench": (283, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (895, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows, keeps what a hand has changed"),
 }

@@ -1054,6 +1054,33 @@ def test_a_bad_reference_in_the_last_line_is_found_before_the_first_step(name, s
     assert not written()
 
 
+@pytest.mark.parametrize("name", ["checkpoint.json", "ema.safetensors", toy.ToyEncoders.TOKENIZER])
+def test_a_file_of_a_checkpoint_is_answered_with_its_folder(name, tiny, monkeypatch):
+    folder = find_checkpoint(tiny / "out" / "tiny")
+    assert (folder / name).is_file()
+    with pytest.raises(UserError, match=f"{name} is a file of a checkpoint: give its folder, {folder}$"):
+        sample.find(str(folder / name))
+    assert sample.find(f"{folder}/").networks == [folder]  # as a shell completes it
+
+
+PROMPT_FILES = {
+    "CRLF": lambda lines: "\r\n".join(lines) + "\r\n", "CR": "\r".join, "blank lines": "\n\n \n".join,
+    "no end": "\n".join}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("form", PROMPT_FILES)
+def test_prompts_as_windows_and_old_editors_save_them(form, encoding, tmp_path):
+    """From another folder, with spaces and letters of other scripts in the names."""
+    folder = tmp_path / "Größe 张 x"
+    folder.mkdir()
+    text = PROMPT_FILES[form](json.dumps(job, ensure_ascii=False) for job in JOBS)
+    (folder / "jobs.jsonl").write_bytes(text.encode(encoding))
+    jobs = sample.read_jobs(folder / "jobs.jsonl", 0)
+    assert [job.prompt for job in jobs] == [job["prompt"] for job in JOBS]
+    assert jobs[4].files == [[f"{folder}/1_front.png"]]
+
+
 def test_files_do_not_tell_where_they_were_made(tiny, pictures, tmp_path):
     command = ["--refs", pictures / "0_front.png", f"left={pictures}/0_left.png", "--prompt", "one person"]
     call("sample.py", *command, "--steps", 1, "--ckpt", tiny / "out" / "tiny", "--out", tmp_path / "v",
