@@ -15,6 +15,7 @@ import toy
 from checkpoint import UserError, read_lines
 from faces import Faces, align, crop_faces, find_faces
 from pictures import to_bytes, wrap
+from test_readme import walk
 from toyfaces import ToyFaces, is_toy, load_faces
 
 
@@ -82,35 +83,30 @@ def test_a_folder_called_toy_with_networks_is_that_folder(tmp_path, monkeypatch)
 
 
 def test_from_films_to_the_real_benchmark_without_a_download(tmp_path):
+    """README's commands, with fewer videos, steps and cases."""
     call = functools.partial(conftest.call, cwd=tmp_path)
-    films = "--size", 64, "--frames", 17, "--fps", 16
-    call("toy.py", "--out", "films/train", "--films", 18, *films)
-    call("toy.py", "--out", "films/test", "--films", 4, "--held-out", *films)
+    fewer, commands = {"48": "18", "24": "4", "10": "1", "50": "1", "8": "1"}, walk()
+    assert len(commands) == 8
+    for _, script, *rest in commands:
+        more = ["--batch", "2"] if script == "train.py" else []
+        said = call(script, *(fewer.get(word, word) for word in rest), *more)
+    assert "1 of 1 videos measured" in said and (tmp_path / "out/real/report.html").exists()
     with pytest.raises(UserError, match="film0000.mp4 exists: choose another --out"):
-        call("toy.py", "--out", "films/test", "--films", 4, *films)
-    for name in ("train", "test"):
-        call("curate.py", "--videos", f"films/{name}", "--out", name, "--faces", "toy", "--frames", 17)
-    rows = read_lines(tmp_path / "train/manifest.jsonl")
+        call("toy.py", "--out", "films/test", "--films", 4)
+    rows = read_lines(tmp_path / "people/manifest.jsonl")
     people = {}
     for row in rows:  # nobody is taken for another
         people.setdefault(row["identities"][0]["id"], set()).add(int(row["source"][4:8]) % 16)
     assert len(rows) > 8 and all(len(who) == 1 for who in people.values())
-    call("data.py", "encode", "--data", "train", "--wan", "toy", "--fps", 6)
-    call("train.py", "--config", "toy", "--data", "train", "--out", "run", "--steps", 1, "--batch", 2,
-         "--no-samples")
     views = rows[0]["identities"][0]["views"]
-    refs = [f"{view}=train/{picture['image']}" for view, picture in views.items()]
-    call("sample.py", "--ckpt", "run", "--prompt", rows[0]["caption"], "--refs", *refs, "--out", "video")
+    refs = [f"{view}=people/{picture['image']}" for view, picture in views.items()]
+    call("sample.py", "--ckpt", "out/people", "--prompt", rows[0]["caption"], "--refs", *refs, "--out", "video")
     assert Image.open(tmp_path / "video.png").width > 600
-    call("eval.py", "make-cases", "--data", "test", "--training", "train/encoded", "--n", 1,
-         "--out", "cases.jsonl")
-    said = call("eval.py", "--cases", "cases.jsonl", "--ckpt", "run", "--faces", "toy", "--out", "real")
-    assert "1 of 1 videos measured" in said and (tmp_path / "real/report.html").exists()
     case, = read_lines(tmp_path / "cases.jsonl")  # a film of the person itself is like its pictures
-    source = next(row for row in read_lines(tmp_path / "test/manifest.jsonl")
+    source = next(row for row in read_lines(tmp_path / "others/manifest.jsonl")
                   if row["identities"][0]["id"] == case["people"][0])
     (tmp_path / "videos").mkdir()
-    (tmp_path / "videos/case-001.mp4").write_bytes((tmp_path / "test" / source["video"]).read_bytes())
+    (tmp_path / "videos/case-001.mp4").write_bytes((tmp_path / "others" / source["video"]).read_bytes())
     call("eval.py", "--cases", "cases.jsonl", "--videos", "videos", "--faces", "toy", "--out", "truth")
     person, = json.loads((tmp_path / "truth/cases_measured.jsonl").read_text())["people"]
     assert np.mean(person["face"]) > 0.7 and np.mean([a for a in person["alike"] if a is not None]) > 0.6
