@@ -369,12 +369,14 @@ def test_progress_counts_what_was_there_before_but_not_its_time(monkeypatch, cap
     assert capsys.readouterr().err == "encoding: 910 of 1000 clips, 4 s each, 0:06:00 left, loss 0.5\n"
 
 
-def test_on_a_terminal_progress_is_a_bar(tmp_path):
-    """Lines that are printed meanwhile stay whole, and what moves the bar arrives."""
+@pytest.mark.parametrize("columns", [0, 80])
+def test_on_a_terminal_progress_is_a_bar(columns, tmp_path):
+    """Also where it does not say how wide it is. Lines that are printed meanwhile
+    stay whole, and what moves the bar arrives."""
     body = "[progress.write('written ' + str(n)) for n in progress(range(3), 'measuring', 'videos')]"
     (tmp_path / "draw.py").write_text(SCRIPT.replace("EXPECTED", body))
     reader, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     done = subprocess.run([sys.executable, "draw.py"], cwd=tmp_path, stdout=terminal, stderr=terminal)
     os.close(terminal)
     said = b""

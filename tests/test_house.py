@@ -61,7 +61,7 @@ OVER = {
     "benchmark": (589, "what the stars of a comparison mean"),
     "faces": (573, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (1082, "every class of bad input and of damaged file is met here, once for all scripts; "
+    "checkpoint": (1083, "every class of bad input and of damaged file is met here, once for all scripts; "
                         "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
     "bench": (283, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (895, "names what is wrong with every video; tracks, identities in bounded memory, report; "
