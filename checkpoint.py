@@ -132,7 +132,8 @@ class progress:
         self.began = self.said = time.monotonic()
         self.note, self.lines, self.bar = "", show and not sys.stderr.isatty(), None  # note: see tell
         if show and not self.lines:
-            self.bar = tqdm(desc=what, unit=f" {unit}", total=self.total, initial=done, leave=None)
+            self.bar = tqdm(desc=what, unit=f" {unit}", total=self.total, initial=done, leave=None,
+                            ncols=shutil.get_terminal_size().columns)  # 80 where a terminal says 0 (docker)
 
     def update(self, n=1):
         self.done += n

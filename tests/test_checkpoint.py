@@ -272,11 +272,9 @@ def test_no_scripts_help_is_forgotten():
 # ------------------------------------------------------------------------------------------ what is printed
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.py")))
 def test_every_files_help_says_something(name, tmp_path):
-    command = [sys.executable, ROOT / name, "--help"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    flags = [] if name == "benchmark.py" else ["--help"]  # nor is a file that is no script silent without it
+    said = subprocess.run([sys.executable, ROOT / name, *flags], cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0 and len(said.stdout) > 60 and not said.stderr
-    if " is no command but a part of the others" in said.stdout:  # nor is it silent without a flag
-        assert said.stdout == subprocess.check_output(command[:-1], cwd=tmp_path, text=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -369,12 +367,14 @@ def test_progress_counts_what_was_there_before_but_not_its_time(monkeypatch, cap
     assert capsys.readouterr().err == "encoding: 910 of 1000 clips, 4 s each, 0:06:00 left, loss 0.5\n"
 
 
-def test_on_a_terminal_progress_is_a_bar(tmp_path):
-    """Lines that are printed meanwhile stay whole, and what moves the bar arrives."""
+@pytest.mark.parametrize("columns", [0, 80])
+def test_on_a_terminal_progress_is_a_bar(columns, tmp_path):
+    """Also where it does not say how wide it is. Lines that are printed meanwhile
+    stay whole, and what moves the bar arrives."""
     body = "[progress.write('written ' + str(n)) for n in progress(range(3), 'measuring', 'videos')]"
     (tmp_path / "draw.py").write_text(SCRIPT.replace("EXPECTED", body))
     reader, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     done = subprocess.run([sys.executable, "draw.py"], cwd=tmp_path, stdout=terminal, stderr=terminal)
     os.close(terminal)
     said = b""
@@ -1340,52 +1340,3 @@ def test_mutated_safetensors_never_surprise(tmp_path):
             assert "\n" not in str(error)
             refused += 1
     assert refused > 100
-
-
-# -------------------------------------------------------------------------------------------- what is printed
-NOISY = """import sys, checkpoint
-def main():
-    print("done", *map(ascii, (sys.stdout.encoding,)), "\\x1b[31m\\u202e\u4f60\u597d")
-    print("trouble \\x07 \u00e9", file=sys.stderr)
-    open("written", "w").close()
-checkpoint.run_script(main)
-"""
-
-
-@pytest.mark.parametrize("closed", ["", "2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
-def test_work_is_done_whatever_the_streams_are(closed, encoding, tmp_path):
-    """Closed ones, and encodings that lack the caption's letters; no control character reaches a terminal."""
-    (tmp_path / "noisy.py").write_text(NOISY, encoding="utf-8")
-    done = subprocess.run(f"{sys.executable} noisy.py {closed}", shell=True, cwd=tmp_path,
-                          capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and (tmp_path / "written").exists(), done.stderr
-    assert b"Traceback" not in done.stderr
-    assert not re.search(rb"[\x00-\x08\x0b-\x1f]", done.stdout + done.stderr)
-    if not closed:
-        words = done.stdout.decode(encoding)
-        assert "\\x1b[31m\\u202e" in words
-        assert ("\u4f60\u597d" if encoding == "utf-8" else "\\u4f60\\u597d") in words
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py")))
-def test_every_file_says_what_it_is(file, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / file, "--help"], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and not done.stderr
-    assert done.stdout.startswith((f"usage: {file}", f"{file} is no command but a part of the others"))
-
-
-def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    for _ in checkpoint.progress(range(10), "work", "clips"):
-        now[0] += 12
-    assert capsys.readouterr().err.splitlines() == [
-        "work: 3 of 10 clips, 12 s each, 0:01:24 left", "work: 6 of 10 clips, 12 s each, 0:00:48 left",
-        "work: 9 of 10 clips, 12 s each, 0:00:12 left"]
-    with checkpoint.progress(None, "work", "clips", total=200, done=100, show=False) as bar:
-        now[0] += 100
-        bar.update(50)
-    assert capsys.readouterr().err == ""

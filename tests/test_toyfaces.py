@@ -100,7 +100,8 @@ def test_from_films_to_the_real_benchmark_without_a_download(tmp_path):
     assert len(rows) > 8 and all(len(who) == 1 for who in people.values())
     views = rows[0]["identities"][0]["views"]
     refs = [f"{view}=people/{picture['image']}" for view, picture in views.items()]
-    call("sample.py", "--ckpt", "out/people", "--prompt", rows[0]["caption"], "--refs", *refs, "--out", "video")
+    call("sample.py", "--ckpt", "out/people", "--prompt", rows[0]["caption"], "--refs", *refs,
+         "--out", "video")
     assert Image.open(tmp_path / "video.png").width > 600
     case, = read_lines(tmp_path / "cases.jsonl")  # a film of the person itself is like its pictures
     source = next(row for row in read_lines(tmp_path / "others/manifest.jsonl")
