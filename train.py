@@ -208,6 +208,9 @@ def resolve(args, world):
         asked, args.valid = args.valid, encoded_set(args.valid)
         if not args.valid:
             raise UserError(f"--valid {asked} holds no encoded set: `python data.py encode` makes one")
+        lists = [Path(found, "index.jsonl") for found in (args.valid, encoded_set(args.data)) if found]
+        if len(lists) == 2 and len({*map(fingerprint, lists)}) == 1:  # whatever the folder is called
+            raise UserError(f"--valid {asked} is the training set: give a set of other people")
     args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
     if args.train != "all":  # all that trains is new
         args.new_lr = args.new_lr or args.adamw_lr

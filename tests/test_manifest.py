@@ -321,6 +321,7 @@ def test_show_counts_people_of_any_name(tmp_path, capsys):
     ("manifest as out", "manifest.jsonl: expected a file name that ends in .png"),
     ("link as out", "link.png lies in .*, among the set's own files"),
     ("new as out", "new.png lies in .*, among the set's own files"),
+    ("linked as out", "front.png is one of the inputs and would be overwritten"),
     ("source as out", "b.png lies in .*source, among the set's own files"),
     ("text as out", "x.png: expected a file name that ends in .png")])
 def test_what_cannot_be_shown_is_one_line_that_names_it(kind, says, tmp_path):
@@ -329,6 +330,9 @@ def test_what_cannot_be_shown_is_one_line_that_names_it(kind, says, tmp_path):
     linked.mkdir()
     (linked / "b.png").write_text("x")
     (world / "source").symlink_to(linked)
+    if kind == "linked as out":  # a reference behind a link, which the sheet would replace
+        (world / "front.png").rename(tmp_path / "front.png")
+        (world / "front.png").symlink_to(tmp_path / "front.png")
     if kind == "damaged":
         encode(world / "a.mp4", noise(17))
         damage(world / "a.mp4")
@@ -337,7 +341,8 @@ def test_what_cannot_be_shown_is_one_line_that_names_it(kind, says, tmp_path):
     (tmp_path / "link.png").symlink_to(world / "front.png")
     (tmp_path / "x.png").symlink_to(tmp_path / "x.txt")
     out = {"video": "world/a.mp4", "picture": "world/front.png", "manifest": "world/manifest.jsonl",
-           "link": "link.png", "new": "world/new.png", "source": "linked/b.png", "text": "x.png"}
+           "link": "link.png", "new": "world/new.png", "source": "linked/b.png", "text": "x.png",
+           "linked": "front.png"}
     out = out[kind.split()[0]] if kind.endswith("as out") else "show.png"
 
     def files():
