@@ -24,10 +24,11 @@ from torch.utils.data import default_collate
 
 import data
 import toy
-from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, boundary_of, check_files,
-                        check_outputs, count, expert_folders, find_checkpoint, find_wan, fingerprint,
-                        frame_rate, in_range, lock, nonempty, probe_writable, progress, read_meta, role_of,
-                        run_script, save_checkpoint, seed_number, source_hash, uses_bf16, wan_files)
+from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, boundary_of, check_base,
+                        check_files, check_outputs, count, expert_folders, find_checkpoint, find_wan,
+                        fingerprint, frame_rate, in_range, lock, nonempty, probe_writable, progress,
+                        read_meta, role_of, run_script, save_checkpoint, seed_number, source_hash, uses_bf16,
+                        wan_files)
 from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
 from lora import apply_lora, check_loras, read_lora_argument
@@ -542,6 +543,9 @@ def output_files(args, jobs, per_round=ROUND):
 def made_with(found, encoders, recipe, frames, bf16, tile=None, loras=()):
     """A name for what all videos of a call depend on: networks by their contents, settings, code."""
     trained = [read_meta(network) for network in filter(is_trained, found.networks)]
+    for meta in trained:
+        if meta.get("base"):  # by what checkpoint.json says; so that must be true
+            check_base(meta["base"])
     networks = [(meta["sha256"], meta["config"], meta.get("base")) for meta in trained]
     networks += [wan_files(network) for network in found.networks if not is_trained(network)]
     networks += [encoders.contents()] if found.config.is_wan else []  # the toy's are in its code

@@ -44,7 +44,7 @@ OVER = {
     "model": (602, "configs, files and inputs are checked before a network is built; frozen bases; one-way "
                    "references with what they keep; captions longer than their room"),
     "train": (695, "FSDP2, adapters, experts and a base, told apart by content, beside the bare loop"),
-    "sample": (646, "what can be known of a job is refused before its first step; experts, rounds by rank; "
+    "sample": (650, "what can be known of a job is refused before its first step; experts, rounds by rank; "
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
     "data": (353, "which clips a step draws"),
@@ -59,7 +59,7 @@ OVER = {
     "manifest": (393, "tables, names and folders of a user, whatever system and program they are from"),
     "report": (264, "what one case alone does not have, an interval, and where an axis ends"),
     "benchmark": (589, "what the stars of a comparison mean"),
-    "faces": (573, "a crowd is bounded, damaged weights are named"),
+    "faces": (569, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
     "checkpoint": (1087, "every class of bad input and of damaged file is met here, once for all scripts; "
                         "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
@@ -98,7 +98,7 @@ def test_a_file_keeps_to_its_lines(name):
 
 
 def test_the_method_is_read_in_one_sitting():
-    assert sum(map(lines, METHOD)) <= 2413
+    assert sum(map(lines, METHOD)) <= 2420
 
 
 @pytest.mark.parametrize("name", FILES)
