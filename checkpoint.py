@@ -1040,9 +1040,15 @@ def load_tensors(folder, name):
 
 
 def check_base(base):
-    """UserError where the release that adapters were trained on is another one by now. base: as in
-    checkpoint.json; one older than 2026-12-01 does not say which it was."""
-    came, expected = fingerprint(wan_files(base["path"])), base.get("content")
+    """UserError where the network that adapters were trained on is another one by now. base: as in
+    checkpoint.json; one older than 2026-12-01 does not say which release it was."""
+    path = Path(base["path"])
+    if base["sha256"]:  # a folder of train.py
+        if not path.is_dir() or read_meta(path)["sha256"].get("ema.safetensors") != base["sha256"]:
+            raise UserError(f"the frozen network that this was trained on, {path}, is gone or was trained "
+                            "again")
+        return
+    came, expected = fingerprint(wan_files(path)), base.get("content")
     if expected not in (None, came):
         raise UserError(f"{base['path']}, the frozen network that this was trained on, is another one now: "
                         f"its content is {came}, expected {expected}; put the old files back")
