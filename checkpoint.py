@@ -29,6 +29,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import safetensors.torch
@@ -428,31 +429,29 @@ def read_lines(path):
 
 class Lines:
     """The lines of a text file, bytes, those aside that are blank; each is read when it is asked for, and in
-    memory it is two numbers: where it begins, and its place among all lines, from 1 on.
+    memory it is two numbers: where it begins, and its place among all lines, from 1 on. A file that is
+    replaced meanwhile is read to its end as it was.
     text  what is in the file, where that is no UTF-8"""
 
     def __init__(self, path, text=None):
         self.path, self.places, self.numbers, place = Path(path), array.array("q"), array.array("q"), 0
-        self.open = (functools.partial(open, path, "rb") if text is None else
-                     functools.partial(io.BytesIO, text.encode()))
-        with self.open() as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self.places.append(place)
-                    self.numbers.append(number)
-                place += len(line)
+        self.file, self.lock = open(path, "rb") if text is None else io.BytesIO(text.encode()), Lock()
+        for number, line in enumerate(self.file, 1):
+            if line.strip():
+                self.places.append(place)
+                self.numbers.append(number)
+            place += len(line)
 
     def __len__(self):
         return len(self.places)
 
     def __getitem__(self, index):
-        with self.open() as file:
-            file.seek(self.places[index])
-            return file.readline()
+        with self.lock:  # batches are prepared by a thread
+            self.file.seek(self.places[index])
+            return self.file.readline()
 
     def __iter__(self):
-        with self.open() as file:
-            yield from (line for line in file if line.strip())
+        return map(self.__getitem__, range(len(self)))
 
 
 def read_text(path, spare=False):

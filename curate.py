@@ -610,7 +610,13 @@ def finish(out, manifest, files, written, theirs):
     if mended:
         print(f"{path} is not as curate.py wrote it and stays; {new.name} has what this run makes. Captions "
               f"are mended for good beside the videos, or in {out}/captions.jsonl", file=sys.stderr)
-        write_changed(new, manifest)
+        if not new.exists() or is_ours(new, written.get(new.name, ())):
+            written[new.name] = sorted({*written.get(new.name, ()), sha256})
+            write_changed(out / WRITTEN, json.dumps(written, sort_keys=True).encode())
+            write_changed(new, manifest)
+        elif new.read_bytes() != manifest:
+            print(f"{new} was changed by hand and stays too: move it away to get what this run makes",
+                  file=sys.stderr)
     else:
         written[name] = sorted({*written.get(name, ()), sha256})
         write_changed(out / WRITTEN, json.dumps(written, sort_keys=True).encode())

@@ -89,7 +89,10 @@ def encode(samples, folder, encoders, settings, mask=0.0, variants=4, rank=0, si
                 done += [finished(line, failed, folder) for line in lines]
                 bar.update(len(lines))
                 lines, todo = [], {}
-    return write_index(folder, done, len(samples), rank, size)
+    # a part is of these samples and settings: one that an earlier run left is of no use
+    key = fingerprint(settings, len(samples), getattr(samples, "key", None))
+    parts = [folder / f"part-{n}-of-{size}-{key}.jsonl" for n in range(size)]
+    return write_index(folder, done, len(samples), parts, parts[rank])
 
 
 def open_set(folder, settings, rank):
@@ -106,7 +109,7 @@ def open_set(folder, settings, rank):
                      if stored.get(name) != value]:
         raise UserError(f"{folder} was encoded with other settings ({'; '.join(different)}): "
                         "give the same, or another --out")
-    for part in folder.glob(f"part-{rank}-of-*.jsonl"):  # of a run that others did not end
+    for part in folder.glob(f"part-{rank}-of-*-*.jsonl"):  # of a run that others did not end
         part.unlink(missing_ok=True)
 
 
@@ -124,11 +127,12 @@ def names_in(folder):
     return {path.stem for path in folder.glob("??/[!.]*.safetensors")}
 
 
-def write_index(folder, lines, total, rank, size):
-    """Write this process's lines, and once those of all are there, index.jsonl and failed.jsonl of them."""
-    parts, names, failed = [folder / f"part-{n}-of-{size}.jsonl" for n in range(size)], set(), 0
+def write_index(folder, lines, total, parts, mine):
+    """Write this process's lines into the file `mine`, one of `parts`, and once all of these are there,
+    index.jsonl and failed.jsonl of them."""
+    names, failed, unknown = set(), 0, False
     with lock(folder, wait=True):
-        with atomic_file(parts[rank]) as path:
+        with atomic_file(mine) as path:
             path.write_text("".join(lines))
         if not all(part.exists() for part in parts):
             return None
@@ -137,14 +141,16 @@ def write_index(folder, lines, total, rank, size):
             index, without = (stack.enter_context(open(stack.enter_context(atomic_file(folder / name)), "w"))
                               for name in ("index.jsonl", "failed.jsonl"))
             for number in range(total):
-                line = json.loads(files[number % size].readline())
+                line = json.loads(files[number % len(parts)].readline())
+                unknown = unknown or "name" not in line
                 if line.get("name") in names:
                     line = {"source": line["source"], "error": "the same clip, caption and pictures again"}
                 if "error" not in line:
                     names.add(line["name"])
                 failed += "error" in line
                 (without if "error" in line else index).write(json.dumps(line) + "\n")
-        remove_unused(folder, names_in(folder) - names - {"empty"})
+        if not unknown:  # else files may be of a sample that cannot be had for once
+            remove_unused(folder, names_in(folder) - names - {"empty"})
         for part in folder.glob("part-*-of-*.jsonl"):
             part.unlink()
     return len(names), failed

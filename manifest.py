@@ -158,6 +158,8 @@ class Samples:
 
     def __init__(self, folder, sizes, frames, fps):
         self.lines, self.how = lines_of(folder), (sizes, sorted(frames), fps)
+        found = os.stat(self.lines.path)
+        self.key = [found.st_size, found.st_mtime_ns]  # of the manifest as it is now
 
     def __len__(self):
         return len(self.lines)
@@ -217,7 +219,7 @@ def read_rows(path):
 def read_columns(text):
     """Text in columns -> rows. Its separator is the one that gives the first line most columns of COLUMNS, or
     else most columns: Excel takes what the language of its user writes numbers with."""
-    text = re.sub(r"^\s*(sep=.\n)?\s*", "", text)
+    text = re.sub(r"^[ \n]*(sep=.\n)?[ \n]*", "", text)  # a tab may be an empty first header, as of pandas
 
     def columns(separator):
         return next(csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True), [])

@@ -24,7 +24,7 @@ import data
 import manifest
 import toy
 import train
-from checkpoint import UserError, read_lines
+from checkpoint import Lines, UserError, read_lines
 from encode import encode, mask_regions, names_in, pack, prefetch, read_sample, sample_path, unpack
 from encoders import WanEncoders
 from manifest import Sample
@@ -554,6 +554,33 @@ def test_a_part_that_a_killed_run_left_is_not_taken_for_this_runs(tmp_path):
     assert sources(tmp_path) == list("012345")
     encode(grown[:2], tmp_path, Plain(), {}, rank=0, size=3)
     assert encode(grown, tmp_path, Plain(), {}) == (6, 0) and not list(tmp_path.glob("part-*"))
+
+
+def test_an_old_part_is_not_merged_where_the_other_process_comes_later(tmp_path):
+    """The second process of two ended, the first was killed, and the list changed; now the first is first."""
+    old, grown = ([sample(n, ("front",)) for n in range(count)] for count in (2, 4))
+    encode(old, tmp_path, Plain(), {}, rank=1, size=2)
+    assert encode(grown, tmp_path, Plain(), {}, rank=0, size=2) is None
+    assert encode(grown, tmp_path, Plain(), {}, rank=1, size=2) == (4, 0)
+    assert sources(tmp_path) == list("0123") and not list(tmp_path.glob("part-*"))
+
+
+def test_samples_that_cannot_be_had_for_once_cost_no_latents(tmp_path):
+    whole, without = [sample(n, ("front",)) for n in range(3)], Asked(sample(0, ("front",)), None, None)
+    encode(whole, tmp_path, Plain(), {})
+    for _ in range(3):
+        assert encode(without, tmp_path, Plain(), {}) == (1, 2)
+    encoders = Plain()
+    assert encode(whole, tmp_path, encoders, {}) == (3, 0) and encoders.encoded == 0
+
+
+def test_a_list_that_is_replaced_meanwhile_is_read_as_it_was(tmp_path):
+    """As curate.py replaces a manifest while it is encoded."""
+    (tmp_path / "a").write_text("one\n\ntwo\nthree\n")
+    lines = Lines(tmp_path / "a")
+    (tmp_path / "b").write_text("a longer line than before\n" * 5)
+    os.replace(tmp_path / "b", tmp_path / "a")
+    assert list(lines) == [b"one\n", b"two\n", b"three\n"] and lines[1] == b"two\n" and len(lines) == 3
 
 
 def test_a_sample_that_is_there_twice_is_encoded_once_and_the_second_has_that_reason(tmp_path):

@@ -48,7 +48,7 @@ OVER = {
                     "a cache an expert"),
     "parallel": (264, "one-way references under Ulysses; who is here without a group"),
     "data": (353, "which clips a step draws"),
-    "encode": (313, "its own command line, which stood in data.py; sets that know their networks by size"),
+    "encode": (319, "its own command line, which stood in data.py; sets that know their networks by size"),
     "encoders": (656, "tables of the names of transformers and diffusers; finds each network in a folder by "
                       "what files hold"),
     "text": (128, "reads tokenizer.json as a sentencepiece model"),
@@ -56,15 +56,15 @@ OVER = {
     "pictures": (470, "whatever a file says of its order, colours, turns and streams is read or refused"),
     "monitor": (252, "a validation refuses people of the training set"),
     "toy": (742, "captions that describe people, for a base model; films to curate, and their encoding"),
-    "manifest": (393, "tables, names and folders of a user, whatever system and program they are from"),
+    "manifest": (395, "tables, names and folders of a user, whatever system and program they are from"),
     "report": (264, "what one case alone does not have, an interval, and where an axis ends"),
     "benchmark": (589, "what the stars of a comparison mean"),
     "faces": (569, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (1093, "every class of bad input and of damaged file is met here, once for all scripts; "
+    "checkpoint": (1092, "every class of bad input and of damaged file is met here, once for all scripts; "
                         "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
     "bench": (283, "dry runs of sampling and of training; one-way references side by side"),
-    "curate": (895, "names what is wrong with every video; tracks, identities in bounded memory, report; "
+    "curate": (901, "names what is wrong with every video; tracks, identities in bounded memory, report; "
                 "refuses what is not its own, finds damaged rows, keeps what a hand has changed"),
 }
 METHOD = ("rope", "model", "data", "train", "sample")  # to be read in one sitting
