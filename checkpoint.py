@@ -781,6 +781,8 @@ def role_of(path):
         return "low"
     begins = "(?:(?<![A-Za-z])|(?=[A-Z]))"  # of a word, also inside oneLikeThis
     words = {w.lower() for w in re.findall(f"{begins}((?i:high|low))[-_ ]?(?i:noise)", Path(path).name)}
+    # in capitals these words need no "noise"; "high_quality" is no expert
+    words = words or {w.lower() for w in re.findall("(?<![A-Za-z])(HIGH|LOW)(?![A-Za-z])", Path(path).name)}
     return words.pop() if len(words) == 1 else None
 
 

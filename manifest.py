@@ -197,7 +197,7 @@ def read_rows(path):
             rows = [line for line in text.split("\n") if line.strip()]
         else:
             rows = json.loads(text)
-            if isinstance(rows, dict) and rows and all(isinstance(row, (dict, str)) for row in rows.values()):
+            if isinstance(rows, dict) and rows and all(map(is_of_a_video, rows, rows.values())):
                 rows = [{"caption": row, "video": name} if isinstance(row, str) else
                         row if set(COLUMNS["video"]) & set(map(fold, row)) else row | {"video": name}
                         for name, row in rows.items()]
@@ -214,6 +214,12 @@ def read_rows(path):
             row = ValueError(f"not a JSON object, perhaps cut short ({error})")
         named.append((f"{path.name} row {n}", row))
     return named
+
+
+def is_of_a_video(name, row):
+    """Do a key and its value in a .json say something of a video, and are not settings of a program."""
+    of_its_own = isinstance(row, dict) and set(COLUMNS["video"]) & set(map(fold, row))
+    return bool(of_its_own) or isinstance(row, (dict, str)) and Path(name).suffix.lower() in VIDEOS
 
 
 def read_columns(text):

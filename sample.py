@@ -550,7 +550,7 @@ def made_with(found, encoders, recipe, frames, bf16, tile=None, loras=()):
     networks += [wan_files(network) for network in found.networks if not is_trained(network)]
     networks += [encoders.contents()] if found.config.is_wan else []  # the toy's are in its code
     loras = [(Path(file), scale, only) for file, scale, only in loras]
-    return fingerprint(networks, loras, recipe, frames, bf16, tile, source_hash(*VIDEO_CODE))
+    return fingerprint(networks, found.boundary, loras, recipe, frames, bf16, tile, source_hash(*VIDEO_CODE))
 
 
 def note_of(job, recipe, frames, ckpt, made):
@@ -617,7 +617,7 @@ def main(argv=None):
         print(f"{frames} frames of {size[0]}x{size[1]}, "
               + ", ".join(f"{name} {value}" for name, value in recipe.items() if value), flush=True)
     bf16 = uses_bf16(model.device, args.precision)
-    made = made_with(found, encoders, recipe, frames, bf16, args.tile, args.lora)
+    made = made_with(found, encoders, recipe, frames, bf16, args.tile, loras)
     writes = world.rank == 0 or not ulysses
     mine = range(world.rank % ranks, len(sheets), ranks)
     parts = [slice(n * per_round, (n + 1) * per_round) for n in mine]

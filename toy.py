@@ -644,6 +644,7 @@ def held_out_references(indices, views, size):
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
+TEXT_LEN = 128  # most tokens that the toy's network reads: text_len of model.CONFIGS["toy"]
 FILM_SEED, FILM_PEOPLE, HELD_OUT = 31_000, 24, 8  # the last ones are in no training video
 
 
@@ -677,6 +678,7 @@ def encode_films(args):
     probe_writable(out)
     shape = {"size": size, "frames": frames, "fps": fps, "networks": "toy"}
     encoders, samples = ToyEncoders(Path(__file__).with_name("assets") / "base", size), []
+    encoders.tokenizer.max_len = TEXT_LEN
     for entry in read_manifest(data):
         clip = sample_of(entry, data, [frame_size(size, len(entry["identities"]))], [frames], fps)
         square = sample_of(entry, data, [(size, size)], [frames], fps)

@@ -773,6 +773,12 @@ def test_mended_captions_and_files_of_others_stay(small, capsys):
         assert "3 files in " in said and "are not as curate.py wrote them and stay: " in said
         assert "manifest.jsonl is not as curate.py wrote it and stays; manifest.new.jsonl has what" in said
         assert read_lines(out / "manifest.new.jsonl") == rows
+    (out / "manifest.new.jsonl").write_bytes(b"mended too\n")
+    for _ in range(2):
+        run(videos, out, truth)
+        assert (out / "manifest.new.jsonl").read_bytes() == b"mended too\n"
+        assert "manifest.new.jsonl was changed by hand and stays too" in capsys.readouterr().err
+    (out / "manifest.new.jsonl").unlink()
     (videos / "a.mp4").unlink()  # nothing of the kept manifest goes
     run(videos, out, truth)
     assert all((out / row["video"]).exists() for row in rows)

@@ -55,13 +55,13 @@ OVER = {
     "lora": (268, "which of two experts a file is for"),
     "pictures": (470, "whatever a file says of its order, colours, turns and streams is read or refused"),
     "monitor": (252, "a validation refuses people of the training set"),
-    "toy": (742, "captions that describe people, for a base model; films to curate, and their encoding"),
-    "manifest": (395, "tables, names and folders of a user, whatever system and program they are from"),
+    "toy": (744, "captions that describe people, for a base model; films to curate, and their encoding"),
+    "manifest": (401, "tables, names and folders of a user, whatever system and program they are from"),
     "report": (264, "what one case alone does not have, an interval, and where an axis ends"),
     "benchmark": (589, "what the stars of a comparison mean"),
     "faces": (569, "a crowd is bounded, damaged weights are named"),
     "claims": (316, "seeds in pairs, verdicts that can say no, results that outlive a machine"),
-    "checkpoint": (1092, "every class of bad input and of damaged file is met here, once for all scripts; "
+    "checkpoint": (1094, "every class of bad input and of damaged file is met here, once for all scripts; "
                         "releases as Wan, diffusers and ComfyUI store them; hashes by all cores"),
     "bench": (283, "dry runs of sampling and of training; one-way references side by side"),
     "curate": (901, "names what is wrong with every video; tracks, identities in bounded memory, report; "

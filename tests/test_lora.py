@@ -303,6 +303,8 @@ def test_each_expert_gets_its_half_of_a_lora_of_diffusers(wrap, alphas, tmp_path
     ("x", ["transformer.a"], None, ROLES), ("x", ["transformer_2.b"], "high", ("high",)),
     ("lora_high_noise", ["blocks.a"], None, ("high",)), ("Wan22-LowNoise-v1", ["blocks.a"], None, ("low",)),
     ("high_noise_model", ["transformer.a", "transformer_2.b"], None, ROLES),
+    ("Lightning_4steps-lora_HIGH_fp16", ["blocks.a"], None, ("high",)),
+    ("A14B_LOW", ["blocks.a"], None, ("low",)),
     ("HIGH-noise", ["blocks.a"], "low", ("low",)), ("high-kick", ["blocks.a"], None, ROLES),
     ("high_noise_and_low_noise", ["blocks.a"], None, ROLES), ("follow_noise", ["blocks.a"], None, ROLES)])
 def test_which_expert_a_file_is_for(name, keys, given, roles, tmp_path, capsys):

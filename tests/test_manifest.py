@@ -477,3 +477,21 @@ def test_videos_of_cameras_and_discs_are_seen_and_read(suffix, form, codec, tmp_
     assert len(list(read_frames(path, 25))) in (9, 10)
     with contextlib.chdir(tmp_path):
         assert len(list(read_frames(path.name, 25))) in (9, 10)
+
+
+def test_a_first_header_may_be_empty():
+    """As pandas writes its row numbers."""
+    rows = read_columns("\tvideo\tcaption\n0\ta.mp4\ta man walks\n")
+    assert rows == [{"": "0", "video": "a.mp4", "caption": "a man walks"}]
+
+
+@pytest.mark.parametrize("settings", [
+    {"train": {"steps": 3}, "model": {}}, {"name": "my set", "author": "x"}])
+def test_settings_of_a_program_are_no_table(settings, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="not a list of rows"):
+        manifest.read_rows(tmp_path / "config.json")
+    rows = {"a.mp4": "one", "b.MOV": {"caption": "two"}, "c": {"video": "c.mp4"}}
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    videos = [row["video"] for _, row in manifest.read_rows(tmp_path / "metadata.json")]
+    assert videos == ["a.mp4", "b.MOV", "c.mp4"]

@@ -14,6 +14,7 @@ from PIL import Image
 import toy
 from checkpoint import UserError, read_lines
 from faces import Faces, align, crop_faces, find_faces
+from model import CONFIGS
 from pictures import to_bytes, wrap
 from test_readme import walk
 from toyfaces import ToyFaces, is_toy, load_faces
@@ -111,3 +112,7 @@ def test_from_films_to_the_real_benchmark_without_a_download(tmp_path):
     call("eval.py", "--cases", "cases.jsonl", "--videos", "videos", "--faces", "toy", "--out", "truth")
     person, = json.loads((tmp_path / "truth/cases_measured.jsonl").read_text())["people"]
     assert np.mean(person["face"]) > 0.7 and np.mean([a for a in person["alike"] if a is not None]) > 0.6
+
+
+def test_captions_of_films_are_cut_where_the_toys_network_ends():
+    assert toy.TEXT_LEN == CONFIGS["toy"].text_len
