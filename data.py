@@ -1,8 +1,10 @@
 """What a training step is made of: which views it gets, how much noise, batches from an encoded set.
 
-  python data.py import mead --root SET --out DIR   a public set, or a trainer's folder, as a manifest
-  python data.py encode --data DIR --wan WAN      a manifest's clips, once through Wan's frozen networks
-  python data.py show --data DIR                  a summary of a set, and a contact sheet of a sample
+  python data.py toy --out DIR                    the toy world's clips, references and captions, as files
+  python data.py curate --videos DIR --out SET    a folder of videos of people as a manifest
+  python data.py import mead --root DIR --out SET a public set, or a trainer's folder, as a manifest
+  python data.py encode --data SET --wan WAN      a manifest's clips, once through Wan's frozen networks
+  python data.py show --data SET                  a summary of a set, and a contact sheet of its clips
 
 Clips are encoded once, so the training loop reads latents only. The toy and Wan have the same encoded sets.
 """
@@ -10,8 +12,10 @@ import array
 import collections
 import contextlib
 import functools
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -21,12 +25,10 @@ import safetensors
 import torch
 import torch.nn as nn
 
-import importers
-import manifest
-import toy
-from checkpoint import Lines, Parser, UserError, in_range, nonempty, progress, run_script
-from encode import encode_flags, encode_manifest, read_sample, read_settings, sample_path, unpack
 from rope import VIEWS
+from support.script import Lines, Parser, UserError, in_range, nonempty, progress, run_script
+from videos import manifest
+from videos.encode import read_sample, read_settings, sample_path, unpack
 
 DAMAGE = (OSError, ValueError, safetensors.SafetensorError)  # what reading a damaged sample raises
 
@@ -212,6 +214,10 @@ class NoiseLevels(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ the dataset
+GIVEN = {"no references": ((),)} | {f"{n} view{'s' * (n > 1)}": (VIEWS[:n],) for n in range(1, 5)}
+GIVEN |= {"two people": (("front",), ("front",))}  # the views of a validation's cases
+
+
 class Dataset:
     """Batches from an encoded set. All that is random in a sample comes from a generator of its own, so they
     are the same for any number of ranks and micro-batches. index.jsonl stays on disk: in memory a clip is a
@@ -327,27 +333,26 @@ def show_draws(groups, batch=8):
             print(f"  {kind.name}: {Sampler(groups).describe(kind, batch)}")
 
 
-def main(argv=None):
-    p = Parser(description=__doc__)
-    what = p.add_subparsers(dest="what", required=True, metavar="import|encode|show")
-    encode_flags(what.add_parser("encode", help="a manifest's clips; restartable, spread by torchrun"))
-    add = what.add_parser("import", help="a public set's folders as a manifest").add_argument
-    add("kind", choices=sorted(importers.KINDS))
-    add("--root", required=True, type=nonempty, help="the set's folder; nothing in it is changed")
-    add("--out", required=True, type=nonempty, help="folder to write to")
-    add("--mirror", action="store_true", help="exchange left and right: the set's are the person's own")
-    add = what.add_parser("show", help="summary of a set, contact sheet of a sample").add_argument
-    add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
-    add("--index", type=in_range(int, 0, 10**9, "a number from 0 on"),
-        help="this clip alone (default: a page of 20)")
-    add("--out", type=nonempty, default="out/show.png", help="PNG to write")
-    args = p.parse_args(argv)
-    if args.what == "import":
-        return importers.import_set(args.kind, args.root, args.out, args.mirror)
-    if args.what == "show":
-        return show_draws(manifest.show(args.data, args.index, Path(args.out)))
-    return (toy.encode_films if args.wan == "toy" else encode_manifest)(args)
+DOORS = {  # python data.py NAME ...: the module whose main it is
+    "toy": "videos.toy", "curate": "videos.curate", "import": "videos.importers", "encode": "videos.encode"}
+
+
+def main(argv=None, **options):
+    """options: further arguments of the main that is called."""
+    argv = sys.argv[1:] if argv is None else argv
+    p = Parser(description=__doc__, usage="data.py {toy,curate,import,encode,show} ... [--help]")
+    p.add_argument("what", choices=[*DOORS, "show"], help="each has its own --help")
+    what = p.parse_args(argv[:1]).what
+    if what != "show":
+        return importlib.import_module(DOORS[what]).main(argv[1:], **options)
+    p = Parser(prog="data.py show", description="summary of a set, sheet of its clips, what steps draw")
+    p.add_argument("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
+    p.add_argument("--index", type=in_range(int, 0, 10**9, "a number from 0 on"),
+                   help="this clip alone (default: a page of 20)")
+    p.add_argument("--out", type=nonempty, default="out/show.png", help="PNG to write")
+    args = p.parse_args(argv[1:])
+    show_draws(manifest.show(args.data, args.index, Path(args.out)))
 
 
 if __name__ == "__main__":
-    run_script(main, "--tile 256 or --offload")
+    run_script(main, "a smaller --size or fewer --frames, or --tile 256 or --offload")

@@ -2,21 +2,23 @@
 
   python eval.py --ckpt out/toy                                        the toy: tables, OUT/report.html
   python eval.py make-cases --data DATA --out cases.jsonl              cases for real videos; see cases.py
-  python eval.py --cases cases.jsonl --videos DIR --faces FACES        measure any system's videos
-  python eval.py --cases cases.jsonl --ckpt out/1.3b --faces FACES     sample them first; torchrun spreads it
-  python eval.py --compare out/ours out/theirs                         systems side by side, paired by case
+  python eval.py real --cases cases.jsonl --videos DIR --faces FACES   measure any system's videos
+  python eval.py real --cases cases.jsonl --ckpt out/1.3b --faces FACES   sample them first, by torchrun
+  python eval.py compare out/ours out/theirs                           systems side by side, paired by case
+  python eval.py claims --base assets/base            train variants, judge the papers' claims by them
+  python eval.py speed forward --config 1.3b                           time and memory of the network
 
 The toy benchmark has 100 fixed cases over 52 people that training never saw. A case is a clip of one or two
 people whose motion sweeps the yaw. The clip is sampled from its caption and references. What it then shows is
 read by rendering: the same clip with one thing changed (another person, yaw, motion, mouth, wall, or a
-reference's pose) is rendered from known parameters, and the nearest rendering wins. benchmark.py measures
+reference's pose) is rendered from known parameters, and the nearest rendering wins. real.py measures
 real videos. Every result is a line of JSON in OUT, appended as it is there. A restart skips finished cases.
 """
 import contextlib
 import functools
 import hashlib
 import html
-import itertools
+import importlib
 import json
 import os
 import sys
@@ -29,24 +31,18 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
-import benchmark
-import cases as real_cases
 import data
-import toy
-from checkpoint import (Parser, UserError, atomic_file, check_outputs, count, find_checkpoint, frame_rate,
-                        in_range, lock, nonempty, probe_writable, progress, run_script, source_hash,
-                        uses_bf16)
-from curate import check_url
-from faces import Faces, RetinaFace
-from parallel import World
-from pictures import (Job, check_ours, frame_count, from_bytes, notes_in, open_picture, picture_size,
-                      read_references, to_bytes, wrap, write_video)
-from report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval, mean,
-                    one, per_frame, plot, read_results, show, strip, table, write_page)
+from measure.report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval,
+                            mean, one, per_frame, plot, read_results, show, strip, table, write_page)
 from rope import VIEWS
-from sample import (ROUND, SAMPLE_RECIPES, VIDEO_CODE, default_checkpoint, find, frames_and_size, generate,
-                    load, made_with, make_round, note_of, override, recipe_flags)
-from toyfaces import is_toy
+from sample import (SAMPLE_RECIPES, VIDEO_CODE, default_checkpoint, find, generate, load, override,
+                    recipe_flags)
+from support.checkpoints import find_checkpoint
+from support.processes import World
+from support.script import (Parser, UserError, atomic_file, check_outputs, in_range, lock, nonempty, progress,
+                            run_script, source_hash, uses_bf16)
+from videos import toy
+from videos.pictures import Job, from_bytes, to_bytes, wrap
 
 CASES = 100
 # views given; in "described" none, but a caption that tells the people's looks
@@ -58,7 +54,7 @@ YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested y
 COPY_MARGIN = 30  # degrees from every given view: a frame that should face further can show a copied pose
 SIGMAS = (0.95, 0.98, 0.99, 0.995, 1.0)  # of the prior's loss: where 19 in 20 of the toy's training steps are
 # what a video depends on, and what the numbers do
-CODE = (*VIDEO_CODE, "encode", "eval")
+CODE = (*VIDEO_CODE, "eval", "videos/encode")
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -444,146 +440,34 @@ def run_toy(args, world):
         print(f"{path} and {page} in {time.perf_counter() - start:.0f} s")
 
 
-# ------------------------------------------------------------------------------------------------ real videos
-def sample_cases(cases, args, world):
-    """Make the cases' videos with --ckpt in OUT/videos, over all ranks -> that folder, and the cases, those
-    that the checkpoint cannot make with a fault. A video whose comment says that it was made of the same is
-    kept."""
-    found = find(args.ckpt)
-    recipe, folder = override(SAMPLE_RECIPES[found.kind], args), args.out / "videos"
-    frames, size = frames_and_size(args, found)
-    if not found.meta:
-        raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
-                        "train.py made")
-    probe_writable(folder)
-    model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
-                           need_vit=found.config.vit_dim > 0)
-    bf16 = uses_bf16(world.device, args.precision)
-    made = made_with(found, encoders, recipe, frames, bf16, args.tile)
-
-    def job_of(case):
-        """A case as a Job whose references are files, and what is written of how its video is made."""
-        if len(case.refs) > found.config.max_identities:
-            raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
-                            f"{found.config.max_identities}")
-        for file in itertools.chain(*map(dict.values, case.refs)):
-            with open_picture(file) as picture:
-                picture.load()
-        shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
-        job = Job(case.prompt, case.refs, case.seed, shape,
-                  files=[[f"{view}={file}" for view, file in views.items()] for views in case.refs])
-        return replace(job, note=note_of(job, recipe, frames, args.ckpt, made))
-    checked, todo = [], []
-    for case in cases:
-        try:
-            if not case.fault and notes_in(folder / f"{case.id}.mp4") != [job_of(case).note]:
-                todo.append(case)
-        except (UserError, OSError) as error:
-            case = case._replace(fault=str(error))
-        checked.append(case)
-    check_ours([folder / f"{case.id}.mp4" for case in todo])
-    world.barrier()  # all have looked before anybody writes
-    mine = todo[world.rank::world.size]
-    for start in range(0, len(mine), ROUND):
-        jobs = [replace(job, references=read_references(job.references, size))
-                for job in map(job_of, mine[start:start + ROUND])]
-        make_round(model, encoders, jobs, recipe, frames)
-        for case, job in zip(mine[start:], jobs):
-            write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
-    world.barrier()
-    return folder, checked
-
-
-def run_real(args, world, detector=None):
-    start, args.out = time.perf_counter(), Path(args.out)
-    page = args.out / "report.html"
-    world.barrier()  # rank 0 holds the folder
-    cases, folder = real_cases.read_cases(args.cases), args.videos
-    inputs = [args.cases, *(file for case in cases if not case.fault for file in benchmark.files_of(case))]
-    outputs = [] if folder else [args.out / "videos" / f"{case.id}.mp4" for case in cases]
-    check_outputs([page, args.out / "cases_measured.jsonl", *filter(Path.exists, outputs)], inputs)
-    pattern = Faces.FILES[RetinaFace]
-    if not (detector or is_toy(args.faces) or any(args.faces.glob(pattern))):  # before hours of sampling
-        raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")
-    if not folder:
-        folder, cases = sample_cases(cases, args, world)
-    results = benchmark.run_cases(cases, folder, args, world, detector)
-    print(benchmark.summary(results))
-    if world.rank == 0:
-        heading = f"{args.cases.name}, videos of {args.ckpt or args.videos}"
-        benchmark.write_report(page, heading, cases, results)
-        print(f"{page} in {time.perf_counter() - start:.0f} s")
-    if all("reason" in result for result in results):
-        raise UserError(f"none of {len(results)} videos could be measured; the first: {results[0]['reason']}")
-
-
 # -------------------------------------------------------------------------------------------------------- CLI
-OF_THE_TOY = {"--limit", "--settings", "--batch"}
-OF_REAL_SAMPLING = {"--wan", "--frames", "--size", "--offload", "--tile"}
-OF_REAL_VIDEOS = {"--videos", "--faces", "--fps", "--judge-url", "--judge-model", *OF_REAL_SAMPLING}
-OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", *OF_REAL_SAMPLING}
+DOORS = {  # python eval.py NAME ...: the module and its function; without a name, the toy benchmark
+    "real": ("measure.real", "main"), "compare": ("measure.real", "compare_main"),
+    "make-cases": ("measure.cases", "make_cases"), "claims": ("measure.claims", "main"),
+    "speed": ("measure.speed", "main")}
 
 
-def arguments(argv):
-    """-> args; UserError where flags of one half are given to the other."""
-    meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
-    real = "\n".join(f"  {name:15}{metric.words}" for name, metric in benchmark.METRICS.items())
-    p = Parser(description=__doc__, epilog=f"what the toy's columns mean:\n{meanings}\n\n"
-               f"what the real benchmark's columns mean:\n{real}")
-    p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
-    p.add_argument("--out", type=nonempty, default="out/eval", help="folder for results and report.html")
-    toys = p.add_argument_group("the toy benchmark, and how to sample")
-    benchmark_flags(toys.add_argument)
-    add = p.add_argument_group("real videos").add_argument
-    add("--cases", type=Path, help="file of cases; see cases.py and make-cases")
-    add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
-    add("--faces", type=Path, help="folder with the weights that faces.py names, or toy")
-    add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at")
-    add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model, for `natural`")
-    add("--judge-model", type=nonempty, default="default", help="its model; OPENAI_API_KEY may hold a key")
-    add("--compare", nargs="+", type=Path, metavar="DIR", help="--out folders of earlier calls, side by side")
-    add("--wan", type=nonempty, help="for --ckpt: folder of umT5, VAE and ViT, as in sample.py")
-    add("--frames", type=frame_count, help="for --ckpt: as in sample.py")
-    add("--size", type=picture_size, help="for --ckpt: as in sample.py")
-    add("--offload", action="store_true", help="for --ckpt: as in sample.py")
-    add("--tile", type=count, help="for --ckpt: as in sample.py")
-    args = p.parse_args(argv)
-    given = {word.split("=")[0] for word in argv}
-    if args.compare and {word for word in given if word.startswith("--")} - {"--compare", "--out"}:
-        raise UserError("--compare takes folders of earlier calls, and --out only")
-    if args.cases and bool(args.videos) == bool(args.ckpt):
-        raise UserError("--cases needs one of --videos DIR, a system's videos, and --ckpt to make them")
-    for flags, wrong, reason in (
-            (OF_THE_TOY, args.cases, "belongs to the toy benchmark: leave it out with --cases"),
-            (OF_REAL_VIDEOS, not args.cases, "belongs to real videos: it needs --cases"),
-            (OF_SAMPLING, args.videos, "is for sampling: leave it out with --videos")):
-        if wrong and (named := sorted(given & flags)):
-            raise UserError(f"{named[0]} {reason}")
-    if args.cases and not (args.faces and (args.faces.is_dir() or is_toy(args.faces))):
-        raise UserError(f"--faces {args.faces or ''}: expected a folder of face networks; see README.md")
-    if args.videos and not args.videos.is_dir():
-        raise UserError(f"--videos {args.videos}: no such folder")
-    check_url("--judge-url", args.judge_url)
-    return args
-
-
-def main(argv=None, detector=None):
-    """detector: an object with the methods of faces.Faces, instead of the networks in --faces."""
+def main(argv=None, **options):
+    """options: further arguments of the function that is called."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["make-cases"]:
-        return real_cases.make_cases(argv[1:])
+    if argv[:1] and argv[0] in DOORS:
+        module, function = DOORS[argv[0]]
+        if argv[0] == "claims":
+            options |= {"benchmark": sys.modules[__name__]}
+        return getattr(importlib.import_module(module), function)(argv[1:], **options)
     world = World.join()
     with world.one_voice():
-        args = arguments(argv)
+        meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
+        p = Parser(description=__doc__, usage=f"eval.py [{' | '.join(['toy', *DOORS])}] ... [--help]",
+                   epilog=f"what the columns mean:\n{meanings}")
+        p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
+        p.add_argument("--out", type=nonempty, default="out/eval", help="folder for results and report.html")
+        benchmark_flags(p.add_argument)
+        args = p.parse_args(argv[1:] if argv[:1] == ["toy"] else argv)
         with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
-            if args.compare:
-                benchmark.compare(args.compare, Path(args.out))
-            elif args.cases:
-                run_real(args, world, detector)
-            else:
-                run_toy(args, world)
+            run_toy(args, world)
     world.leave()
 
 
 if __name__ == "__main__":
-    run_script(main, "a smaller --batch, or with --cases --offload and --tile 256")
+    run_script(main, "a smaller --batch, or for real videos --offload and --tile 256")

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import Parser, UserError, atomic_file, check_outputs, probe_writable, run_script
 from rope import apply_rope, axis_pairs, rope_table
 
 if __name__ == "__main__" and not torch.cuda.is_available():
@@ -43,7 +42,7 @@ def use_fused(choice=None):
     False (PyTorch). Returns the choice in words."""
     global _choice
     if choice and not INTERPRET and (triton is None or not torch.cuda.is_available()):
-        raise UserError("fused kernels need Triton and a GPU, or TRITON_INTERPRET=1 before the start")
+        raise ValueError("fused kernels need Triton and a GPU, or TRITON_INTERPRET=1 before the start")
     _choice = choice
     if not _runs_fused(torch.cuda.is_available()):
         return "PyTorch reference kernels"
@@ -60,11 +59,11 @@ def _runs_fused(on_gpu):
 def rope_tables(positions, head_dim, theta=1e4):
     """RopeTables, computed in float64 as Wan does, that hold these positions (int [L, 3]). Cached, and grown
     on demand to the next power of two. Waits for the GPU: call it where a layout is built, not in a block.
-    Raises UserError for positions of another shape or dtype, negative or from 2**20 on."""
+    Raises ValueError for positions of another shape or dtype, negative or from 2**20 on."""
     _expect("positions", positions, [*positions.shape[:1], 3], INTEGERS, positions.device)
     low, high = (int(x) for x in positions.aminmax()) if len(positions) else (0, 0)
     if low < 0 or high >= 2**20:  # tables of more than 100 MB
-        raise UserError(f"positions go from {low} to {high}; expected 0 to {2**20 - 1}")
+        raise ValueError(f"positions go from {low} to {high}; expected 0 to {2**20 - 1}")
     key = head_dim, theta, positions.device
     if key not in _tables or len(_tables[key].cos) <= high:
         with torch.inference_mode(False):  # a table made while sampling has to serve training too
@@ -270,7 +269,7 @@ _fused.register_autograd(_differentiate, setup_context=lambda ctx, inputs, outpu
 
 def _expect(name, x, shape, dtypes, device):
     if list(x.shape) != list(shape) or x.dtype not in dtypes or x.device != device:
-        raise UserError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; expected "
+        raise ValueError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; expected "
                         f"{' or '.join(map(str, dtypes))} {list(shape)} on {device}")
 
 
@@ -281,12 +280,12 @@ def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
     positions     int [L, 3], each below len(tables.cos); NaN comes out for any other
     tables        rope_tables(positions, K): K comes from here
     Returns q, k [B, L, N, K], contiguous, in the dtype that came; differentiable in the first four, once. At
-    the video's own positions it is Wan 2.1's WanRMSNorm and rope_apply. UserError where inputs do not fit.
+    the video's own positions it is Wan 2.1's WanRMSNorm and rope_apply. ValueError where inputs do not fit.
     """
     cos, sin = tables
     K = 2 * cos.shape[1]
     if q.ndim != 3 or q.shape[2] % K or q.dtype not in FLOATS:
-        raise UserError(f"q is {q.dtype} {list(q.shape)}; expected floats [B, L, D], D a multiple of K = {K}")
+        raise ValueError(f"q is {q.dtype} {list(q.shape)}; expected floats [B, L, D], D a multiple of {K}")
     B, L, D = q.shape
     _expect("k", k, [B, L, D], [q.dtype], q.device)
     _expect("weight_q", weight_q, [D], FLOATS, q.device)
@@ -344,7 +343,7 @@ def check(shape, dtype, device):
     allowed = 1e-5 + torch.finfo(dtype).eps / (1 if INTERPRET else 2)
     line = f"{str(dtype)[6:]:9} B L N K {str(shape):18} {max(errors):.1e} off, {allowed:.1e} allowed"
     if not all(error <= allowed for error in errors):  # nan is not
-        raise UserError(f"FAILED: {line}")
+        raise ValueError(f"FAILED: {line}")
     print(line, flush=True)
 
 
@@ -377,17 +376,24 @@ def bench(device):
 
 
 def main(argv=None):
+    from support.script import Parser, UserError, atomic_file, check_outputs, probe_writable
+
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/kernels.json"), help="a GPU's table as JSON")
     args = parser.parse_args(argv)
-    use_fused(True)  # without Triton an error
+    if triton is None:
+        raise UserError("the fused kernels need Triton, which has wheels for Linux only")
+    use_fused(True)
     shapes = [(1, 1, 1, 32), (2, 3, 3, 24), (1, 5, 12, 128)]
     if not INTERPRET:
         shapes += [(2, 129, 3, 24), (2, 257, 12, 128), (1, 515, 40, 128)]
         probe_writable(args.out.parent)  # an error now, not after minutes
         check_outputs([args.out], inputs=[])
-    for dtype, shape in product((torch.float32, torch.bfloat16, torch.float16), shapes):
-        check(shape, dtype, torch.device("cpu" if INTERPRET else "cuda"))
+    try:
+        for dtype, shape in product((torch.float32, torch.bfloat16, torch.float16), shapes):
+            check(shape, dtype, torch.device("cpu" if INTERPRET else "cuda"))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if not INTERPRET:
         with atomic_file(args.out) as path:
             path.write_text(json.dumps(bench(torch.device("cuda")), indent=1))
@@ -395,4 +401,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from support.script import run_script
+
     run_script(main)

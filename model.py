@@ -17,6 +17,7 @@ Dimension key
   P proxy tokens
 """
 import functools
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -25,11 +26,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from checkpoint import (UserError, check_base, check_files, check_fit, layers_of, load_weights, put_tensor,
-                        read_meta, read_wan, read_weights)
 from kernels import qk_norm_rope, rope_tables
-from lora import init_lora, merge_lora, new_names, set_trained
+from networks.lora import init_lora, merge_lora, new_names, set_trained
+from networks.weights import (check_base, check_fit, layers_of, load_weights, put_tensor, read_wan,
+                              read_weights)
 from rope import VIEWS, check_layout, reference_positions, video_positions
+from support.checkpoints import check_files, read_meta
+from support.script import UserError
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
 GATE_SA, GATE_FFN = 2, 5  # rows of a block's modulation; the others are shifts and scales
@@ -76,7 +79,10 @@ class DiTConfig:
         if self.coord_channels % 6:
             raise UserError(f"config coord_channels is {self.coord_channels}; expected a multiple of 6: sine "
                             "and cosine of t, h and w")
-        check_layout(self.rope_layout, self.rope_jump)
+        try:
+            check_layout(self.rope_layout, self.rope_jump)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     @property
     def is_wan(self):
@@ -413,6 +419,12 @@ class HarmoView(nn.Module):
         functorch.ban_recompute_materialized_backward = False
         for block in self.blocks:
             block.compile(fullgraph=True)
+
+    def count_tokens(self, x, refs):
+        """How many tokens a sample of x [B, C, T, H, W] has, and how many its refs, as forward takes them."""
+        references = sum(latent.shape[2] * latent.shape[3] for views in refs for latent in views.values())
+        proxies = sum(len(VIEWS) - len(views) for views in refs) * self.config.proxy_tokens
+        return math.prod(x.shape[2:]) // PATCH**2, references // PATCH**2 + proxies
 
     def flops(self, video, references=0, cached=False):
         """Of one forward of one sample with that many tokens: two for every weight and token, and 4 L S D an

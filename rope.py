@@ -10,8 +10,6 @@ r      how many references and groups of proxies come before this one
 """
 import torch
 
-from checkpoint import UserError
-
 # as the viewer sees them: in "left" the subject looks to the picture's left edge
 VIEWS = ("front", "left", "right", "back")
 RD_GAP = 1  # Mv2ID's temporal offset o; the paper gives no number
@@ -20,7 +18,7 @@ RD_GAP = 1  # Mv2ID's temporal offset o; the paper gives no number
 def _jump(k, v, r, T, H, W, jump):
     """Jump-RoPE (HarmoView): identity k owns the times from T + jump*(k+1); a dropped view moves nobody."""
     if jump < len(VIEWS):
-        raise UserError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
+        raise ValueError(f"rope jump {jump} is smaller than the {len(VIEWS)} view slots of an identity: "
                         "they would overlap")
     return T + jump * (k + 1) + v, 0, 0
 
@@ -50,9 +48,9 @@ def video_positions(T, H, W):
 
 
 def check_layout(layout, jump):
-    """Raise UserError for an unknown layout, and for a jump that would let two identities overlap."""
+    """Raise ValueError for an unknown layout, and for a jump that would let two identities overlap."""
     if layout not in LAYOUTS:
-        raise UserError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+        raise ValueError(f"unknown rope layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
     LAYOUTS[layout](0, 0, 0, 1, 1, 1, jump)  # a trial: it raises where the jump does not fit
 
 
@@ -63,12 +61,12 @@ def reference_positions(layout, present, T, H, W, ref_hw, proxy_tokens, jump=16)
     present       one collection of view names per identity, e.g. [("front", "left"), ("front",)]
     ref_hw        token grid (h, w) of each reference; a present view has h*w tokens
     proxy_tokens  tokens that stand for a missing view, all at the centre of its slot; 0 leaves the slot out
-    Raises UserError for an unknown view, and where check_layout does.
+    Raises ValueError for an unknown view, and where check_layout does.
     """
     check_layout(layout, jump)
     unknown = sorted({view for views in present for view in views} - set(VIEWS))
     if unknown:
-        raise UserError(f"unknown view {unknown[0]!r}; expected one of {', '.join(VIEWS)}")
+        raise ValueError(f"unknown view {unknown[0]!r}; expected one of {', '.join(VIEWS)}")
     h, w = ref_hw
     grid = video_positions(1, h, w)
     proxies = torch.tensor([[0, h // 2, w // 2]]).expand(proxy_tokens, 3)
@@ -90,7 +88,7 @@ def axis_pairs(head_dim):
 def rope_table(positions, head_dim, theta=1e4):
     """positions [L, 3] -> cos, sin float32 [L, head_dim // 2]; angles in float64, as Wan computes them."""
     if head_dim % 2:
-        raise UserError(f"head_dim {head_dim} is odd; rotary needs pairs")
+        raise ValueError(f"head_dim {head_dim} is odd; rotary needs pairs")
     angles_by_axis = []
     for axis, pairs in enumerate(axis_pairs(head_dim)):
         exponent = torch.arange(pairs, dtype=torch.float64, device=positions.device) / max(pairs, 1)

@@ -23,20 +23,21 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import default_collate
 
 import data
-import toy
-from checkpoint import (ROLES, Parser, UserError, atomic_file, autocast, boundary_of, check_base,
-                        check_files, check_outputs, count, expert_folders, find_checkpoint, find_wan,
-                        fingerprint, frame_rate, in_range, lock, nonempty, probe_writable, progress,
-                        read_meta, role_of, run_script, save_checkpoint, seed_number, source_hash, uses_bf16,
-                        wan_files)
-from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from kernels import use_fused
-from lora import apply_lora, check_loras, read_lora_argument
 from model import DiTConfig, check_checkpoint, load_checkpoint, load_wan, wan_on_meta
-from parallel import Ulysses, World
-from pictures import (Job, check_ours, contact_sheet, frame_count, from_bytes, name_references, notes_in,
-                      picture_size, read_frames, read_jobs, read_references, view_of, write_video)
+from networks.encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
+from networks.lora import apply_lora, check_loras, read_lora_argument
+from networks.weights import ROLES, boundary_of, check_base, expert_folders, find_wan, role_of, wan_files
 from rope import VIEWS
+from support.checkpoints import check_files, find_checkpoint, read_meta, save_checkpoint
+from support.processes import Ulysses, World
+from support.script import (ROOT, Parser, UserError, atomic_file, autocast, check_outputs, count, fingerprint,
+                            frame_rate, in_range, lock, nonempty, probe_writable, progress, run_script,
+                            seed_number, source_hash, uses_bf16)
+from videos import toy
+from videos.pictures import (Job, check_ours, contact_sheet, frame_count, from_bytes, name_references,
+                             notes_in, picture_size, read_frames, read_jobs, read_references, view_of,
+                             write_video)
 
 SOLVERS = ("unipc", "dpm++", "euler")
 # Defaults by kind of checkpoint: of two guidance scales the first is for high noise, and guide_refs None is
@@ -50,7 +51,8 @@ SAMPLE_RECIPES = {
 }
 BOUNDARY = 0.875  # where Wan2.2's experts change, as a share of t's range
 # what a video depends on, besides what it is made of: a change of these files may change it
-VIDEO_CODE = ("data", "encoders", "kernels", "lora", "model", "pictures", "rope", "sample", "text", "toy")
+VIDEO_CODE = ("data", "kernels", "model", "networks/encoders", "networks/lora", "networks/text", "rope",
+              "sample", "videos/pictures", "videos/toy")
 ROUND = 16  # videos that are made together, one network after the other, and written before the next ones
 
 
@@ -331,7 +333,7 @@ def on_meta(network):
 
 def default_checkpoint():
     """The toy run of this folder, or else the toy that comes with the code."""
-    return "out/toy" if find_checkpoint("out/toy") else str(Path(__file__).with_name("assets") / "toy")
+    return "out/toy" if find_checkpoint("out/toy") else str(ROOT / "assets/toy")
 
 
 def export(ckpt, folder):

@@ -34,23 +34,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import toy
-from checkpoint import (ROLES, Parser, UserError, as_user_error, autocast, check_replaceable, compare, count,
-                        delete_checkpoint, expert_folders, find_checkpoint, find_valid, fingerprint,
-                        fraction, in_range, load_tensors, lock, moved_base, nonempty, not_negative,
-                        pack_optimizers, parent_of, positive, probe_writable, progress, read_meta,
-                        release_folder, role_of, run_script, save_checkpoint, seed_number, sha256_of,
-                        steps_in, temporary_name, unpack_optimizers, uses_bf16, wan_files)
-from encode import prefetch
 from kernels import use_fused
-from lora import TRAINS, set_trained
 from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
-from monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, write_samples
-from muon import make_optimizers
-from parallel import (CORES, World, gathered, load_shards, local, replicate, save_shards, shard,
-                      synchronized, whole)
-from pictures import name_references, read_jobs
+from networks.lora import TRAINS, new_names, set_trained
+from networks.weights import ROLES, expert_folders, moved_base, release_folder, role_of, wan_files
 from rope import LAYOUTS
+from support.checkpoints import (check_replaceable, compare, delete_checkpoint, find_checkpoint, find_valid,
+                                 load_tensors, pack_optimizers, parent_of, read_meta, save_checkpoint,
+                                 steps_in, unpack_optimizers)
+from support.monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, write_samples
+from support.optimizers import make_optimizers
+from support.processes import (CORES, World, gathered, load_shards, local, replicate, save_shards, shard,
+                               synchronized, whole)
+from support.script import (ROOT, Parser, UserError, as_user_error, autocast, count, fingerprint, fraction,
+                            in_range, lock, nonempty, not_negative, positive, probe_writable, progress,
+                            run_script, seed_number, sha256_of, temporary_name, uses_bf16)
+from videos import toy
+from videos.encode import prefetch
+from videos.pictures import name_references, read_jobs
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def resolve(args, world):
     if args.scratch and args.wan:
         raise UserError("--wan says what to start from, --scratch from nothing: give one of them")
     if "base" in recipe and not args.scratch and args.stage in ("1", "all"):
-        args.wan = args.wan or str(Path(__file__).with_name("assets") / recipe["base"])
+        args.wan = args.wan or str(ROOT / "assets" / recipe["base"])
     if args.expert and args.wan:
         args.wan = choose_expert(args.wan, args.expert)
     args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
@@ -367,7 +368,7 @@ def prepare(number, args, config, world):
     ema = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if own and not args.shard:  # until here it had the averaged weights, as a stage starts from those
         load_trained(model, own, "model")
-    optimizers = make_optimizers(model, args)
+    optimizers = make_optimizers(model, args, new_names(model))
     if own and args.shard:
         with as_user_error(own):
             load_shards(own, model, optimizers, ema)
@@ -625,7 +626,14 @@ def load_data(args, config, world):
     dataset.check(config)
     if args.mv2id and dataset.settings["mask"] != args.mask:
         raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, not {args.mask}")
-    return dataset, Validation(valid, config, world, dataset) if valid else None, files
+    return dataset, load_validation(valid, config, world, dataset) if valid else None, files
+
+
+def load_validation(folder, config, world, training):
+    """The Validation on an encoded set. training: the Dataset that is trained on"""
+    dataset = data.Dataset(folder, text_dropout=0)
+    dataset.check(config)
+    return Validation(dataset, data.GIVEN, world, training)
 
 
 def main(argv=None):

@@ -54,7 +54,7 @@ def run(*command, cwd, fails=False):
     return lines[0]
 
 
-def call(script, *arguments, cwd):
+def call(script, *arguments, cwd, **options):
     """`python SCRIPT` in `cwd`, but in this process, as importing torch takes seconds -> what it printed."""
     arguments = [str(a) for a in arguments]
     before = sys.argv
@@ -62,7 +62,7 @@ def call(script, *arguments, cwd):
     try:
         sys.argv = [str(ROOT / script), *arguments]
         with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()) as said:
-            importlib.import_module(Path(script).stem).main(arguments)
+            importlib.import_module(Path(script).stem).main(arguments, **options)
     finally:
         sys.argv = before
         for number, handler in handlers.items():
@@ -96,9 +96,9 @@ def wan(tmp_path_factory):
     import safetensors.torch
     import torch
 
-    import toy
-    from encoders import UMT5, DINOv2, WanVAE
-    from lora import NEW_PREFIXES
+    from videos import toy
+    from networks.encoders import UMT5, DINOv2, WanVAE
+    from networks.lora import NEW_PREFIXES
     from model import DiTConfig, HarmoView
 
     torch.manual_seed(0)

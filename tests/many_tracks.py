@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import curate  # noqa: E402
+from videos import curate
 
 TRACKS, WIDTH = 10, 512
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoint import read_weights
-from faces import Detection, angles_of, nms, resize, rotation_of
+from networks.faces import Detection, angles_of, nms, resize, rotation_of
+from networks.weights import read_weights
 
 
 def fetch(folder, package, *files):

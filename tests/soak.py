@@ -14,14 +14,8 @@ sys.path.insert(0, str(ROOT))
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
-from checkpoint import (  # noqa: E402
-    Parser,
-    count,
-    find_checkpoint,
-    probe_writable,
-    run_script,
-    seed_number,
-)
+from support.checkpoints import find_checkpoint  # noqa: E402
+from support.script import Parser, count, probe_writable, run_script, seed_number  # noqa: E402
 
 KILLED_WITHIN = 4  # seconds after the first new line in metrics.jsonl, drawn evenly
 

@@ -3,15 +3,15 @@ import re
 import pytest
 from conftest import ROOT, call, run
 
-import bench
-from checkpoint import UserError
+from measure import speed
 from rope import VIEWS
+from support.script import UserError
 
 
 @pytest.mark.parametrize("what, flags", [("train", ["--recompute"]), ("forward", ["--no-fused"])])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bench_prints_its_table(what, flags, precision, tmp_path):
-    said = call("bench.py", what, "--config", "tiny", "--precision", precision, *flags, cwd=tmp_path)
+    said = call("eval.py", "speed", what, "--config", "tiny", "--precision", precision, *flags, cwd=tmp_path)
     for part in ("seconds a step", "tokens/s", "model TFLOP/s", "peak memory"):
         assert part in said
     assert ("torch.bfloat16 matmul" in said) == (precision == "bf16")
@@ -19,22 +19,22 @@ def test_bench_prints_its_table(what, flags, precision, tmp_path):
 
 
 def test_dry_run_needs_no_weights(wan, tmp_path):
-    said = call("bench.py", "dry-run", "--ckpt", "1.3b", cwd=tmp_path)
+    said = call("eval.py", "speed", "dry-run", "--ckpt", "1.3b", cwd=tmp_path)
     own = re.search(r"transformer +([\d,]+) parameters, ([\d,]+) of them HarmoView's own; x 1", said)
     total, own = (int(number.replace(",", "")) for number in own.groups())
     assert total - own == 1_418_996_800
     assert "5,680,910,336" in said and "126,892,531" in said and "32,760 tokens" in said
     refs = ["--refs", "a_front.png", "a_left.png", "--refs", "b_front.png"]
-    said = call("bench.py", "dry-run", "--ckpt", "14b", *refs, cwd=tmp_path)
+    said = call("eval.py", "speed", "dry-run", "--ckpt", "14b", *refs, cwd=tmp_path)
     assert f"with references {32_760 + 3 * 1560 + 5 * 16:,}" in said and "2 forwards a step" in said
-    said = call("bench.py", "dry-run", "--ckpt", wan / "2.2", "--size", "64x64", cwd=tmp_path)
+    said = call("eval.py", "speed", "dry-run", "--ckpt", wan / "2.2", "--size", "64x64", cwd=tmp_path)
     assert "x 2 expert(s)" in said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("config, gigabytes", [("14b", 10.2), ("1.3b", 2.3)])
 def test_the_dry_run_counts_what_one_way_references_keep(config, gigabytes, tmp_path):
     refs = [word for k in "ab" for word in ("--refs", *(f"{k}_{view}.png" for view in VIEWS))]
-    command = ["bench.py", "dry-run", "--ckpt", config, *refs]
+    command = ["eval.py", "speed", "dry-run", "--ckpt", config, *refs]
     joint, kept = call(*command, "--reference-attention", "joint", cwd=tmp_path), call(*command, cwd=tmp_path)
     assert f"kept, {gigabytes} GB for given views" in kept and "one-way" not in joint
     memory, tflop = ([float(re.search(words, said)[1].replace(",", "")) for said in (joint, kept)]
@@ -44,7 +44,7 @@ def test_the_dry_run_counts_what_one_way_references_keep(config, gigabytes, tmp_
 
 
 def test_references_are_timed_side_by_side(tmp_path):
-    said = call("bench.py", "references", "--config", "tiny", "--people", "2", cwd=tmp_path)
+    said = call("eval.py", "speed", "references", "--config", "tiny", "--people", "2", cwd=tmp_path)
     line = r"^(joint|one-way|one-way, kept) +\S+ s, +([\d.]+) x as fast as joint; by FLOPs +([\d.]+) x$"
     rows = re.findall(line, said, re.M)
     assert [row[0] for row in rows] == ["joint", "one-way", "one-way, kept"]
@@ -53,7 +53,7 @@ def test_references_are_timed_side_by_side(tmp_path):
 
 def test_offload_and_tiles_need_less(tmp_path):
     def phases(*flags):
-        said = call("bench.py", "dry-run", "--ckpt", "14b", *flags, cwd=tmp_path)
+        said = call("eval.py", "speed", "dry-run", "--ckpt", "14b", *flags, cwd=tmp_path)
         return [float(number) for number in re.findall(r"([\d.]+) GiB", said)]
 
     plain, less = phases(), phases("--offload", "--tile", "256")
@@ -92,10 +92,10 @@ BAD = [
 def test_bad_input_gets_one_clear_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        bench.main(arguments.split())
+        speed.main(arguments.split())
     assert re.search(says, str(error.value)) and "\n" not in str(error.value)
 
 
 def test_the_script_exits_with_that_line(tmp_path):
-    line = run(ROOT / "bench.py", "dry-run", "--ckpt", "nowhere", cwd=tmp_path, fails=True)
-    assert line.startswith("bench.py: no checkpoint at nowhere")
+    line = run(ROOT / "eval.py", "speed", "dry-run", "--ckpt", "nowhere", cwd=tmp_path, fails=True)
+    assert line.startswith("eval.py: no checkpoint at nowhere")

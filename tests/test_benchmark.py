@@ -23,20 +23,19 @@ from conftest import ROOT, WAN_SMALL, run
 from test_curate import Blinking, Truth
 from test_faces import save_aesthetic
 
-import benchmark
-import cases as real_cases
-import curate
 import eval as evaluation
-import parallel
-import toy
-from benchmark import METRICS
-from checkpoint import UserError, read_lines, save_checkpoint
-from faces import ALIGNED, Aesthetic, Detection
+from measure import cases as real_cases, real
+from measure.real import METRICS
+from measure.report import by_case, mean, read_results
 from model import DiTConfig, HarmoView
-from pictures import from_bytes, open_video, read_frames, to_image, write_video
-from report import by_case, mean, read_results
+from networks.faces import ALIGNED, Aesthetic, Detection
 from rope import VIEWS
 from sample import SAMPLE_RECIPES
+from support import processes
+from support.checkpoints import save_checkpoint
+from support.script import UserError, read_lines
+from videos import curate, toy
+from videos.pictures import from_bytes, open_video, read_frames, to_image, write_video
 
 FRAMES = 17
 VIEW_YAWS = {"front": 4.0, "left": -62.0, "right": 62.0, "back": 175.0}
@@ -97,6 +96,7 @@ class World:
         (self.folder / "cases.jsonl").write_text("\n".join(text), errors="surrogatepass")
         evaluation.main(
             [
+                "real",
                 "--cases",
                 str(self.folder / "cases.jsonl"),
                 "--videos",
@@ -109,7 +109,7 @@ class World:
                 "16",
                 *flags,
             ],
-            detector or self.truth,
+            detector=detector or self.truth,
         )
         return results_of(self.folder / out)
 
@@ -334,7 +334,7 @@ def test_without_arcface_nothing_that_needs_identity_is_measured(world, tmp_path
 
 
 def face(frame, x=0.0, yaw=0.0, pitch=0.0, pixels=None):
-    return benchmark.Shown(frame, torch.tensor([x, 0, x + 10, 10]), yaw, pitch, None, pixels)
+    return real.Shown(frame, torch.tensor([x, 0, x + 10, 10]), yaw, pitch, None, pixels)
 
 
 def track(first, last):
@@ -357,8 +357,8 @@ def test_tracks_are_assigned_as_by_trying_all():
             )
 
         best = max(worth(owners) for owners in itertools.product((None, *range(people)), repeat=5))
-        assert worth(benchmark.assign(tracks, alike)) == pytest.approx(best)
-    assert benchmark.assign([], []) == []
+        assert worth(real.assign(tracks, alike)) == pytest.approx(best)
+    assert real.assign([], []) == []
 
 
 def test_the_nearest_view_decides_what_was_given(world):
@@ -372,7 +372,7 @@ def test_of_several_others_the_nearest_one_counts():
     mixed = {0: units[0] * 0.8 + units[1] * 0.5 + units[2] * 0.1, 1: units[0] * 0.4 + units[3] * 0.6}
     faces = {f: face(f, pixels=torch.zeros(1))._replace(embedding=vector) for f, vector in mixed.items()}
     case = real_cases.Case("x", refs=[{"front": None}] * 4, asked_yaw=[None] * 4)
-    person = benchmark.measure_person(0, case, {}, targets, faces, 3)
+    person = real.measure_person(0, case, {}, targets, faces, 3)
     assert person["margin"] == pytest.approx((0.8 + 0.4) / 2 - (0.5 + 0.6) / 2, abs=1e-4)
     assert person["crossed"] == [False, True, None]
 
@@ -384,11 +384,11 @@ def test_the_back_is_near_on_either_side_of_180_degrees():
     faces = {f: face(f, yaw=yaw, pixels=pixels) for f, yaw in enumerate(yaws)}
     for view, given in (("back", [1, 1, 1, 1, 0, 0, 0, 0]), ("left", [0, 0, 0, 0, 1, 0, 1, 0])):
         case = real_cases.Case("x", refs=[{view: None}], asked_yaw=[None])
-        person = benchmark.measure_person(0, case, {}, None, faces, len(yaws))
+        person = real.measure_person(0, case, {}, None, faces, len(yaws))
         assert person["seen"] == [bool(value) for value in given]
     refs = [face(0, yaw=178.0, pixels=pixels)]
     for yaw, copy in ((-178.0, True), (-175.0, True), (-173.0, False), (171.0, True), (169.0, False)):
-        assert benchmark.is_copy(face(0, yaw=yaw, pixels=pixels), refs) == copy
+        assert real.is_copy(face(0, yaw=yaw, pixels=pixels), refs) == copy
 
 
 def test_similarities_are_means_over_references_and_pictures():
@@ -397,7 +397,7 @@ def test_similarities_are_means_over_references_and_pictures():
     vectors = {0: 0.8 * e[0] + 0.2 * e[1], 1: 0.4 * e[1] - 0.2 * e[0], 3: 0.6 * e[0] + 0.5 * e[3]}
     faces = {f: face(f, pixels=torch.zeros(1))._replace(embedding=vector) for f, vector in vectors.items()}
     case = real_cases.Case("x", refs=[{"front": None}], asked_yaw=[None])
-    person = benchmark.measure_person(0, case, {}, targets, faces, 5)
+    person = real.measure_person(0, case, {}, targets, faces, 5)
     result = {"case": "x", "people": [person]}
     expected = {"mvrc": (0.5 + 0.1 + 0.3) / 5, "mvrc_seen": 0.9 / 3, "best_view": (0.8 + 0.4 + 0.6) / 3,
                 "face_rate": 0.6, "steadiness": float(vectors[0] @ vectors[1]), "margin": None}
@@ -410,14 +410,14 @@ def test_the_public_rule_takes_32_pictures_the_first_reference_and_nothing_below
     for length in (20, 32, 100):
         faces = [face(f)._replace(embedding=torch.tensor(rng.normal(size=3)).float()) for f in range(length)]
         seen, bordered = faces[:length // 2], {f: faces[f] for f in range(length // 2, length - 4)}
-        watched = benchmark.Watched([curate.Track(seen[:5]), curate.Track(seen[5:])], [], bordered, 100)
+        watched = real.Watched([curate.Track(seen[:5]), curate.Track(seen[5:])], [], bordered, 100)
         refs = {"front": None, "left": face(0)._replace(embedding=units[0]),
                 "right": face(0)._replace(embedding=units[1])}
         chosen = [round(k * (length - 1) / 31) for k in range(32)]  # a short video's more than once
         values = [max(0.0, faces[f].embedding[0].item()) for f in chosen if f < length - 4]
-        assert benchmark.public_rule(watched, refs, length) == pytest.approx(np.mean(values), abs=1e-4)
-    assert benchmark.public_rule(watched._replace(tracks=[], bordered={}), refs, length) == 0
-    assert benchmark.public_rule(watched, {"front": None}, length) is None
+        assert real.public_rule(watched, refs, length) == pytest.approx(np.mean(values), abs=1e-4)
+    assert real.public_rule(watched._replace(tracks=[], bordered={}), refs, length) == 0
+    assert real.public_rule(watched, {"front": None}, length) is None
 
 
 def test_without_references_people_are_told_apart_by_the_middle_of_their_faces():
@@ -426,15 +426,15 @@ def test_without_references_people_are_told_apart_by_the_middle_of_their_faces()
     small = curate.Track([face(0, 30.0)])
     for tracks, owners in (([large], [[], [large]]), ([large, small], [[small], [large]]),
                            ([small], [[small], []])):
-        watched = benchmark.Watched(tracks, [], {}, 100)
-        got = benchmark.share_faces(watched, None, 2)
+        watched = real.Watched(tracks, [], {}, 100)
+        got = real.share_faces(watched, None, 2)
         assert got == [{t.faces[0].frame: t.faces[0] for t in own} for own in owners]
 
 
 @pytest.mark.parametrize("fps, missed, tracks", [(8, 0, 1), (8, 4, 1), (8, 5, 2), (16, 8, 1), (16, 9, 2)])
 def test_a_track_goes_on_after_half_a_second_without_its_face(fps, missed, tracks, tmp_path):
     write_video(tmp_path / "a.mp4", torch.zeros(3, 2 * fps, 64, 64), fps)
-    watched = benchmark.watch(tmp_path / "a.mp4", Blinking(range(3, 3 + missed)), 2, fps)
+    watched = real.watch(tmp_path / "a.mp4", Blinking(range(3, 3 + missed)), 2, fps)
     assert len(watched.tracks) == tracks and not watched.bordered
 
 
@@ -447,7 +447,7 @@ def test_the_border_is_grey_and_a_quarter_of_each_side():
             shown.append(images)
             return [[]]
     picture = np.random.default_rng(0).integers(0, 255, (100, 60, 3), dtype=np.uint8)
-    assert benchmark.find_with_border(picture, Recorder()) is None
+    assert real.find_with_border(picture, Recorder()) is None
     (seen,) = shown[0]
     assert seen.shape == (3, 150, 90)
     assert torch.equal(seen[:, 25:125, 15:75], from_bytes(torch.from_numpy(picture)).permute(2, 0, 1))
@@ -482,7 +482,7 @@ class Crowd:
 def test_the_largest_faces_count():
     picture = np.random.default_rng(0).integers(0, 255, (120, 120, 3), dtype=np.uint8)
     for most, expected in ((1, [30]), (2, [30, 80]), (4, [30, 80, 0])):
-        found = benchmark.find_shown(picture, 7, Crowd(), most)
+        found = real.find_shown(picture, 7, Crowd(), most)
         assert [face.box[0].item() for face in found] == expected
         assert all(face.frame == 7 for face in found)
     assert found[0].pixels.norm() == pytest.approx(1, abs=1e-4)
@@ -491,16 +491,16 @@ def test_the_largest_faces_count():
 
 def test_amplitude_and_roughness_are_as_said():
     steps = {f: face(f, 10.0 * (f % 2)) for f in range(10)}  # from side to side, one face side a step
-    found = benchmark.path_of(steps)
+    found = real.path_of(steps)
     assert found["amplitude"] == pytest.approx(0.5) and found["roughness"] == pytest.approx(2)
-    assert benchmark.path_of({f: face(f, 3.0 * f) for f in range(5)})["roughness"] == pytest.approx(
+    assert real.path_of({f: face(f, 3.0 * f) for f in range(5)})["roughness"] == pytest.approx(
         0, abs=1e-5
     )
-    assert benchmark.path_of({0: face(0), 2: face(2)}) == {"amplitude": 0, "roughness": None}
-    assert benchmark.path_of({}) == {"amplitude": None, "roughness": None}
+    assert real.path_of({0: face(0), 2: face(2)}) == {"amplitude": 0, "roughness": None}
+    assert real.path_of({}) == {"amplitude": None, "roughness": None}
     # a face side is the longer one, of the face that is larger than half of them
     boxes = torch.tensor([[0.0, 0, 10, 20], [30, 0, 40, 20], [0, 0, 60, 30]])
-    found = benchmark.path_of({f: face(f)._replace(box=box) for f, box in enumerate(boxes)})
+    found = real.path_of({f: face(f)._replace(box=box) for f, box in enumerate(boxes)})
     centres = np.array([[5, 10], [35, 10], [30, 15]]) / 20
     spread = ((centres - centres.mean(0)) ** 2).sum(1).mean() ** 0.5
     assert found["amplitude"] == pytest.approx(spread, abs=1e-4)
@@ -511,24 +511,24 @@ def test_amplitude_and_roughness_are_as_said():
 def test_a_copy_needs_pose_and_pixels_of_one_and_the_same_reference():
     a, b = F.normalize(torch.randn(2, 50, generator=torch.Generator().manual_seed(0)), dim=1)
     refs = [face(0, yaw=0.0, pixels=a), face(0, yaw=60.0, pixels=b)]
-    assert benchmark.is_copy(face(0, yaw=3.0, pitch=4.0, pixels=a), refs)
-    assert not benchmark.is_copy(face(0, yaw=3.0, pixels=b), refs)  # the other one's pixels
-    assert not benchmark.is_copy(face(0, yaw=9.0, pixels=a), refs)
-    assert not benchmark.is_copy(face(0, pixels=F.normalize(a + 0.5 * b, dim=0)), refs)
-    assert benchmark.is_copy(face(0, pixels=a), []) is None
-    assert benchmark.is_copy(face(0, yaw=float("nan"), pixels=a), refs) is None
+    assert real.is_copy(face(0, yaw=3.0, pitch=4.0, pixels=a), refs)
+    assert not real.is_copy(face(0, yaw=3.0, pixels=b), refs)  # the other one's pixels
+    assert not real.is_copy(face(0, yaw=9.0, pixels=a), refs)
+    assert not real.is_copy(face(0, pixels=F.normalize(a + 0.5 * b, dim=0)), refs)
+    assert real.is_copy(face(0, pixels=a), []) is None
+    assert real.is_copy(face(0, yaw=float("nan"), pixels=a), refs) is None
 
 
 def test_coverage():
-    assert benchmark.coverage([-45.0, -45.0, None], True, -90) == 0.5
-    assert benchmark.coverage([-45.0, 10.0, None], True, 90) == pytest.approx(0.95 * 55 / 90 - 0.5, abs=1e-5)
-    assert benchmark.coverage([120.0], True, 90) == 1 and benchmark.coverage([None], False, -90) == 0
-    assert benchmark.coverage([10.0], True, None) is None and benchmark.coverage([10.0], True, 0) is None
-    assert benchmark.coverage([None], True, [-90, 90]) is None  # seen, but no yaw could be read
-    assert benchmark.coverage([-30.0] * 9 + [60.0] * 9, True, [-60, 60]) == 0.75
+    assert real.coverage([-45.0, -45.0, None], True, -90) == 0.5
+    assert real.coverage([-45.0, 10.0, None], True, 90) == pytest.approx(0.95 * 55 / 90 - 0.5, abs=1e-5)
+    assert real.coverage([120.0], True, 90) == 1 and real.coverage([None], False, -90) == 0
+    assert real.coverage([10.0], True, None) is None and real.coverage([10.0], True, 0) is None
+    assert real.coverage([None], True, [-90, 90]) is None  # seen, but no yaw could be read
+    assert real.coverage([-30.0] * 9 + [60.0] * 9, True, [-60, 60]) == 0.75
     for pictures, expected in ((1, 0), (2, 0.05), (3, 1)):  # of forty that look the right way
-        assert benchmark.coverage([90.0] * pictures + [0.0] * (40 - pictures), True, 90) == expected
-    assert benchmark.coverage([-90.0] * 40, True, 90) == 0 == benchmark.coverage([170.0] * 40, True, [-170])
+        assert real.coverage([90.0] * pictures + [0.0] * (40 - pictures), True, 90) == expected
+    assert real.coverage([-90.0] * 40, True, 90) == 0 == real.coverage([170.0] * 40, True, [-170])
 
 
 # ------------------------------------------------------------------------------------ restarts, damage, text
@@ -569,7 +569,7 @@ def test_a_restart_measures_only_what_changed(world, monkeypatch):
         measured.append(case.id)
         return {"reason": "recorded"}
 
-    monkeypatch.setattr(benchmark, "measure_case", recording)
+    monkeypatch.setattr(real, "measure_case", recording)
     made.run("again")
     assert measured == []
     lines = [line | {"prompt": "another"} if line["id"] == "pair" else line for line in made.lines]
@@ -713,7 +713,7 @@ def test_no_text_becomes_markup(tmp_path):
     out = made.folder / evil.replace("/", "")
     shutil.copytree(out, made.folder / "second")
     evaluation.main(
-        ["--compare", str(out), str(made.folder / "second"), "--out", str(made.folder / "third")]
+        ["compare", str(out), str(made.folder / "second"), "--out", str(made.folder / "third")]
     )
     for page in ((out / "report.html").read_text(), (made.folder / "third/compare.html").read_text()):
         assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
@@ -722,7 +722,7 @@ def test_no_text_becomes_markup(tmp_path):
 
 def compare(made, *systems):
     folders = [str(made.folder / name) for name in systems]
-    evaluation.main(["--compare", *folders, "--out", str(made.folder / "both")])
+    evaluation.main(["compare", *folders, "--out", str(made.folder / "both")])
 
 
 # ------------------------------------------------------------------------------------------- several systems
@@ -768,7 +768,7 @@ def free_port():
 
 
 def as_rank(rank, size, port, argv, detector):
-    parallel.CORES = 1  # as many threads as one process has, so that the bits are the same
+    processes.CORES = 1  # as many threads as one process has, so that the bits are the same
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -777,7 +777,7 @@ def as_rank(rank, size, port, argv, detector):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    evaluation.main(argv, detector)
+    evaluation.main(argv, detector=detector)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -792,6 +792,7 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
 
     def argv(out):
         return [
+            "real",
             "--cases",
             str(made.folder / "cases.jsonl"),
             "--ckpt",
@@ -806,7 +807,7 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
             "fp32",
         ]
 
-    evaluation.main(argv("alone"), made.truth)
+    evaluation.main(argv("alone"), detector=made.truth)
     results = results_of(made.folder / "alone")
     assert [len(results[f"case-{k}"]["people"]) for k in range(3)] == [1] * 3
     assert len(results["long"]["people"]) == 1  # its prompt is cut
@@ -815,19 +816,19 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(tmp_path):
     with open_video(made.folder / "alone/videos/case-0.mp4") as (_, stream):
         assert stream.average_rate == SAMPLE_RECIPES["toy"]["fps"]  # whatever --fps it is looked at with
     before = {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
-    evaluation.main(argv("alone"), made.truth)
+    evaluation.main(argv("alone"), detector=made.truth)
     assert before == {path: path.stat().st_mtime_ns for path in (made.folder / "alone/videos").iterdir()}
     mine = made.folder / "alone/videos/case-1.mp4"
     kept = mine.read_bytes()
     write_video(mine, torch.zeros(3, 4, 32, 32), comment="my holiday")
     holiday = mine.read_bytes()
     with pytest.raises(UserError, match="case-1.mp4 was not made by this program and would be replaced"):
-        evaluation.main(argv("alone"), made.truth)
+        evaluation.main(argv("alone"), detector=made.truth)
     assert mine.read_bytes() == holiday
     mine.write_bytes(kept)
     again = argv("alone")
     again[again.index("--steps") + 1] = "2"
-    evaluation.main(again, made.truth)
+    evaluation.main(again, detector=made.truth)
     assert all(path.stat().st_mtime_ns > before[path] for path in before)
     spawned, port = [], free_port()
     for rank in range(2):
@@ -857,11 +858,11 @@ def test_a_video_of_the_users_is_refused_before_sampling_and_stays(theirs, tmp_p
         comment = '{"title": "holiday"}' if theirs == "commented" else ""
         write_video(own, torch.zeros(3, 2, 32, 32), 4, comment)
     before = own.read_bytes()
-    argv = ["--cases", made.folder / "cases.jsonl", "--ckpt", ROOT / "assets/toy", "--steps", 1,
+    argv = ["real", "--cases", made.folder / "cases.jsonl", "--ckpt", ROOT / "assets/toy", "--steps", 1,
             "--faces", made.folder / "faces", "--out", made.folder / "out"]
     made.folder.joinpath("cases.jsonl").write_text("\n".join(map(json.dumps, made.lines)))
     with pytest.raises(UserError, match="case-1.mp4 was not made by this program and would be replaced"):
-        evaluation.main([*map(str, argv)], made.truth)
+        evaluation.main([*map(str, argv)], detector=made.truth)
     assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["case-1.mp4"]
 
 
@@ -877,21 +878,21 @@ def test_videos_of_wan_are_sampled_as_they_are_of_the_toy(wan, tmp_path):
     shutil.copytree(wan / "2.1", tmp_path / "wan")
     meta = {"config": asdict(config), "wan": str(tmp_path / "wan")}
     save_checkpoint(tmp_path / "ckpt", {"ema": HarmoView(config).state_dict()}, meta)
-    argv = ["--cases", made.folder / "cases.jsonl", "--faces", made.folder / "faces"]
+    argv = ["real", "--cases", made.folder / "cases.jsonl", "--faces", made.folder / "faces"]
     argv += ["--out", tmp_path / "out"]
     argv += ["--steps", "1", "--frames", "5", "--size", "32x48", "--precision", "fp32", "--fps", "16"]
-    evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], made.truth)
+    evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], detector=made.truth)
     results = results_of(tmp_path / "out")
     assert [len(results[name]["people"]) for name in ("one", "two")] == [1, 2]
     assert len(results["one"]["people"][0]["face"]) == 5
     assert results["three"]["reason"].startswith("3 people: this checkpoint holds at most 2")
     with pytest.raises(UserError, match="plain Wan, which has never seen references"):
-        evaluation.main([*map(str, argv), "--ckpt", str(wan / "2.1")], made.truth)
+        evaluation.main([*map(str, argv), "--ckpt", str(wan / "2.1")], detector=made.truth)
     video, vae = tmp_path / "out" / "videos" / "one.mp4", tmp_path / "wan" / "Wan2.1_VAE.pth"
     before = video.read_bytes()
     tensors = torch.load(vae, weights_only=True)
     torch.save({name: -t if name == "decoder.head.2.bias" else t for name, t in tensors.items()}, vae)
-    evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], made.truth)
+    evaluation.main([*map(str, argv), "--ckpt", str(tmp_path / "ckpt")], detector=made.truth)
     assert video.read_bytes() != before  # another VAE of the same name and size: sampled again
 
 
@@ -1087,33 +1088,36 @@ def test_a_smaller_set_keeps_the_proportions(tmp_path, n, people):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--cases", "c.jsonl"], "needs one of --videos DIR"),
-        (["--cases", "c.jsonl", "--videos", "v", "--ckpt", "x"], "needs one of --videos DIR"),
-        (["--cases", "c.jsonl", "--videos", "v"], "--faces : expected a folder"),
-        (["--cases", "c.jsonl", "--videos", "v", "--faces", "none"], "--faces none: expected a folder"),
-        (["--cases", "c.jsonl", "--videos", "none", "--faces", "v"], "--videos none: no such folder"),
-        (["--cases", "none", "--videos", "v", "--faces", "v"], "none: no such file; .*make-cases"),
-        (["--cases", "v", "--videos", "v", "--faces", "v"], "v: no such file"),
-        (["--cases", "empty", "--videos", "v", "--faces", "v"], "empty holds no case"),
+        (["real", "--cases", "c.jsonl", "--faces", "v"], "expected one of --videos DIR"),
+        (["real", "--cases", "c.jsonl", "--videos", "v", "--ckpt", "x", "--faces", "v"],
+         "expected one of --videos DIR"),
+        (["real", "--cases", "c.jsonl", "--videos", "v"], "required: --faces"),
+        (["real", "--cases", "c.jsonl", "--videos", "v", "--faces", "none"],
+         "--faces none: expected a folder"),
+        (["real", "--cases", "c.jsonl", "--videos", "none", "--faces", "v"], "--videos none: no such folder"),
+        (["real", "--cases", "none", "--videos", "v", "--faces", "v"], "none: no such file; .*make-cases"),
+        (["real", "--cases", "v", "--videos", "v", "--faces", "v"], "v: no such file"),
+        (["real", "--cases", "empty", "--videos", "v", "--faces", "v"], "empty holds no case"),
         (
-            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v"],
+            ["real", "--cases", "c.jsonl", "--videos", "v", "--faces", "v"],
             "none of 1 videos could be measured; the first: ",
         ),
-        (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--fps", "0"], "1 to 240"),
+        (["real", "--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--fps", "0"], "1 to 240"),
         (
-            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--limit", "3"],
-            "--limit belongs to the toy",
+            ["real", "--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--limit", "3"],
+            "unrecognized arguments: --limit",
         ),
-        (["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--steps=3"], "--steps is for sampling"),
+        (["real", "--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--steps=3"],
+         "--steps is for sampling"),
         (
-            ["--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--judge-url", "ftp://x"],
+            ["real", "--cases", "c.jsonl", "--videos", "v", "--faces", "v", "--judge-url", "ftp://x"],
             "expected http",
         ),
-        (["--cases", "c.jsonl", "--ckpt", "none", "--faces", "v"], "no checkpoint at none"),
-        (["--videos", "v"], "--videos belongs to real videos"),
-        (["--tile", "3"], "--tile belongs to real videos"),
-        (["--compare", "v"], "v holds no cases_measured.jsonl"),
-        (["--compare", "v", "--cases", "c.jsonl"], "--compare takes folders"),
+        (["real", "--cases", "c.jsonl", "--ckpt", "none", "--faces", "v"], "no checkpoint at none"),
+        (["--videos", "v"], "unrecognized arguments: --videos"),
+        (["--tile", "3"], "unrecognized arguments: --tile"),
+        (["compare", "v"], "v holds no cases_measured.jsonl"),
+        (["compare", "v", "--cases", "c.jsonl"], "unrecognized arguments: --cases"),
         (["make-cases", "--data", "v", "--out", "x.jsonl"], "no such file; curate.py writes one"),
         (
             ["make-cases", "--data", "v", "--out", "x.jsonl", "--training", "none"],
@@ -1138,19 +1142,19 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, argv, message):
     (tmp_path / "empty").touch()
     (tmp_path / "c.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=message):
-        evaluation.main(argv, Known())
+        evaluation.main(argv, **({"detector": Known()} if argv[0] == "real" else {}))
 
 
 def test_the_script_ends_with_one_line(tmp_path):
     error = run(
-        ROOT / "eval.py", "--cases", "none", "--videos", ".", "--faces", ".", cwd=tmp_path, fails=True
+        ROOT / "eval.py", "real", "--cases", "none", "--videos", ".", "--faces", ".", cwd=tmp_path, fails=True
     )
     assert error.startswith("eval.py: none: no such file")
 
 
 def test_help_says_what_every_column_means(capsys):
     with pytest.raises(SystemExit):
-        evaluation.main(["--help"])
+        evaluation.main(["real", "--help"])
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed and metric.words in printed for name, metric in METRICS.items())
 
@@ -1191,6 +1195,7 @@ def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_fac
     (folder / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
     evaluation.main(
         [
+            "real",
             "--cases",
             str(folder / "cases.jsonl"),
             "--videos",
@@ -1202,7 +1207,7 @@ def test_a_real_clip_is_like_its_own_frames_and_unlike_other_people(tmp_path_fac
             "--fps",
             "4",
         ],
-        net,
+        detector=net,
     )
     results = results_of(folder / "out")
     for name, result in results.items():

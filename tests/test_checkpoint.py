@@ -28,32 +28,14 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checkpoint
-from checkpoint import (
-    Parser,
-    UserError,
-    as_user_error,
-    atomic_file,
-    atomic_folder,
-    check_files,
-    check_outputs,
-    find_checkpoint,
-    fingerprint,
-    load_tensors,
-    load_weights,
-    lock,
-    read_lines,
-    read_meta,
-    read_network,
-    read_weights,
-    run_script,
-    save_checkpoint,
-    wan_files,
-    weight_sets,
-    read_wan,
-)
-from encoders import UMT5
-from report import append, read_results
+import eval as evaluation
+from measure.report import append, read_results
+from networks.encoders import UMT5
+from networks.weights import load_weights, read_network, read_wan, read_weights, wan_files, weight_sets
+from support import checkpoints, script
+from support.checkpoints import check_files, find_checkpoint, load_tensors, read_meta, save_checkpoint
+from support.script import (Parser, UserError, as_user_error, atomic_file, atomic_folder, check_outputs,
+                            fingerprint, lock, read_lines, run_script)
 
 
 @torch.no_grad()
@@ -178,7 +160,7 @@ def test_success_is_silent(monkeypatch, capsys):
 )
 def test_a_wrong_argument_is_one_line_that_names_it(arguments, says, monkeypatch, capsys):
     parser = Parser()
-    parser.add_argument("--seed", type=checkpoint.seed_number)
+    parser.add_argument("--seed", type=script.seed_number)
     parser.add_argument("--solver", choices=("euler", "unipc"))
     with pytest.raises(UserError, match=f"^{says}"):
         parser.parse_args(arguments)
@@ -226,9 +208,11 @@ def test_help_names_a_default_once(capsys):
     assert "a folder (default: the checkpoint's)\n" in said and "given as a b, no more\n" in said
 
 
-PARSERS = {  # of each script, the function that makes its parser
-    "bench": "main", "cases": "make_cases", "claims": "main", "curate": "read_arguments", "data": "main",
-    "eval": "arguments", "kernels": "main", "sample": "arguments", "toy": "main", "train": "arguments"}
+PARSERS = [  # of each command, the function that makes its parser
+    ("kernels", "main"), ("train", "arguments"), ("sample", "arguments"), ("data", "main"), ("eval", "main"),
+    ("videos.toy", "main"), ("videos.curate", "read_arguments"), ("videos.importers", "main"),
+    ("videos.encode", "main"), ("measure.real", "main"), ("measure.real", "compare_main"),
+    ("measure.cases", "make_cases"), ("measure.claims", "main"), ("measure.speed", "main")]
 
 
 def flags_of(parser):
@@ -240,8 +224,8 @@ def flags_of(parser):
             yield parser, action
 
 
-@pytest.mark.parametrize("script", PARSERS)
-def test_every_flags_help_names_its_default(script, monkeypatch):
+@pytest.mark.parametrize("module, function", PARSERS)
+def test_every_flags_help_names_its_default(module, function, monkeypatch):
     made = []
 
     def parse(parser, arguments):
@@ -250,37 +234,45 @@ def test_every_flags_help_names_its_default(script, monkeypatch):
 
     monkeypatch.setattr(Parser, "parse_args", parse)
     with pytest.raises(KeyboardInterrupt):
-        getattr(importlib.import_module(script), PARSERS[script])([])
-    silent, named = [], 0
+        getattr(importlib.import_module(module), function)([], *([evaluation] if "claims" in module else []))
+    silent = []
     for parser, action in flags_of(made[0]):
         said = help_of(parser, action)
         own, value = (action.help or "").count("(default"), action.default
         if value is None or value is False or value in ([], argparse.SUPPRESS) or own:
             assert said.count("(default") == own
-        elif said.endswith("".join(f"(default: {value})".split())):
-            named += 1
-        else:
+        elif not said.endswith("".join(f"(default: {value})".split())):
             silent.append(f"{parser.prog.split()[-1]} {action.option_strings[0]}")
-    assert not silent and named
+    assert not silent
 
 
-def test_no_scripts_help_is_forgotten():
-    scripts = {path.stem for path in ROOT.glob("*.py") if " = Parser(" in path.read_text()}
-    assert scripts == set(PARSERS)
+def test_no_parsers_help_is_forgotten():
+    files = [path.relative_to(ROOT).with_suffix("") for path in [*ROOT.glob("*.py"), *ROOT.glob("[!t]*/*.py")]
+             if " = Parser(" in (ROOT / path).read_text()]
+    assert {".".join(file.parts) for file in files} == {module for module, _ in PARSERS}
 
 
 # ------------------------------------------------------------------------------------------ what is printed
-@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.py")))
-def test_every_files_help_says_something(name, tmp_path):
-    flags = [] if name == "benchmark.py" else ["--help"]  # nor is a file that is no script silent without it
-    said = subprocess.run([sys.executable, ROOT / name, *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert said.returncode == 0 and len(said.stdout) > 60 and not said.stderr
+COMMANDS = ["kernels.py", "train.py", "sample.py", "data.py", "eval.py", "data.py toy", "data.py curate",
+            "data.py import", "data.py encode", "data.py show", "eval.py real", "eval.py compare",
+            "eval.py make-cases", "eval.py claims", "eval.py speed"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_says_something(command, tmp_path, monkeypatch, capsys):
+    file, *words = command.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [file])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(file.removesuffix(".py")).main([*words, "--help"])
+    said, errors = capsys.readouterr()
+    assert said.startswith(f"usage: {command} ") and len(said) > 200 and not errors
     assert not list(tmp_path.iterdir())
 
 
 SCRIPT = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-from checkpoint import UserError, progress, run_script
+from support.script import UserError, progress, run_script
 def main():
     EXPECTED
     open("done", "w").close()
@@ -288,7 +280,7 @@ run_script(main)
 """
 
 
-def script(tmp_path, body, shell, **environment):
+def run_in_shell(tmp_path, body, shell, **environment):
     """Run a script of this body in a shell, where $RUN starts it -> bytes of stdout and stderr."""
     (tmp_path / "draw.py").write_text(SCRIPT.replace("EXPECTED", body), encoding="utf-8")
     done = subprocess.run(["bash", "-c", shell.replace("$RUN", f"{sys.executable} draw.py")], cwd=tmp_path,
@@ -309,7 +301,7 @@ def test_no_text_moves_a_terminals_cursor(text, how, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["/somewhere/draw.py"])
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
-    run_script(lambda: exec(how.format(f"1{text}2\tä\n"), {"sys": sys, "progress": checkpoint.progress}))
+    run_script(lambda: exec(how.format(f"1{text}2\tä\n"), {"sys": sys, "progress": script.progress}))
     said = "".join(capsys.readouterr())
     expected = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     assert said.removeprefix("a").rstrip("\n") == f"1{expected}2\tä"
@@ -318,7 +310,7 @@ def test_no_text_moves_a_terminals_cursor(text, how, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"},
                                          {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
 def test_letters_that_stdout_lacks_are_written_as_numbers(environment, tmp_path):
-    out, err = script(tmp_path, "print('\u5f20 \U0001f600'); print('\u5f20', file=sys.stderr)", "$RUN",
+    out, err = run_in_shell(tmp_path, "print('\u5f20 \U0001f600'); print('\u5f20', file=sys.stderr)", "$RUN",
                       **environment)
     assert out.decode().split() == ["\\u5f20", "\\U0001f600"] and err.decode().split() == ["\\u5f20"]
 
@@ -328,7 +320,7 @@ def test_a_closed_stream_is_no_reason_not_to_work(shell, tmp_path):
     """And no file of the work gets its number."""
     body = ("file = open('video', 'w'); print('said'); print('said', file=sys.stderr); input; "
             "[0 for _ in progress([1, 2], 'a', 'b')]; file.close()")
-    script(tmp_path, body, shell)
+    run_in_shell(tmp_path, body, shell)
     assert (tmp_path / "video").read_text() == ""
 
 
@@ -345,8 +337,8 @@ class Clock:
 @pytest.mark.parametrize("seconds, lines", [(1, []), (20, [2, 4]), (40, [1, 2, 3, 4, 5]), (7, [5])])
 def test_without_a_terminal_progress_is_a_line_now_and_then(seconds, lines, monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr(checkpoint, "time", clock)
-    for _ in checkpoint.progress(range(5), "measuring", "videos"):
+    monkeypatch.setattr(script, "time", clock)
+    for _ in script.progress(range(5), "measuring", "videos"):
         clock.now += seconds
     left = {n: f"0:{(5 - n) * seconds // 60:02}:{(5 - n) * seconds % 60:02}" for n in range(6)}
     out, err = capsys.readouterr()
@@ -356,12 +348,12 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(seconds, lines, monk
 
 def test_progress_counts_what_was_there_before_but_not_its_time(monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr(checkpoint, "time", clock)
-    with checkpoint.progress(None, "encoding", "clips", total=1000, done=900) as bar:
+    monkeypatch.setattr(script, "time", clock)
+    with script.progress(None, "encoding", "clips", total=1000, done=900) as bar:
         bar.note = "loss 0.5"
         clock.now += 40
         bar.update(10)
-    with checkpoint.progress(None, "encoding", "clips", total=10, show=False) as bar:
+    with script.progress(None, "encoding", "clips", total=10, show=False) as bar:
         clock.now += 40
         bar.update(10)
     assert capsys.readouterr().err == "encoding: 910 of 1000 clips, 4 s each, 0:06:00 left, loss 0.5\n"
@@ -404,7 +396,7 @@ def test_numbers_are_finite_and_within_bounds(kind, accepted):
     values = {}
     for text in NUMBER_TEXTS:
         try:
-            values[text] = getattr(checkpoint, kind)(text)
+            values[text] = getattr(script, kind)(text)
         except argparse.ArgumentTypeError as error:
             assert repr(text[:40]) in str(error) and "expected" in str(error) and len(str(error)) < 120
     assert values == accepted and all(math.isfinite(value) for value in values.values())
@@ -413,7 +405,7 @@ def test_numbers_are_finite_and_within_bounds(kind, accepted):
 @pytest.mark.parametrize("text", ["", " ", "\n\u2028"])
 def test_an_empty_text_is_refused(text):
     parser = Parser()
-    parser.add_argument("--prompt", type=checkpoint.nonempty)
+    parser.add_argument("--prompt", type=script.nonempty)
     assert parser.parse_args(["--prompt", " a "]).prompt == " a "
     with pytest.raises(UserError, match="^--prompt: is empty$"):
         parser.parse_args(["--prompt", text])
@@ -421,12 +413,12 @@ def test_an_empty_text_is_refused(text):
 
 @pytest.mark.parametrize("value", [0, 1, 2**63 - 1])
 def test_a_seed_is_a_whole_number(value):
-    assert checkpoint.is_seed(value)
+    assert script.is_seed(value)
 
 
 @pytest.mark.parametrize("value", [True, -1, 2**63, 1.0, "1", None, math.nan, [1]])
 def test_anything_else_is_no_seed(value):
-    assert not checkpoint.is_seed(value)
+    assert not script.is_seed(value)
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -530,7 +522,7 @@ def test_a_kill_leaves_the_old_one_and_the_next_lock_sweeps_up(tmp_path):
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
-    folder, old = tmp_path / "step", tmp_path / f".replaced-{checkpoint.HOST}.{os.getpid()}-step"
+    folder, old = tmp_path / "step", tmp_path / f".replaced-{script.HOST}.{os.getpid()}-step"
     folder.mkdir()
     (folder / "old").touch()
     replace = os.replace
@@ -610,7 +602,7 @@ def test_a_file_system_without_locks_is_said_once_and_used(number, tmp_path, mon
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fails)
-    checkpoint.say_no_locks.cache_clear()
+    script.say_no_locks.cache_clear()
     for wait in (False, True, False):
         with lock(tmp_path, wait):
             pass
@@ -647,7 +639,7 @@ def test_a_full_disk_names_what_could_not_be_written(number, library, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to .*file/out .*choose another folder"):
-        checkpoint.probe_writable(tmp_path / "file" / "out")
+        script.probe_writable(tmp_path / "file" / "out")
 
 
 def test_no_output_is_an_input(tmp_path):
@@ -753,7 +745,7 @@ def test_a_checkpoint_names_no_file_outside_its_folder(name, tmp_path):
     folder = save(tmp_path / "step-000001")
     (tmp_path / "outside").write_bytes(b"x")
     meta = read_meta(folder)
-    meta["sha256"][name] = checkpoint.sha256_of(tmp_path / "outside")
+    meta["sha256"][name] = script.sha256_of(tmp_path / "outside")
     (folder / "checkpoint.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="missing or damaged"):
         check_files(folder)
@@ -763,7 +755,7 @@ def test_a_damaged_tensor_file_with_the_right_hash_is_one_line(tmp_path):
     folder = save(tmp_path / "step-000001")
     (folder / "ema.safetensors").write_bytes(b"\xff" * 20)
     meta = read_meta(folder)
-    meta["sha256"]["ema.safetensors"] = checkpoint.sha256_of(folder / "ema.safetensors")
+    meta["sha256"]["ema.safetensors"] = script.sha256_of(folder / "ema.safetensors")
     (folder / "checkpoint.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="ema.safetensors cannot be read"):
         load_tensors(folder, "ema")
@@ -838,7 +830,7 @@ def test_what_is_no_checkpoint_is_never_replaced_by_one(what, tmp_path):
         if what == "link":
             path.symlink_to(place)
     before = names(tmp_path)
-    for attempt in (save, checkpoint.check_replaceable):
+    for attempt in (save, checkpoints.check_replaceable):
         with pytest.raises(UserError, match="step-000002 is not a checkpoint .*move it away"):
             attempt(path)
     assert names(tmp_path) == before
@@ -904,16 +896,16 @@ def test_the_newest_checkpoint_is_found_by_number(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, capsys):
-    assert checkpoint.find_valid(tmp_path) is None
+    assert checkpoints.find_valid(tmp_path) is None
     first, second, third = (save(tmp_path / f"step-{step:06d}") for step in (9, 10, 11))
-    assert checkpoint.find_valid(tmp_path) == third and not capsys.readouterr().err
+    assert checkpoints.find_valid(tmp_path) == third and not capsys.readouterr().err
     (third / "checkpoint.json").write_text("{")
     (second / "model.safetensors").write_bytes(b"")
-    assert checkpoint.find_valid(tmp_path) == first
+    assert checkpoints.find_valid(tmp_path) == first
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and str(third) in lines[0] and str(second / "model.safetensors") in lines[1]
     (first / "ema.safetensors").unlink()
-    assert checkpoint.find_valid(tmp_path) is None
+    assert checkpoints.find_valid(tmp_path) is None
 
 
 def parent(folder):
@@ -1043,7 +1035,7 @@ def test_another_training_of_a_large_network_is_told_apart(tmp_path):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK", 1000)
+    monkeypatch.setattr(checkpoints, "CHUNK", 1000)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -1052,22 +1044,22 @@ def test_a_flipped_bit_anywhere_in_a_long_file_is_found(length, tmp_path):
     content = bytearray(os.urandom(length))
     path = tmp_path / "long"
     path.write_bytes(content)
-    checksum = checkpoint.checksum_of(path)
+    checksum = checkpoints.checksum_of(path)
     parts = [hashlib.sha256(content[i : i + 1000]).digest() for i in range(0, length, 1000)]
     assert checksum == "tree:" + hashlib.sha256(b"".join(parts)).hexdigest()
     plain = hashlib.sha256(content).hexdigest()
     for at in (0, 999, 1000, length // 2, length - 1):
         for expected in (checksum, plain):  # that of older checkpoints too
             os.utime(path, (1, 1))
-            assert checkpoint.is_as_written(path, expected)
+            assert checkpoints.is_as_written(path, expected)
             content[at] ^= 4
             path.write_bytes(content)
-            assert not checkpoint.is_as_written(path, expected)
+            assert not checkpoints.is_as_written(path, expected)
             content[at] ^= 4
             path.write_bytes(content)
     for changed in (content[:-1], content + b"\0", content[1000:] + content[:1000]):
         path.write_bytes(changed)
-        assert not checkpoint.is_as_written(path, checksum) and not checkpoint.is_as_written(path, plain)
+        assert not checkpoints.is_as_written(path, checksum) and not checkpoints.is_as_written(path, plain)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -1082,8 +1074,8 @@ def test_a_long_file_is_read_once_and_by_one_process_of_a_machine(grouped, local
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: grouped)
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    hashes = checkpoint.checksum_of
-    monkeypatch.setattr(checkpoint, "checksum_of",
+    hashes = checkpoints.checksum_of
+    monkeypatch.setattr(checkpoints, "checksum_of",
                         lambda path, *how: seen.append(path.name) or hashes(path, *how))
     for _ in range(3):
         check_files(folder)
@@ -1100,7 +1092,7 @@ def test_a_checkpoint_of_before_with_plain_hashes_still_loads(tmp_path):
     folder = save(tmp_path / "step-000001", files=[tmp_path / "big"])
     meta = json.loads((folder / "checkpoint.json").read_text())
     assert meta["sha256"]["big"].startswith("tree:") and len(meta["sha256"]["model.safetensors"]) == 64
-    meta["sha256"] = {name: checkpoint.sha256_of(folder / name) for name in meta["sha256"]}
+    meta["sha256"] = {name: script.sha256_of(folder / name) for name in meta["sha256"]}
     (folder / "checkpoint.json").write_text(json.dumps(meta))
     check_files(folder)
     (folder / "big").write_bytes(bytes(5000))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, call
 
-import claims
 import eval as evaluation
-from checkpoint import UserError, lock
-from claims import ABLATIONS, BASE, CLAIMS, Claim
-from eval import Plan
-from report import mean
+from eval import METRICS, Plan
+from measure import claims
+from measure.claims import ABLATIONS, BASE, CLAIMS, Claim
+from measure.report import mean
 from rope import LAYOUTS
+from support.script import UserError, lock
 
 
 def result_of(values, metric="psnr", settings=("all",)):
@@ -125,8 +125,8 @@ def test_the_two_sides_of_a_claim_may_be_given_other_views():
 
 
 def test_a_rate_alike_in_all_cases_proves_little():
-    alike = dict.fromkeys(("full", "no-mfi"), dict.fromkeys(range(2), result_of([1.0] * 50, "mouth")))
-    words, cases, _ = claims.verdict(alike, claim("mouth"))
+    alike = dict.fromkeys(("full", "no-mfi"), dict.fromkeys(range(2), result_of([1.0] * 50, "caption")))
+    words, cases, _ = claims.verdict(alike, claim("caption"))
     assert words == "not decided" and cases == (0, -0.06, 0.06)
 
 
@@ -144,7 +144,9 @@ def test_where_nothing_differs_a_verdict_is_rarely_wrong(unlike):
 def test_claims_name_rows_settings_and_metrics_that_exist():
     for each in CLAIMS:
         assert {each.better, each.other} <= {*ABLATIONS, BASE} and each.sign in (1, -1)
-        assert each.metric in claims.CLAIM_METRICS and (each.metric == "loss") == (each.settings == ())
+        assert (each.metric == "loss") == (each.settings == ())
+        if each.metric != "loss":
+            assert METRICS[each.metric].percent == (each.metric in claims.RATES)
         assert {*each.settings, *(each.other_settings or ())} <= set(evaluation.SETTINGS)
     for flags in ABLATIONS.values():
         layout = re.search(r"--rope-layout (\w+)", flags)
@@ -170,7 +172,7 @@ def test_the_page_is_what_the_results_that_come_with_the_code_say(name, base):
     key = claims.plan_key(plan, ROOT / "assets" / base)
     results = claims.stored(ROOT / "assets" / "claims" / name, key)
     assert {"full", "append"} <= set(results)
-    assert claims.tables(results) in (ROOT / "CLAIMS.md").read_text()
+    assert claims.tables(results) in (ROOT / "measure/CLAIMS.md").read_text()
 
 
 @pytest.mark.parametrize("text, says", [
@@ -188,21 +190,21 @@ def test_results_of_two_bases_of_one_name_are_not_mixed(tmp_path, monkeypatch):
     rows, folder = ["base", "--seeds", "0", "--out", str(ROOT / "assets" / "claims")], tmp_path / "base"
     shutil.copytree(ROOT / "assets" / "base-plain", folder)
     with pytest.raises(UserError, match="is of another base"):
-        claims.main([*rows, "--base", str(folder)])
+        claims.main([*rows, "--base", str(folder)], evaluation)
 
 
 def test_tables_of_nothing_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="holds no results: give --seeds 1"):
-        claims.main(["--seeds", "0"])
+        claims.main(["--seeds", "0"], evaluation)
 
 
 def test_every_name_on_the_page_is_one_of_the_scripts():
-    page = (ROOT / "CLAIMS.md").read_text()
+    page = (ROOT / "measure/CLAIMS.md").read_text()
     prose = "\n".join(line for line in page.splitlines() if not line.startswith("|"))
     for name in re.findall(r"`([^`\n]+)`", prose):
         assert name in ABLATIONS or name.startswith(("python ", "mv2id-...")), name
-    for command in re.findall(r"^python claims.py (.*)$", page, re.M):
+    for command in re.findall(r"^python eval.py claims (.*)$", page, re.M):
         words = shlex.split(command)
         assert set(words[:words.index("--seeds")]) <= {*ABLATIONS, BASE}
 
@@ -219,7 +221,7 @@ COMMAND = ["--config", "tiny", "--steps", 1, "--out", "cl", "--limit", 4, "--set
 
 
 def test_rows_are_trained_measured_and_judged_and_earlier_ones_kept(one_process, tmp_path):
-    first = call("claims.py", "full", "no-mfi", *COMMAND, "--seeds", 1, cwd=tmp_path)
+    first = call("eval.py", "claims", "full", "no-mfi", *COMMAND, "--seeds", 1, cwd=tmp_path)
     rows, judged = tables_in(first)
     assert [cells[0] for cells in rows[2:]] == ["`full`", "`no-mfi`"] and len(judged) == 2 + 1
     assert re.fullmatch(r"\d+\.\d\d, \d+ %", rows[2][3]) and rows[2][4] == "-"
@@ -228,13 +230,14 @@ def test_rows_are_trained_measured_and_judged_and_earlier_ones_kept(one_process,
     assert (tmp_path / "cl" / "tiny-steps-1" / "no-mfi-0" / "stage4").exists()
     lines = (tmp_path / "cl" / "tiny-steps-1" / "full-0.json").read_text()
     (tmp_path / "cl" / "tiny-steps-1" / "notes-1.json").write_text("{}")  # somebody else's
-    second = call("claims.py", "full", *COMMAND, "--seeds", 2, cwd=tmp_path)  # the table keeps the other row
+    # the table keeps the other row
+    second = call("eval.py", "claims", "full", *COMMAND, "--seeds", 2, cwd=tmp_path)
     rows_now, _ = tables_in(second)
     assert [cells[0] + cells[2] for cells in rows_now[2:]] == ["`full`0", "`full`1", "`no-mfi`0"]
     assert rows_now[2] == rows[2] and rows_now[4] == rows[3]
     assert (tmp_path / "cl" / "tiny-steps-1" / "full-0.json").read_text() == lines
     shutil.rmtree(tmp_path / "cl" / "tiny-steps-1" / "no-mfi-0")  # a result needs its training no more
-    assert call("claims.py", *COMMAND, "--seeds", 0, cwd=tmp_path) == second
+    assert call("eval.py", "claims", *COMMAND, "--seeds", 0, cwd=tmp_path) == second
 
 
 def test_on_a_cpu_a_row_trains_in_two_processes(monkeypatch, tmp_path):
@@ -308,7 +311,7 @@ def test_a_wrong_flag_is_one_line_before_any_training(flags, message, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(claims, "train", None)
     with pytest.raises(UserError, match=message):
-        claims.main(flags)
+        claims.main(flags, evaluation)
     assert not list(tmp_path.iterdir())
 
 
@@ -321,12 +324,12 @@ def test_flags_that_only_begin_alike_are_passed_on(monkeypatch, tmp_path):
         passed.append(args.train)
         out.mkdir(parents=True)
     monkeypatch.setattr(claims, "train", train)
-    monkeypatch.setattr(claims, "evaluate", lambda *_: evaluation.Evaluation([], {}, 6, 32))
-    claims.main(["full", "--seeds", "1", "--train=--steps 1 --clip 2 --clips 4 4"])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: evaluation.Evaluation([], {}, 6, 32))
+    claims.main(["full", "--seeds", "1", "--train=--steps 1 --clip 2 --clips 4 4"], evaluation)
     assert passed == [["--steps", "1", "--clip", "2", "--clips", "4", "4"]]
 
 
 def test_two_calls_never_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "train", None)
     with lock(tmp_path), pytest.raises(UserError, match="is in use by process"):
-        claims.main(["full", "--out", str(tmp_path)])
+        claims.main(["full", "--out", str(tmp_path)], evaluation)

@@ -25,12 +25,11 @@ from PIL import Image
 from test_checkpoint import LiveBytes, fork, wait_for
 from test_pictures import damage, encode, gradient, noise
 
-import curate
+from networks.faces import ALIGNED, Detection, Face, align, crop_faces
+from support.script import UserError, content_of, read_lines
+from videos import curate, toy
+from videos.pictures import write_video
 import many_tracks
-import toy
-from checkpoint import UserError, content_of, read_lines
-from faces import ALIGNED, Detection, Face, align, crop_faces
-from pictures import write_video
 
 FRAMES, SIZE = 33, 64
 FLAGS = ("--frames", "17", "--face-side", "100", "--sharpness", "30", "--faces", ".")

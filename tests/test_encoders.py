@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad
 from transformers import Dinov2Config, Dinov2Model, UMT5Config, UMT5EncoderModel
 
-import encoders
-import toy
-from checkpoint import UserError, load_weights, read_weights
-from encoders import UMT5, DINOv2, RelativeBias, Tokenizer, WanEncoders, WanVAE, tile_windows
+from networks import encoders
+from networks.encoders import UMT5, DINOv2, RelativeBias, Tokenizer, WanEncoders, WanVAE, tile_windows
+from networks.weights import load_weights, read_weights
+from support.script import UserError
+from videos import toy
 from test_checkpoint import LiveBytes, randomise
 
 CPU = torch.device("cpu")

@@ -11,32 +11,12 @@ from mtcnn import fetch, fetch_mtcnn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import faces
-import toy
-from checkpoint import UserError
-from faces import (
-    ALIGNED,
-    MEAN_FACE,
-    MOST_FACES,
-    ArcFace,
-    Detection,
-    Faces,
-    MobileNet,
-    ResNet,
-    RetinaFace,
-    SixDRepNet,
-    align,
-    angles_of,
-    crop_faces,
-    decode,
-    find_faces,
-    iou,
-    load_released,
-    nms,
-    priors,
-    rotation_of,
-    similarity,
-)
+from networks import faces
+from networks.faces import (ALIGNED, MEAN_FACE, MOST_FACES, ArcFace, Detection, Faces, MobileNet, ResNet,
+                            RetinaFace, SixDRepNet, align, angles_of, crop_faces, decode, find_faces, iou,
+                            load_released, nms, priors, rotation_of, similarity)
+from support.script import UserError
+from videos import toy
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from PIL import Image
 from test_checkpoint import names
 
 import data
-import importers
-from checkpoint import UserError
-from pictures import write_video
+from support.script import UserError
+from videos import importers
+from videos.pictures import write_video
 
 SHADES = {"front": 0.0, "left_60": -0.8, "left_30": -0.4, "right_60": 0.8, "right_30": 0.4, "top": -1.0}
 

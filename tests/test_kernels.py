@@ -12,10 +12,10 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; conftest.py does it too
 import kernels
-from checkpoint import UserError
-from conftest import ROOT, run
 from kernels import check, eager_norm_rope, example_inputs, qk_norm_rope, relative_error, rope_tables
 from rope import LAYOUTS, axis_pairs, reference_positions, rope_table, video_positions
+from support.script import UserError
+from conftest import ROOT, run
 
 CPU = torch.device("cpu")
 EPS = 0.1  # beside squares of about 1; of Wan's, a millionth, no float32 would show that it was forgotten
@@ -130,7 +130,7 @@ def test_kernel_equals_reference(dtype, capsys):
 def test_a_kernel_that_is_off_fails_the_check(factor, monkeypatch):
     fused = kernels._fused
     monkeypatch.setattr(kernels, "_fused", lambda *args: [x * factor for x in fused(*args)])
-    with pytest.raises(UserError, match="FAILED: bfloat16"):
+    with pytest.raises(ValueError, match="FAILED: bfloat16"):
         check((1, 2, 1, 8), torch.bfloat16, CPU)
 
 
@@ -283,7 +283,7 @@ def test_wrong_inputs_are_one_clear_error(path):
     tables = rope_tables(at, 32)
     elsewhere = kernels.RopeTables(*(table.to("meta") for table in tables))
     wrong = {
-        "D a multiple of K = 32": (q[..., :40], k[..., :40], wq[:40], wk[:40], at, tables),
+        "D a multiple of 32": (q[..., :40], k[..., :40], wq[:40], wk[:40], at, tables),
         "tables.cos is .* on meta": (q, k, wq, wk, at, elsewhere),
         r"k is .*\[1, 2, 64\] on cpu; expected": (q, k[:, :2], wq, wk, at, tables),
         r"k is torch.bfloat16 .*; expected torch.float32 \[1, 3, 64\]": (q, k.bfloat16(), wq, wk, at, tables),
@@ -294,7 +294,7 @@ def test_wrong_inputs_are_one_clear_error(path):
         "k is .* on meta; expected .* on cpu": (q, k.to("meta"), wq, wk, at, tables),
     }
     for message, args in wrong.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ValueError, match=message):
             qk_norm_rope(*args, EPS)
     for bad, message in (
         (at - 200, "positions go from -"),
@@ -302,7 +302,7 @@ def test_wrong_inputs_are_one_clear_error(path):
         (at[:, :2], r"expected torch.int64 or torch.int32 \[3, 3\]"),
         (at.float(), "positions is torch.float32"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ValueError, match=message):
             rope_tables(bad, 32)
 
 
@@ -336,7 +336,7 @@ def test_the_switch(triton, interpret, gpu, automatic, chosen, monkeypatch):
     if chosen:
         assert kernels.use_fused(True) == chosen
     else:
-        with pytest.raises(UserError, match="need Triton and a GPU"):
+        with pytest.raises(ValueError, match="need Triton and a GPU"):
             kernels.use_fused(True)
     assert kernels.use_fused(None) == automatic
 

@@ -10,10 +10,11 @@ from conftest import WAN_SMALL
 from safetensors.torch import load_file
 from test_model import their_name
 
-from checkpoint import ROLES, UserError, load_weights, read_weights
-from lora import add_lora, apply_lora, check_loras, experts_of, merge_lora, read_lora_argument
-from lora import NEW_PREFIXES
 from model import CONFIGS, DiTConfig, HarmoView
+from networks.lora import (NEW_PREFIXES, add_lora, apply_lora, check_loras, experts_of, merge_lora,
+                           read_lora_argument)
+from networks.weights import ROLES, load_weights, read_weights
+from support.script import UserError
 
 F32, BF16 = torch.float32, torch.bfloat16
 IN_BLOCK = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"] + ["ffn.0", "ffn.2"]

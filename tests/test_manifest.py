@@ -13,12 +13,11 @@ from helpers import one_line
 from PIL import Image
 from test_pictures import damage, encode, gradient, noise
 
-import manifest
-import toy
-from checkpoint import UserError, read_text
-from manifest import Names, Samples, find_videos, read_columns, read_manifest
-from pictures import read_frames, read_jobs, read_picture, to_bytes
 from rope import VIEWS
+from support.script import UserError, read_text
+from videos import manifest, toy
+from videos.manifest import Names, Samples, find_videos, read_columns, read_manifest
+from videos.pictures import read_frames, read_jobs, read_picture, to_bytes
 
 
 def entry(**changes):

@@ -12,29 +12,17 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import save_file
 
-import checkpoint
 import data
 import train
-from checkpoint import UserError, original_name, save_checkpoint, uses_bf16
 from kernels import qk_norm_rope
-from lora import NEW_PREFIXES
-from model import (
-    CHOICES,
-    CONFIGS,
-    MFI,
-    WAN,
-    DiTConfig,
-    HarmoView,
-    check_checkpoint,
-    coordinate_planes,
-    load_checkpoint,
-    load_wan,
-    rope_of,
-    sinusoid,
-    unpatchify,
-    wan_on_meta,
-)
+from model import (CHOICES, CONFIGS, MFI, WAN, DiTConfig, HarmoView, check_checkpoint, coordinate_planes,
+                   load_checkpoint, load_wan, rope_of, sinusoid, unpatchify, wan_on_meta)
+from networks.lora import NEW_PREFIXES
+from networks.weights import original_name
 from rope import VIEWS
+from support import checkpoints
+from support.checkpoints import save_checkpoint
+from support.script import UserError, uses_bf16
 
 TINY = CONFIGS["tiny"]
 MIXED = [("front", "left", "back"), ("right",)]  # two people, dropped views
@@ -395,7 +383,7 @@ def test_a_check_reads_no_weights(tmp_path, monkeypatch):
     """A checkpoint of 14b and its optimizer are 200 GB, which a check of its shapes must not hash."""
     folder = tmp_path / "step-000001"
     save_checkpoint(folder, {"ema": network().state_dict()}, {"config": vars(TINY)})
-    monkeypatch.setattr(checkpoint, "sha256_of", None)
+    monkeypatch.setattr(checkpoints, "sha256_of", None)
     check_checkpoint(folder)
     with pytest.raises(TypeError):
         load_checkpoint(folder)

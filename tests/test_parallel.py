@@ -19,11 +19,11 @@ import torch
 from conftest import ROOT, TIMEOUT, call
 
 import eval as evaluation
-import parallel
 import sample
-from checkpoint import UserError
 from model import CONFIGS, HarmoView
-from parallel import Ulysses, World
+from support import processes
+from support.processes import Ulysses, World
+from support.script import UserError
 
 CPU = torch.device("cpu")
 CKPT = ["--ckpt", ROOT / "assets" / "toy", "--precision", "fp32"]
@@ -42,12 +42,12 @@ def ranks(size, work):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    fork, ends, processes = multiprocessing.get_context("fork"), [], []
+    fork, ends, spawned = multiprocessing.get_context("fork"), [], []
 
     def child(rank, end):
         os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
                            LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="localhost")
-        parallel.CORES = 1  # as many threads as one process has, so that the bits are the same
+        processes.CORES = 1  # as many threads as one process has, so that the bits are the same
         try:
             world = World.join()
             end.send(work(world))
@@ -56,11 +56,11 @@ def ranks(size, work):
             end.send(traceback.format_exc())
     for rank in range(size):
         mine, its = fork.Pipe()
-        processes.append(fork.Process(target=child, args=(rank, its), daemon=True))
-        processes[-1].start()
+        spawned.append(fork.Process(target=child, args=(rank, its), daemon=True))
+        spawned[-1].start()
         ends.append(mine)
     results = [end.recv() if end.poll(TIMEOUT) else "no answer" for end in ends]
-    for process in processes:
+    for process in spawned:
         process.join(10)
         process.kill()
     bad = [text for text in results if isinstance(text, str) and ("Traceback" in text or text == "no answer")]
@@ -158,9 +158,10 @@ def test_an_error_of_one_rank_ends_all(one):
     """Rank 1 cannot write; rank 0 would go on for an hour."""
     (one / "two.py").write_text(f"""import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import parallel, sample
-from checkpoint import run_script
-parallel.PATIENCE = 0.1
+import sample
+from support import processes
+from support.script import run_script
+processes.PATIENCE = 0.1
 def write(*_):
     if os.environ["RANK"] == "1":
         raise OSError("the disk is full")
@@ -173,13 +174,13 @@ run_script(sample.main)""")
 
 def test_another_ranks_own_error_is_said_after_a_while(monkeypatch, capsys):
     waited = []
-    monkeypatch.setattr(parallel.time, "sleep", waited.append)
+    monkeypatch.setattr(processes.time, "sleep", waited.append)
     for rank in (0, 1):
         with pytest.raises(UserError, match="no such"), World(rank, 2, CPU).one_voice():
             print(f"from {rank}")
             print(f"error of {rank}", file=sys.stderr)
             raise UserError("no such file")
-    assert waited == [parallel.PATIENCE] and capsys.readouterr() == ("from 0\n", "error of 0\n")
+    assert waited == [processes.PATIENCE] and capsys.readouterr() == ("from 0\n", "error of 0\n")
 
 
 @pytest.mark.parametrize("size, message", [
@@ -326,7 +327,7 @@ def test_two_machines_start_again_after_one_lost_its_process(tmp_path):
     other again."""
     (tmp_path / "script.py").write_text(f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from parallel import World
+from support.processes import World
 world = World.join()
 world.barrier()
 if world.rank == 1 and not os.path.exists("died"):

@@ -22,11 +22,12 @@ from helpers import one_line, write_sound
 from PIL import Image
 from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
 
-import pictures
-from checkpoint import lock
-from pictures import (Job, contact_sheet, from_bytes, name_references, picture_size, read_frames, read_jobs,
-                      read_picture, read_references, to_bytes, to_image, view_of, watch_decoder, write_video)
-from rope import VIEWS, UserError
+from rope import VIEWS
+from support.script import UserError, lock
+from videos import pictures
+from videos.pictures import (Job, contact_sheet, from_bytes, name_references, picture_size, read_frames,
+                             read_jobs, read_picture, read_references, to_bytes, to_image, view_of,
+                             watch_decoder, write_video)
 
 
 @pytest.fixture

@@ -20,27 +20,27 @@ from test_curate import Truth
 from test_importers import RIG, nersemble_tree
 from torch.distributed.run import parse_args as parse_torchrun
 
-import bench
-import curate
-import toy
 import train
-from checkpoint import Parser, UserError, find_checkpoint
-from encoders import NEGATIVE_PROMPT
-from faces import Faces
-from lora import NEW_PREFIXES
+from measure import speed
 from model import DiTConfig, HarmoView
-from pictures import write_video
+from networks.encoders import NEGATIVE_PROMPT
+from networks.faces import Faces
+from networks.lora import NEW_PREFIXES
 from rope import VIEWS
 from sample import BOUNDARY, SAMPLE_RECIPES, Found
+from support.checkpoints import find_checkpoint
+from support.script import Parser, UserError
+from videos import curate, toy
+from videos.pictures import write_video
 
 README = (ROOT / "README.md").read_text()
-CLAIMS = (ROOT / "CLAIMS.md").read_text()
+CLAIMS = (ROOT / "measure/CLAIMS.md").read_text()
 TINY = {
     # a stage's sample sheet is a process of its own, tested in test_train.py
     "train.py": ["--config", "tiny", "--out", "out/toy", "--no-samples"],
     "eval.py": ["--limit", "2", "--steps", "1"],
     "sample.py": ["--steps", "1"],
-    "toy.py": ["--size", "32", "--frames", "3"],
+    "data.py toy": ["--size", "32", "--frames", "3"], "eval.py speed": [],
 }
 
 
@@ -123,19 +123,19 @@ def test_every_other_command_is_one_that_its_script_takes(tmp_path, monkeypatch)
         except Parsed:
             pass
     assert not wrong
-    assert {"claims.py", "curate.py", "data.py", "eval.py", "sample.py", "train.py"} <= scripts
+    assert {"data.py", "eval.py", "sample.py", "train.py"} <= scripts
 
 
 NETWORK = dict(dim=256, ffn_dim=64, num_heads=2, num_layers=2, **WAN_SMALL)
 SMALLER = {  # flags of sizes, behind what is printed
     "train.py": ["--steps", "1", "--batch", "4", "--micro-batch", "1", "--no-samples"],
     "sample.py": ["--steps", "1", "--size", "32x32", "--frames", "5"],
-    "curate.py": ["--frames", "17", "--face-side", "100", "--sharpness", "30"],
+    "curate": ["--frames", "17", "--face-side", "100", "--sharpness", "30"],
     "encode": ["--size", "32x32", "32x64", "--frames", "17", "5"],
     "make-cases": ["--n", "2"],
-    "--cases": [], "--compare": [], "eval.py": ["--limit", "2", "--steps", "1"],
-    "claims.py": ["--seeds", "1", "--limit", "1", "--steps", "1", "--settings", "none", "--train",
-                  "--steps 1 --clips 2 2 --batch 2"]}
+    "real": [], "compare": [], "speed": [],
+    "claims": ["--seeds", "1", "--limit", "1", "--steps", "1", "--settings", "none", "--train",
+    "--steps 1 --clips 2 2 --batch 2"], "eval.py": ["--limit", "2", "--steps", "1"]}
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def field(wan, tmp_path, monkeypatch):
     shutil.copy("ann_front.png", "SET-folders/refs/a/front.png")
     shutil.copy("look/clip1.mp4", "look/front.mp4")
     nersemble_tree(Path("look"), Path("SET-nersemble"), RIG)
-    for name in ("curate.Faces", "benchmark.BenchmarkFaces"):
+    for name in ("videos.curate.Faces", "measure.real.BenchmarkFaces"):
         monkeypatch.setattr(name, type("Faces", (Faces,), {"__new__": lambda *_: truth}))
     for name in ("1.3b", "14b"):
         monkeypatch.setitem(train.CONFIGS, name, DiTConfig(**NETWORK))
@@ -230,15 +230,15 @@ def test_every_other_command_runs_in_small(field):
     eight cards and of four machines. What needs a trained network comes after training."""
     # claims.py trains rows like this one; public LoRAs are in test_lora.py
     commands = [words for words in untagged_commands()
-                if not {"claims.py", "FILE:0.8"} & set(words) and words not in walk()]
-    commands.append("python claims.py one-way --base assets/base".split())
-    later = [words for words in commands if {"out/1.3b", "out/14b", "--compare"} & set(words)]
-    later.sort(key=lambda words: "--compare" in words)
+                if not {"claims", "FILE:0.8"} & set(words) and words not in walk()]
+    commands.append("python eval.py claims one-way --base assets/base".split())
+    later = [words for words in commands if {"out/1.3b", "out/14b", "compare"} & set(words)]
+    later.sort(key=lambda words: "compare" in words)
     kinds = [words for words in commands if "import" in words]
     ours = [words for words in commands if words not in later and words not in kinds]
     for words in [*kinds, *ours, *later]:
         launcher, script, rest = in_small(words)
-        if "import" in words or "curate.py" in words:
+        if "import" in words or "curate" in words:
             shutil.rmtree("DATA", ignore_errors=True)  # another set's
         if "--training" in rest:
             shutil.copytree("DATA/encoded", "TRAIN/encoded")
@@ -263,12 +263,13 @@ def test_every_command_runs_on_the_tiny_preset(tiny, tmp_path):
     shutil.copytree(tiny / "cache", tmp_path / "cache")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     found = commands()
-    scripts = {"train.py", "sample.py", "eval.py", "toy.py", "bench.py", "kernels.py"}
+    scripts = {"train.py", "sample.py", "eval.py", "data.py", "kernels.py"}
     assert scripts <= {word for c in found for word in c.split()}
     for command in found:
         words = shlex.split(command.replace("$(sed -n 3p out/look/captions.txt)", "two people"))
         launcher, script = words[0], next(w for w in words if w.endswith(".py"))
-        rest = words[words.index(script) + 1 :] + TINY.get(script, [])
+        rest = words[words.index(script) + 1 :]
+        rest += TINY.get(" ".join([script, *rest[:1]]), TINY.get(script, []))
         if script == "train.py" and (tmp_path / "out" / "toy").exists():
             rest.append("--overwrite")
         before = words[1 : words.index(script)]
@@ -334,7 +335,7 @@ def test_the_memory_of_sampling_is_what_the_dry_run_prints(tmp_path):
     phases = ["VAE encode" if column == "references" else column for column in columns]
     assert [name for name, *_ in rows] == list(DRY_RUNS)
     for name, *cells in rows:
-        said = call("bench.py", "dry-run", *DRY_RUNS[name], cwd=tmp_path)
+        said = call("eval.py", "speed", "dry-run", *DRY_RUNS[name], cwd=tmp_path)
         printed = dict(re.findall(r"^  ([\w ]+), \w+ +([\d.]+) GiB$", said, re.M))
         assert cells == [printed[phase] for phase in phases], name
 
@@ -342,12 +343,13 @@ def test_the_memory_of_sampling_is_what_the_dry_run_prints(tmp_path):
 def test_the_memory_of_training_is_what_plan_prints(tmp_path):
     (_, *columns), rows = table(README, "| | 1 card | 2 cards, `--shard` |")
     columns = [re.match(r"\d+|TFLOP", column)[0] for column in columns]
-    said = {config: call("bench.py", "plan", "--config", config, cwd=tmp_path) for config in ("1.3b", "14b")}
+    said = {config: call("eval.py", "speed", "plan", "--config", config, cwd=tmp_path)
+            for config in ("1.3b", "14b")}
     for name, *cells in rows:
         config, what = re.fullmatch(r"(\S+), `--train (\w+)`", name).groups()
         assert "81 frames of 480x832, 1 person(s) of four views" in said[config]
         (printed,) = re.findall(rf"^{what} +\S+ +(.*)$", said[config], re.M)
-        printed = dict(zip(("TFLOP", "1", *map(str, bench.SHARDS)), printed.split(), strict=True))
+        printed = dict(zip(("TFLOP", "1", *map(str, speed.SHARDS)), printed.split(), strict=True))
         assert cells == [printed[column] for column in columns], name
     assert len(rows) == 4
 

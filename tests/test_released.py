@@ -14,16 +14,18 @@ from safetensors.torch import load_file, save_file
 
 import data
 import sample
-import toy
 import train
-from checkpoint import UserError, find_checkpoint, read_meta, read_network
-from encode import read_settings
-from encoders import UMT5, DINOv2, WanEncoders, WanVAE, load_network
-from helpers import content
 from model import DiTConfig
-from pictures import Job
+from networks.encoders import UMT5, DINOv2, WanEncoders, WanVAE, load_network
+from networks.text import Tokenizer
+from networks.weights import read_network
+from support.checkpoints import find_checkpoint, read_meta
+from support.script import UserError
+from videos import toy
+from videos.encode import read_settings
+from videos.pictures import Job
+from helpers import content
 from test_checkpoint import randomise
-from text import Tokenizer
 
 CPU = torch.device("cpu")
 WORDS = ["a close-up of one person", "café 人 in two rooms; 3 cats, no dog", "x"]

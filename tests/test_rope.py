@@ -3,16 +3,7 @@ import itertools
 import pytest
 import torch
 
-from checkpoint import UserError
-from rope import (
-    LAYOUTS,
-    VIEWS,
-    apply_rope,
-    axis_pairs,
-    reference_positions,
-    rope_table,
-    video_positions,
-)
+from rope import LAYOUTS, VIEWS, apply_rope, axis_pairs, reference_positions, rope_table, video_positions
 
 GRID = dict(T=6, H=4, W=5, ref_hw=(3, 6))  # no two sides alike, so that no rule can mix them up
 SUBSETS = [s for n in range(5) for s in itertools.combinations(VIEWS, n)]
@@ -149,7 +140,7 @@ def test_nobody():
     [(("spiral", [()]), "unknown rope layout 'spiral'"), (("jump", [("top",)]), "unknown view 'top'")],
 )
 def test_bad_input(arguments, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(ValueError, match=says):
         reference_positions(*arguments, **GRID, proxy_tokens=4)
-    with pytest.raises(UserError, match="jump 3 is smaller"):
+    with pytest.raises(ValueError, match="jump 3 is smaller"):
         reference_positions("jump", [()], **GRID, proxy_tokens=4, jump=3)

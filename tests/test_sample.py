@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import FULL_DISK, fork, kill, wait_for
 
 import sample
-import toy
-from checkpoint import UserError, find_checkpoint, save_checkpoint, sha256_of
-from encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from model import CONFIGS, DiTConfig, HarmoView, load_wan, wan_on_meta
-from pictures import Job, contact_sheet, to_image, write_video
+from networks.encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from rope import VIEWS
+from support.checkpoints import find_checkpoint, save_checkpoint
+from support.script import UserError, sha256_of
 from train import STAGES
+from videos import toy
+from videos.pictures import Job, contact_sheet, to_image, write_video
 
 PROMPT = (
     "a close-up of two people, the first on the left in a red shirt nods with the mouth closed, "

@@ -7,9 +7,9 @@ import ftfy
 import pytest
 import torch
 
-import toy
-from encoders import NEGATIVE_PROMPT
-from text import Tokenizer, fix_text
+from networks.encoders import NEGATIVE_PROMPT
+from networks.text import Tokenizer, fix_text
+from videos import toy
 
 
 def windows(text):

@@ -15,13 +15,12 @@ from PIL import Image
 from test_checkpoint import FULL_DISK, fork, hang, kill, names, wait_for
 
 import data
-import pictures
-import toy
-from checkpoint import read_lines
-from manifest import read_manifest
 from model import CONFIGS
-from pictures import from_bytes, read_picture, to_bytes, to_image
-from rope import VIEWS, UserError
+from rope import VIEWS
+from support.script import UserError, read_lines
+from videos import pictures, toy
+from videos.manifest import read_manifest
+from videos.pictures import from_bytes, read_picture, to_bytes, to_image
 
 
 RED = torch.tensor([1.0, 0.0, 1.0])  # a patch colour nothing else has
@@ -512,7 +511,7 @@ SAMPLES = sorted([*PICTURES, "captions.txt", "manifest.jsonl", *(f"clip{n}.mp4" 
 
 
 def test_samples_are_files_to_look_at(tmp_path):
-    said = call("toy.py", "--out", "x", "--size", 32, "--frames", 3, "--fps", 5, cwd=tmp_path)
+    said = call("data.py", "toy", "--out", "x", "--size", 32, "--frames", 3, "--fps", 5, cwd=tmp_path)
     assert names(tmp_path / "x") == SAMPLES
     captions = (tmp_path / "x" / "captions.txt").read_text().splitlines()
     assert [line.partition(": ")[2] for line in said.splitlines()] == captions
@@ -668,8 +667,8 @@ def test_bad_input_gets_one_line(arguments, says, tmp_path, monkeypatch):
 
 
 def test_the_script_exits_with_that_line(tmp_path):
-    line = run(ROOT / "toy.py", "--size", 33, "--out", "x", cwd=tmp_path, fails=True)
-    assert line.startswith("toy.py: --size 33")
+    line = run(ROOT / "data.py", "toy", "--size", 33, "--out", "x", cwd=tmp_path, fails=True)
+    assert line.startswith("data.py: --size 33")
     (tmp_path / "x" / "clip1.mp4").mkdir(parents=True)
-    line = run(ROOT / "toy.py", "--size", 16, "--frames", 1, "--out", "x", cwd=tmp_path, fails=True)
-    assert line.startswith("toy.py: ") and "clip1.mp4" in line
+    line = run(ROOT / "data.py", "toy", "--size", 16, "--frames", 1, "--out", "x", cwd=tmp_path, fails=True)
+    assert line.startswith("data.py: ") and "clip1.mp4" in line

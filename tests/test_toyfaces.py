@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import toy
-from checkpoint import UserError, read_lines
-from faces import Faces, align, crop_faces, find_faces
 from model import CONFIGS
-from pictures import to_bytes, wrap
+from networks.faces import Faces, align, crop_faces, find_faces
+from support.script import UserError, read_lines
+from videos import toy
+from videos.pictures import to_bytes, wrap
+from videos.toyfaces import ToyFaces, is_toy, load_faces
 from test_readme import walk
-from toyfaces import ToyFaces, is_toy, load_faces
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_from_films_to_the_real_benchmark_without_a_download(tmp_path):
         said = call(script, *(fewer.get(word, word) for word in rest), *more)
     assert "1 of 1 videos measured" in said and (tmp_path / "out/real/report.html").exists()
     with pytest.raises(UserError, match="film0000.mp4 exists: choose another --out"):
-        call("toy.py", "--out", "films/test", "--films", 4)
+        call("data.py", "toy", "--out", "films/test", "--films", 4)
     rows = read_lines(tmp_path / "people/manifest.jsonl")
     people = {}
     for row in rows:  # nobody is taken for another
@@ -109,7 +109,8 @@ def test_from_films_to_the_real_benchmark_without_a_download(tmp_path):
                   if row["identities"][0]["id"] == case["people"][0])
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/case-001.mp4").write_bytes((tmp_path / "others" / source["video"]).read_bytes())
-    call("eval.py", "--cases", "cases.jsonl", "--videos", "videos", "--faces", "toy", "--out", "truth")
+    call("eval.py", "real", "--cases", "cases.jsonl", "--videos", "videos", "--faces", "toy",
+         "--out", "truth")
     person, = json.loads((tmp_path / "truth/cases_measured.jsonl").read_text())["people"]
     assert np.mean(person["face"]) > 0.7 and np.mean([a for a in person["alike"] if a is not None]) > 0.6
 

@@ -22,20 +22,19 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
-import checkpoint
 import data
-import monitor
-import muon
-import parallel
 import sample
-import toy
 import train
-from checkpoint import UserError, find_checkpoint, steps_in
-from encode import names_in, read_sample
-from lora import NEW_PREFIXES
+from measure import speed
 from model import CHOICES, CONFIGS, DiTConfig, HarmoView, load_checkpoint, load_wan
+from networks import weights
+from networks.lora import NEW_PREFIXES, new_names
 from rope import VIEWS
+from support import monitor, optimizers, processes, script
+from support.checkpoints import find_checkpoint, steps_in
+from support.script import UserError
+from videos import toy
+from videos.encode import names_in, read_sample
 
 FAST = ("--config", "tiny", "--no-samples", "--log-every", 1)
 
@@ -59,7 +58,7 @@ def validations(folder, stage):
     return [line["valid"] for line in lines if "valid" in line]
 
 
-def weights(folder):
+def weights_of(folder):
     found = find_checkpoint(folder)
     # from bytes: load_file would map the files, which some tests then damage
     return {f.name: safetensors.torch.load(f.read_bytes()) for f in sorted(found.glob("*.safetensors"))}
@@ -85,7 +84,7 @@ train.main({[*common, "two"]})
 train.main({[*common, "both", *micro]})""")
     assert well, said
     found = {
-        name: ([(r["loss"], r["grad_norm"]) for r in metrics(fresh / name, 1)], weights(fresh / name))
+        name: ([(r["loss"], r["grad_norm"]) for r in metrics(fresh / name, 1)], weights_of(fresh / name))
         for name in ("whole", "micro", "two", "both")
     }
     for name in ("micro", "two", "both"):
@@ -110,7 +109,7 @@ def test_processes_without_a_gpu_of_their_own_leave_quietly(gpus, left, monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setattr(parallel, "rendezvous", lambda *args: iter([(train.dist.HashStore(),)]))
+    monkeypatch.setattr(processes, "rendezvous", lambda *args: iter([(train.dist.HashStore(),)]))
     gone = []
     for rank in (0, 1):
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
@@ -129,8 +128,8 @@ def test_processes_without_a_gpu_of_their_own_leave_quietly(gpus, left, monkeypa
 
 def test_torchruns_one_thread_becomes_this_machines_share(monkeypatch):
     monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setattr(parallel, "rendezvous", lambda *args: iter([(train.dist.HashStore(),)]))
-    monkeypatch.setattr(parallel, "CORES", 8)
+    monkeypatch.setattr(processes, "rendezvous", lambda *args: iter([(train.dist.HashStore(),)]))
+    monkeypatch.setattr(processes, "CORES", 8)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("OMP_NUM_THREADS", 1)):
@@ -146,7 +145,7 @@ def test_equal_runs_give_equal_bits(fresh, precision):
     arguments = [*FAST, "--stage", 1, "--steps", 4, "--precision", precision]
     for out in ("a", "b"):
         call("train.py", *arguments, "--out", out, cwd=fresh)
-    assert_equal(weights(fresh / "a"), weights(fresh / "b"))
+    assert_equal(weights_of(fresh / "a"), weights_of(fresh / "b"))
     assert metrics(fresh / "a", 1) == metrics(fresh / "b", 1)
 
 
@@ -155,25 +154,25 @@ def test_resume_is_bit_exact(fresh, precision):
     out = fresh / "out" / "tiny"
     command = [*FAST, "--stage", 1, "--steps", 6, "--save-every", 3, "--precision", precision]
     call("train.py", *command, cwd=fresh)
-    straight, lines = weights(out / "stage1"), metrics(out, 1)
+    straight, lines = weights_of(out / "stage1"), metrics(out, 1)
     shutil.rmtree(out / "stage1" / "step-000006")
     call("train.py", *command, "--resume", cwd=fresh)
-    assert_equal(straight, weights(out / "stage1"))
+    assert_equal(straight, weights_of(out / "stage1"))
     assert metrics(out, 1) == lines and len(validations(out, 1)) == 1
     call("train.py", *command, "--resume", cwd=fresh)  # nothing left to do
-    assert_equal(straight, weights(out / "stage1"))
+    assert_equal(straight, weights_of(out / "stage1"))
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(fresh, capsys):
     out = fresh / "out" / "tiny" / "stage1"
     command = [*FAST, "--stage", 1, "--steps", 6, "--save-every", 2, "--keep", 3]
     call("train.py", *command, cwd=fresh)
-    straight = weights(out)
+    straight = weights_of(out)
     (out / "step-000006" / "optimizer.safetensors").write_bytes(b"")
     file = out / "step-000004" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     call("train.py", *command, "--resume", cwd=fresh)
-    assert_equal(straight, weights(out))
+    assert_equal(straight, weights_of(out))
     errors = capsys.readouterr().err
     assert "step-000006/optimizer.safetensors is missing or damaged" in errors and "step-000004" in errors
 
@@ -184,7 +183,7 @@ def test_sigterm_and_ctrl_c_save_and_the_run_can_go_on(fresh, sent, code):
     out, steps = fresh / "out" / "tiny", 60
     arguments = [*FAST, "--stage", 1, "--steps", steps]
     call("train.py", *arguments, cwd=fresh)
-    straight = weights(out / "stage1")
+    straight = weights_of(out / "stage1")
     shutil.rmtree(out)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *map(str, arguments)],
@@ -207,7 +206,7 @@ def test_sigterm_and_ctrl_c_save_and_the_run_can_go_on(fresh, sent, code):
     with pytest.raises(UserError, match=f"stopped at step {step}.*--stage 1.*--resume"):
         call("train.py", *FAST, "--stage", 2, cwd=fresh)
     call("train.py", *arguments, "--resume", cwd=fresh)
-    assert_equal(straight, weights(out / "stage1"))
+    assert_equal(straight, weights_of(out / "stage1"))
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -222,7 +221,7 @@ def test_every_stage_starts_from_the_one_before(tiny):
     world = train.World(0, 1, torch.device("cpu"))
     _, config = train.resolve(args, world)
     start = train.prepare(2, Namespace(**{**vars(args), "overwrite": True}), config, world)
-    ema = weights(out / "stage1")["ema.safetensors"]
+    ema = weights_of(out / "stage1")["ema.safetensors"]
     assert start.step == 0 and all(torch.equal(p, ema[name]) for name, p in start.model.named_parameters())
 
 
@@ -333,14 +332,14 @@ def test_one_clip_can_be_overfitted(tiny):
     dataset = data.Dataset(next((tiny / "cache").glob("toy-*/toy-cross-mask0*")), text_dropout=0)
     bucket = dataset.sampler.having((VIEWS,))
     model = HarmoView(replace(CONFIGS["tiny"], dim=96, ffn_dim=192))
-    optimizers = muon.make_optimizers(
+    pair = optimizers.make_optimizers(
         model, Namespace(optimizer="muon", muon_lr=1e-2, adamw_lr=3e-3, new_lr=3e-3, weight_decay=0.0)
     )
     for step in range(80):
         generators = [torch.Generator().manual_seed(train.seed_of(step, i)) for i in range(4)]
         batch = dataset.batch((VIEWS,), 4 * [0], bucket, generators, "cpu")
         train.loss_of(model, batch, *train.draw_noise(batch[0], generators, data.NoiseLevels(8.0))).backward()
-        for optimizer in optimizers:
+        for optimizer in pair:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1 - step / 80)
             optimizer.step()
@@ -378,7 +377,7 @@ def test_learning_rate_clipping_and_average_of_every_step(fresh):
     torch.manual_seed(0)
     before = HarmoView(CONFIGS["tiny"]).state_dict()
     for step, decay in enumerate((1 / 10, 2 / 11, 0.2, 0.2), 1):  # 3 / 12 and 4 / 13 are more than --ema
-        found = weights(fresh / "out" / "tiny" / "stage1" / f"step-{step:06d}")
+        found = weights_of(fresh / "out" / "tiny" / "stage1" / f"step-{step:06d}")
         new, average = found["model.safetensors"], found["ema.safetensors"]
         assert distance(before, new) > 1e-4
         for name in average:
@@ -398,7 +397,7 @@ def test_what_wan_lacks_learns_at_a_rate_of_its_own():
             train.resolve(args, train.World(0, 1, torch.device("cpu")))
         model = HarmoView(replace(CONFIGS["tiny"], num_layers=1))
         train.set_trained(model, args.train, 2)
-        found = {id(p): group["peak_lr"] for optimizer in train.make_optimizers(model, args)
+        found = {id(p): group["peak_lr"] for optimizer in train.make_optimizers(model, args, new_names(model))
                  for group in optimizer.param_groups for p in group["params"]}
         names = {"proxies": "proxies", "mfi": "mfi.proj.weight", "head": "head.head.weight",
                  "q": "blocks.0.self_attn.q.weight", "adapter": "blocks.0.self_attn.q.lora_A"}
@@ -418,10 +417,10 @@ def test_muon_makes_updates_orthogonal():
     torch.manual_seed(0)
     for shape in ((3, 24, 48), (2, 48, 24)):
         x = torch.randn(shape)
-        u, s, v = torch.linalg.svd(muon.orthogonalize(x), full_matrices=False)
+        u, s, v = torch.linalg.svd(optimizers.orthogonalize(x), full_matrices=False)
         assert 0.6 < s.min() and s.max() < 1.3
         a, _, b = torch.linalg.svd(x, full_matrices=False)
-        assert ((muon.orthogonalize(x) - a @ b).norm() / (a @ b).norm()) < 0.35
+        assert ((optimizers.orthogonalize(x) - a @ b).norm() / (a @ b).norm()) < 0.35
 
 
 def step_all(parameters, optimizers, steps=4):
@@ -436,7 +435,7 @@ def step_all(parameters, optimizers, steps=4):
 
 def test_our_muon_is_torchs(monkeypatch):
     shapes, found = ((8, 16), (16, 8), (8, 16), (24, 24), (5, 40)), []
-    for kind, more in ((muon.Muon, {}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})):
+    for kind, more in ((optimizers.Muon, {}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})):
         torch.manual_seed(0)
         found.append([torch.nn.Parameter(torch.randn(shape)) for shape in shapes])
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's multiplies in bf16
@@ -450,7 +449,7 @@ def test_every_parameter_has_its_optimizer_rate_and_decay(optimizer, monkeypatch
     """Muon has the blocks' matrices, AdamW the rest and, where asked, all; what is frozen stays."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     args = Namespace(optimizer=optimizer, muon_lr=0.02, adamw_lr=0.004, new_lr=0.001, weight_decay=0.3)
-    ours, theirs, optimizers = HarmoView(CONFIGS["tiny"]), HarmoView(CONFIGS["tiny"]), []
+    ours, theirs, separate = HarmoView(CONFIGS["tiny"]), HarmoView(CONFIGS["tiny"]), []
     theirs.load_state_dict(ours.state_dict())
     frozen = {"blocks.0.ffn.0.weight", "patch_embedding.weight"}
     for net in (ours, theirs):
@@ -461,13 +460,13 @@ def test_every_parameter_has_its_optimizer_rate_and_decay(optimizer, monkeypatch
             continue
         if optimizer == "muon" and name.startswith("blocks.") and name.endswith(".weight") and p.ndim == 2:
             assert re.search(r"attn\.[qkvo]\.|ffn\.[02]\.", name)
-            optimizers.append(torch.optim.Muon([p], 0.02, 0.3, adjust_lr_fn="match_rms_adamw"))
+            separate.append(torch.optim.Muon([p], 0.02, 0.3, adjust_lr_fn="match_rms_adamw"))
         else:
             rate = 0.001 if name.startswith(NEW_PREFIXES) else 0.004
-            optimizers.append(torch.optim.AdamW([p], rate, (0.9, 0.95), weight_decay=0.3))
+            separate.append(torch.optim.AdamW([p], rate, (0.9, 0.95), weight_decay=0.3))
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    step_all([p for p in ours.parameters() if p.requires_grad], muon.make_optimizers(ours, args))
-    step_all([p for p in theirs.parameters() if p.requires_grad], optimizers)
+    step_all([p for p in ours.parameters() if p.requires_grad], optimizers.make_optimizers(ours, args))
+    step_all([p for p in theirs.parameters() if p.requires_grad], separate)
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(p, before[name]) == (name in frozen)
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5, msg=name)
@@ -759,7 +758,7 @@ def changed(folder, name, tensors=None, **meta):
         safetensors.torch.save_file(tensors, folder / name)
     path = folder / "checkpoint.json"
     stored = json.loads(path.read_text()) | meta
-    stored["sha256"][name] = checkpoint.sha256_of(folder / name)
+    stored["sha256"][name] = script.sha256_of(folder / name)
     path.write_text(json.dumps({key: value for key, value in stored.items() if value != "gone"}))
 
 
@@ -836,7 +835,7 @@ def test_weights_that_are_not_finite_are_never_saved(fresh, monkeypatch):
     def poison(self):
         next(p for group in self.param_groups for p in group["params"]).data[:] = float("nan")
 
-    monkeypatch.setattr(muon.Muon, "step", poison)
+    monkeypatch.setattr(optimizers.Muon, "step", poison)
     with pytest.raises(UserError, match="stage 1 step 1: the weights are no longer finite and not saved"):
         call("train.py", *FAST, "--stage", 1, "--steps", 1, cwd=fresh)
     assert find_checkpoint(fresh / "out" / "tiny") is None
@@ -883,7 +882,7 @@ def test_recomputing_and_compiling_blocks_change_no_gradient(monkeypatch):
     model = HarmoView(CONFIGS["tiny"])
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    inputs = bench.random_inputs(model.config, (48, 3, 40, 40), 1, "cpu")  # long enough for SDPA
+    inputs = speed.random_inputs(model.config, (48, 3, 40, 40), 1, "cpu")  # long enough for SDPA
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     grads = []
     for model.recompute, compiled in ((False, False), (True, False), (False, True), (True, True)):
@@ -905,7 +904,7 @@ def test_recomputing_in_bf16_changes_no_gradient(attention):
         model = HarmoView(replace(CONFIGS["tiny"], reference_attention=attention))
         for p in model.parameters():
             p.data += 0.05 * torch.randn_like(p)
-        inputs = bench.random_inputs(model.config, (48, 3, 40, 40), 1, "cpu")  # long enough for SDPA
+        inputs = speed.random_inputs(model.config, (48, 3, 40, 40), 1, "cpu")  # long enough for SDPA
         model.recompute = recompute
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(*inputs).square().mean()
@@ -930,7 +929,7 @@ class Calls(TorchDispatchMode):
 def test_recomputing_keeps_attention_and_makes_the_rest_again(attention, passes):
     model = HarmoView(replace(CONFIGS["tiny"], reference_attention=attention))
     layers, aten = passes * model.config.num_layers, torch.ops.aten
-    inputs = bench.random_inputs(model.config, (48, 3, 40, 40), 1, torch.device("cpu"))
+    inputs = speed.random_inputs(model.config, (48, 3, 40, 40), 1, torch.device("cpu"))
     for model.recompute, again in ((False, 0), (True, layers)):
         with Calls() as calls:
             model(*inputs).square().mean().backward()
@@ -1029,7 +1028,7 @@ def test_a_run_that_started_from_other_weights_is_not_resumed(fresh, monkeypatch
 def test_with_wan_a_stage_goes_on_from_the_one_before(small_wan):
     train.main([*small_wan, "--stage", "1", "--steps", "1"])
     train.main([*small_wan, "--stage", "2", "--steps", "1", "--adamw-lr", "1e-12"])
-    first, second = (weights(Path("out/small") / f"stage{n}") for n in (1, 2))
+    first, second = (weights_of(Path("out/small") / f"stage{n}") for n in (1, 2))
     for name, value in first["ema.safetensors"].items():
         torch.testing.assert_close(second["model.safetensors"][name], value, atol=1e-9, rtol=0)
 
@@ -1066,10 +1065,10 @@ def test_resume_on_an_encoded_set_is_bit_exact(small_wan):
     command = [*small_wan, "--stage", "3", "--steps", "6", "--save-every", "3"]
     train.main(command)
     folder = Path("out/small/stage3")
-    straight = weights(folder)
+    straight = weights_of(folder)
     shutil.rmtree(folder / "step-000006")
     train.main([*command, "--resume"])
-    assert_equal(straight, weights(folder))
+    assert_equal(straight, weights_of(folder))
 
 
 def test_a_damaged_sample_is_named_and_training_goes_on(small_wan, wan_set, tmp_path, capsys):
@@ -1181,7 +1180,7 @@ def test_experts_that_do_not_fit_are_one_line(fresh, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="that is the other expert"):
         train.choose_expert("wan/transformer_2", "high")
     with pytest.raises(UserError, match="holds two experts: give its transformer or transformer_2, or train"):
-        checkpoint.wan_files("wan")
+        weights.wan_files("wan")
 
 
 # ------------------------------------------------------------------------------------------------ what trains
@@ -1193,17 +1192,17 @@ def test_on_a_frozen_base_only_what_is_added_trains(fresh, what, monkeypatch):
     flags, passes = [*map(str, FAST), "--precision", "fp32"], []
     monkeypatch.setattr(train.Metrics, "speed", lambda self: passes.append(self.passes) or {})
     train.main([*flags, "--stage", "1", "--steps", "1"])
-    base = weights(Path("out/tiny"))["ema.safetensors"]
+    base = weights_of(Path("out/tiny"))["ema.safetensors"]
     flags += ["--train", what, "--rank", "4", "--steps", "4", "--save-every", "2"]
     train.main([*flags, "--stage", "2"])
     assert passes == [3, 2, 2, 2, 2]
-    straight = weights(Path("out/tiny/stage2"))
+    straight = weights_of(Path("out/tiny/stage2"))
     adapters = {name for name in straight["ema.safetensors"] if "lora_" in name}
     assert len(adapters) == (40 if what == "lora" else 0)
     assert straight["ema.safetensors"].keys() - adapters == {n for n in base if n.startswith(NEW_PREFIXES)}
     shutil.rmtree("out/tiny/stage2/step-000004")
     train.main([*flags, "--stage", "2", "--resume"])
-    assert_equal(straight, weights(Path("out/tiny/stage2")))
+    assert_equal(straight, weights_of(Path("out/tiny/stage2")))
     train.main([*flags, "--stage", "3"])
     with pytest.raises(UserError, match="was trained with --train .* --rank 4: give the same"):
         train.main([*flags, "--stage", "4", "--train", "lora", "--rank", "5"])
@@ -1244,11 +1243,11 @@ def test_validation_is_the_same_for_any_number_of_processes(fresh, monkeypatch):
         parts = []
         for rank in range(size):
             world = train.World(rank, size, torch.device("cpu"))
-            valid = train.Validation(folder, model.config, world, training)
-            monkeypatch.setattr("monitor.dist.all_reduce", lambda found: parts.append(found.clone()))
+            valid = train.load_validation(folder, model.config, world, training)
+            monkeypatch.setattr("support.monitor.dist.all_reduce", lambda found: parts.append(found.clone()))
             losses = valid.losses(train.loss_of, model, data.NoiseLevels(100.0), "fp32")
         found.append(losses if size == 1 else sum(parts))
-    one = train.Validation(folder, model.config, train.World(0, 1, torch.device("cpu")), training)
+    one = train.load_validation(folder, model.config, train.World(0, 1, torch.device("cpu")), training)
     counts = [len(clips) for _, clips, _ in one.cases.values()]
     means = [float(part[:, :n].mean()) for part, n in zip(found[1], counts, strict=True)]
     assert means == pytest.approx([found[0][name] for name in one.cases], rel=1e-6)
@@ -1262,7 +1261,7 @@ def test_validation_is_at_fixed_quantiles_with_noise_of_its_own_for_each_case(tm
         clips = toy.render_cache(tmp_path, 32, 3, (3, 2), seed=seed)
         folders.append(toy.encode_cache(clips, toy.ToyEncoders(clips, 32)))
     world = train.World(0, 1, torch.device("cpu"))
-    valid = train.Validation(folders[0], CONFIGS["tiny"], world, data.Dataset(folders[1]))
+    valid = train.load_validation(folders[0], CONFIGS["tiny"], world, data.Dataset(folders[1]))
     levels, noises = data.NoiseLevels(3.0), []
     drawn = torch.stack([levels.draw(torch.Generator().manual_seed(i)) for i in range(4000)])
 
@@ -1292,11 +1291,11 @@ def test_a_toy_is_validated_on_a_set_that_is_given(fresh, monkeypatch):
     (default,), (given,) = (validations(Path(name), 1) for name in ("default", "given"))
     model, _ = load_checkpoint(find_checkpoint("given"))
     training = data.Dataset(next(Path("cache").glob("toy-*/toy-*")))
-    valid = train.Validation(others, model.config, train.World(0, 1, torch.device("cpu")), training)
+    valid = train.load_validation(others, model.config, train.World(0, 1, torch.device("cpu")), training)
     expected = valid.losses(train.loss_of, model, data.NoiseLevels(100.0), "fp32")
     assert given == pytest.approx(expected, rel=1e-6) and given.keys() == default.keys()
     assert not any(given[name] == pytest.approx(default[name], rel=1e-4) for name in given)
-    assert torch.equal(*(weights(name)["model.safetensors"]["proxies"] for name in ("default", "given")))
+    assert torch.equal(*(weights_of(name)["model.safetensors"]["proxies"] for name in ("default", "given")))
 
 
 def test_wan_is_validated_only_on_a_set_that_is_given_of_other_people(small_wan, wan_set):
@@ -1328,10 +1327,10 @@ def test_a_damaged_validation_set_is_refused_before_anything_is_deleted(fresh, t
     for file in others.glob("??/*.safetensors"):
         if file.stem != "empty":
             file.write_bytes(file.read_bytes()[:-9])
-    before = weights(fresh / "out" / "tiny")
+    before = weights_of(fresh / "out" / "tiny")
     with pytest.raises(UserError, match="damaged|no whole sample"):
         call("train.py", *FAST, "--stage", 1, "--overwrite", "--valid", others, cwd=fresh)
-    assert_equal(before, weights(fresh / "out" / "tiny"))
+    assert_equal(before, weights_of(fresh / "out" / "tiny"))
 
 
 def test_one_expert_alone_makes_no_sample_sheet(fresh, monkeypatch):
@@ -1370,13 +1369,13 @@ def test_losses_are_drawn(fresh, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------- sharding
-def torchrun(processes, *arguments, cwd, script=ROOT / "train.py", restarts=0):
+def torchrun(ranks, *arguments, cwd, script=ROOT / "train.py", restarts=0):
     """-> whether it ended well, and what it wrote to stderr, torchrun's own traceback included."""
-    status, _, said = conftest.torchrun(processes, script, *arguments, cwd=cwd, restarts=restarts)
+    status, _, said = conftest.torchrun(ranks, script, *arguments, cwd=cwd, restarts=restarts)
     return status == 0, said
 
 
-def in_one_group(folder, trainings, processes=2):
+def in_one_group(folder, trainings, ranks=2):
     """Lines of Python with calls of train.main, by one torchrun in `folder` -> as of torchrun. All are in one
     process group, as a second one may hang."""
     (folder / "script.py").write_text(f"""import json, os, signal, sys, time
@@ -1389,7 +1388,7 @@ def main():
     leave(world)
 train.run_script(main)
 """)
-    return torchrun(processes, cwd=folder, script="script.py")
+    return torchrun(ranks, cwd=folder, script="script.py")
 
 
 def distance(a, b):
@@ -1407,7 +1406,7 @@ def test_sharded_replicated_and_alone_are_one_training(fresh):
     flags = ["--shard", "--micro-batch", 1, "--recompute", "--save-every", 2, "--out", "two"]
     assert torchrun(2, *common, *flags, cwd=fresh)[0]
     assert torchrun(3, *common, "--shard", "--out", "three", cwd=fresh)[0]
-    found = {name: weights(fresh / name)["ema.safetensors"] for name in ("alone", "ddp", "two", "three")}
+    found = {name: weights_of(fresh / name)["ema.safetensors"] for name in ("alone", "ddp", "two", "three")}
     torch.manual_seed(0)
     start = {name: p.detach() for name, p in HarmoView(CONFIGS["tiny"]).named_parameters()}
     assert distance(found["alone"], start) > 5e-4
@@ -1422,7 +1421,7 @@ def test_sharded_replicated_and_alone_are_one_training(fresh):
     (newest / "__1_0.distcp").write_bytes(flipped)
     well, said = torchrun(3, *common, "--shard", "--out", "two", "--resume", cwd=fresh)  # from step 2, of two
     assert well and "__1_0.distcp is missing or damaged" in said, said
-    assert distance(found["alone"], weights(fresh / "two")["ema.safetensors"]) < 1e-6
+    assert distance(found["alone"], weights_of(fresh / "two")["ema.safetensors"]) < 1e-6
     well, said = torchrun(2, *common, "--out", "two", "--resume", cwd=fresh)
     assert not well and "trained otherwise (shard True there, False here" in said
 
@@ -1434,7 +1433,7 @@ def test_sharded_references_are_the_same_training(fresh, attention):
               "--reference-attention", attention]
     call("train.py", *common, "--out", "alone", cwd=fresh)
     assert torchrun(2, *common, "--shard", "--micro-batch", 1, "--recompute", "--out", "two", cwd=fresh)[0]
-    alone, two = (weights(fresh / name)["ema.safetensors"] for name in ("alone", "two"))
+    alone, two = (weights_of(fresh / name)["ema.safetensors"] for name in ("alone", "two"))
     assert distance(alone, two) < 1e-6
 
 
@@ -1475,8 +1474,9 @@ def test_two_processes_compiled_recomputed_and_sharded_are_the_same_training(une
     common = ["--config", "small", "--wan", str(wan / "2.1"), "--data", str(uneven_set / "data"), "--valid",
               str(uneven_set / "valid"), "--valid-every", "2", "--no-samples", "--stage", "4", "--steps", "4",
               "--batch", "4", "--micro-batch", "1", "--log-every", "1", "--warmup", "1"]
-    well, said = in_one_group(tmp_path, f"""import functools, torch, toy
-from lora import new_names
+    well, said = in_one_group(tmp_path, f"""import functools, torch
+from videos import toy
+from networks.lora import new_names
 from model import DiTConfig
 from torch._dynamo.utils import counters
 shard = train.shard
@@ -1533,7 +1533,7 @@ train.run_script(train.main)
     flags = ["--out", "again", "--resume"]
     well, said = torchrun(2, *common, *flags, cwd=fresh, script="killer.py", restarts=1)
     assert well and (fresh / "killed").exists(), said
-    assert_equal(weights(fresh / "straight"), weights(fresh / "again"))
+    assert_equal(weights_of(fresh / "straight"), weights_of(fresh / "again"))
 
 
 def test_a_bad_batch_of_one_process_is_skipped_by_all(fresh):
@@ -1562,8 +1562,8 @@ for name, flags in (("ddp", []), ("shard", ["--shard"])):
         assert len(first) == len(second) == 3 and all(map(math.isfinite, first + second)), name
         assert first == second or name == "shard"  # there each has its own half of the weights
         assert [line["loss"] is None for line in metrics(fresh / name, 1)] == [False, True, False, False]
-        assert all(p.isfinite().all() for p in weights(fresh / name)["ema.safetensors"].values())
-    assert distance(*(weights(fresh / name)["ema.safetensors"] for name in ("ddp", "shard"))) < 1e-6
+        assert all(p.isfinite().all() for p in weights_of(fresh / name)["ema.safetensors"].values())
+    assert distance(*(weights_of(fresh / name)["ema.safetensors"] for name in ("ddp", "shard"))) < 1e-6
 
 
 def test_sigterm_to_several_processes_saves_and_the_run_can_go_on(fresh):
@@ -1604,7 +1604,7 @@ for stopped in ({alone}, {both}):
     assert well, said
     for name in ("alone", "both"):
         assert [path.name for path in steps_in(fresh / name / "stage1")] == ["step-000003", "step-000006"]
-        assert_equal(weights(fresh / "straight"), weights(fresh / name))
+        assert_equal(weights_of(fresh / "straight"), weights_of(fresh / name))
 
 
 # --------------------------------------------------------------------------------------------- Mv2ID's recipe

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from checkpoint import UserError, atomic_file, naming, read_lines, take_lock
-from pictures import to_bytes
+from support.script import UserError, atomic_file, naming, read_lines, take_lock
+from videos.pictures import to_bytes
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 BIN_NAMES = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]

@@ -17,9 +17,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import (UserError, check_fit, fingerprint, layers_of, load_weights, read_network,
-                        read_weights, release_folder, weight_sets)
-from text import Tokenizer
+from networks.text import Tokenizer
+from networks.weights import (check_fit, layers_of, load_weights, read_network, read_weights, release_folder,
+                              weight_sets)
+from support.script import UserError, fingerprint
 
 
 # ---------------------------------------------------------------------------------------- loading, offloading

@@ -40,16 +40,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, content_of,
-                        fingerprint, frame_rate, in_range, is_text, lock, nonempty, not_negative,
-                        probe_writable, progress, read_lines, read_text, run_script, save_tensors,
-                        sha256_of, temporary_name)
-from faces import MOST_FACES, Faces, find_faces, iou
-from manifest import PEOPLE, Names, check_columns, find_tables, find_videos, read_rows, value_of
-from pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture, watch_decoder,
-                      write_video)
+from networks.faces import MOST_FACES, Faces, find_faces, iou
 from rope import VIEWS
-from toyfaces import is_toy, load_faces, toy_code
+from support.script import (Parser, UserError, as_user_error, atomic_file, atomic_folder, content_of,
+                            fingerprint, frame_rate, in_range, is_text, lock, nonempty, not_negative,
+                            probe_writable, progress, read_lines, read_text, save_tensors, sha256_of,
+                            temporary_name)
+from videos.manifest import PEOPLE, Names, check_columns, find_tables, find_videos, read_rows, value_of
+from videos.pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture,
+                             watch_decoder, write_video)
+from videos.toyfaces import is_toy, load_faces, toy_code
 
 degrees = in_range(float, 0, 180, "0 to 180 degrees")
 cosine = in_range(float, -1, 1, "a cosine from -1 to 1")
@@ -778,7 +778,7 @@ def draw_report(report, shown):
 
 # -------------------------------------------------------------------------------------------------------- CLI
 def read_arguments(argv):
-    p = Parser(description=__doc__)
+    p = Parser(prog="data.py curate", description=__doc__)
     add = p.add_argument
     add("--videos", required=True, type=Path, help="folder of videos, searched in depth")
     add("--out", required=True, type=Path, help="folder to write to")
@@ -895,7 +895,3 @@ def main(argv=None, detector=None):
     print(f"{report['clips']['kept']} clips of {report['identities']['kept']} people from {len(names)} "
           f"videos: {args.out}/manifest.jsonl, report.png"
           + (f"; faces in no clip: {in_words(unused)}" if unused else "") + over)
-
-
-if __name__ == "__main__":
-    run_script(main, "a smaller --short-side or --frames")

@@ -9,9 +9,9 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-import toy
-from checkpoint import source_hash
-from faces import ALIGNED, Detection, Faces, RetinaFace, iou
+from networks.faces import ALIGNED, Detection, Faces, RetinaFace, iou
+from support.script import source_hash
+from videos import toy
 
 SIDE = 24  # pixels of a rendering, and of what is compared with it; half as many where heads are looked for
 YAWS = torch.arange(-180.0, 180, 15)
@@ -33,7 +33,7 @@ def load_faces(folder, device, kind):
 
 def toy_code(folder):
     """What results depend on, besides files of networks."""
-    return [source_hash("toy", "toyfaces")] if is_toy(folder) else []
+    return [source_hash("videos/toy", "videos/toyfaces")] if is_toy(folder) else []
 
 
 class Renderings:

@@ -19,17 +19,17 @@ import torch
 from torch.utils.benchmark import Timer
 
 import sample
-import toy
 import train
-from checkpoint import Parser, UserError, autocast, count, in_range, nonempty, run_script, uses_bf16
-from encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
 from kernels import use_fused
-from lora import NEW_PREFIXES, TRAINS, set_trained
 from model import CHOICES, CONFIGS, PATCH, HarmoView
-from monitor import GIB, peak_memory
-from muon import make_optimizers
-from pictures import frame_count, picture_size, view_of
+from networks.encoders import UMT5, DINOv2, WanEncoders, WanVAE, check_tile
+from networks.lora import NEW_PREFIXES, TRAINS, new_names, set_trained
 from rope import VIEWS
+from support.monitor import GIB, peak_memory
+from support.optimizers import make_optimizers
+from support.script import Parser, UserError, autocast, count, in_range, nonempty, uses_bf16
+from videos import toy
+from videos.pictures import frame_count, picture_size, view_of
 
 H200_TFLOPS = 989  # its peak in bf16
 PLANNED_TFLOPS = 400  # of training, our goal on an H200 (not measured)
@@ -125,7 +125,7 @@ def time_network(args, training):
     x, t, text, refs, vit = random_inputs(config, shape, args.batch, device)
     recipe = train.TRAIN_RECIPES[args.config]
     flags = dict(optimizer="adamw" if config.is_wan else "muon", weight_decay=0.01, new_lr=recipe["adamw_lr"])
-    optimizers = make_optimizers(model, Namespace(**flags | recipe))
+    optimizers = make_optimizers(model, Namespace(**flags | recipe), new_names(model))
     noise = torch.randn_like(x)
 
     @torch.no_grad()
@@ -240,7 +240,7 @@ def plan(args):
 
 
 def main(argv=None):
-    p = Parser(description=__doc__)
+    p = Parser(prog="eval.py speed", description=__doc__)
     what = p.add_subparsers(dest="what", required=True, metavar="train|forward|references|dry-run|plan")
     for name, help in (("train", "time training steps"), ("forward", "time forwards"),
                        ("references", "time forwards with joint and one-way references")):
@@ -277,7 +277,3 @@ def main(argv=None):
     if args.what == "references":
         return time_references(args)
     time_network(args, args.what == "train")
-
-
-if __name__ == "__main__":
-    run_script(main, "--recompute, a smaller --batch or fewer --frames")

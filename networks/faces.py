@@ -25,7 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import UserError, WeightFile, load_weights, read_weights
+from networks.weights import WeightFile, load_weights, read_weights
+from support.script import UserError
 
 # Five landmarks: eyes, nose tip, mouth corners, the picture's left first. In the 112 x 112 pixels of ArcFace:
 ALIGNED = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))

@@ -1,8 +1,6 @@
 """The optimizers of a training: Muon for matrices, AdamW for the rest."""
 import torch
 
-from lora import new_names
-
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal, for matrices. The updates of torch.optim.Muon
@@ -43,11 +41,11 @@ def orthogonalize(x, iterations=5):
     return y.to(x.dtype)
 
 
-def make_optimizers(model, args):
+def make_optimizers(model, args, new=()):
     """Muon on the blocks' matrices where asked (AdamW's loss in a third of the steps), AdamW on the rest,
-    with a rate of its own for what is new to a network that was trained before."""
+    with a rate of its own for those parameters whose names are `new` to a network that was trained before."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    new = set(new_names(model)) if args.new_lr != args.adamw_lr else ()
+    new = set(new) if args.new_lr != args.adamw_lr else ()
     groups = {"muon": [], "adamw": [], "new": []}
     for name, p in trained.items():
         matrix = args.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import UserError, atomic_file, is_text, lock, read_text, remove
-from manifest import (COLUMNS, Names, check_columns, check_entry, find_tables, find_videos, read_rows,
-                      value_of)
-from pictures import open_video, read_picture, view_of, watch_decoder
 from rope import VIEWS
+from support.script import Parser, UserError, atomic_file, is_text, lock, nonempty, read_text, remove
+from videos.manifest import (COLUMNS, Names, check_columns, check_entry, find_tables, find_videos, read_rows,
+                             value_of)
+from videos.pictures import open_video, read_picture, view_of, watch_decoder
 
 # -------------------------------------------------------------------------------------------- sets of others
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -418,3 +418,14 @@ def people_beside(root, video):
 
 
 KINDS = {"mead": mead, "nersemble": nersemble, "folders": folders}
+
+
+def main(argv=None):
+    p = Parser(prog="data.py import", description="a public set's folders, or a trainer's, as a manifest")
+    add = p.add_argument
+    add("kind", choices=sorted(KINDS))
+    add("--root", required=True, type=nonempty, help="the set's folder; nothing in it is changed")
+    add("--out", required=True, type=nonempty, help="folder to write to")
+    add("--mirror", action="store_true", help="exchange left and right: the set's are the person's own")
+    args = p.parse_args(argv)
+    import_set(args.kind, args.root, args.out, args.mirror)

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from checkpoint import (Lines, UserError, as_user_error, atomic_file, check_outputs, encoding_of,
-                        fingerprint, is_text, probe_writable, read_text)
-from pictures import VIDEOS, Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 from rope import VIEWS
+from support.script import (Lines, UserError, as_user_error, atomic_file, check_outputs, encoding_of,
+                            fingerprint, is_text, probe_writable, read_text)
+from videos.pictures import VIDEOS, Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
 
 
 PEOPLE = 2  # most people of a clip, as many as a network here tells apart

@@ -16,7 +16,7 @@ import sentencepiece
 import torch
 import torch.nn as nn
 
-from checkpoint import UserError, as_user_error
+from support.script import UserError, as_user_error
 
 # Where UTF-8 is read as Latin-1 or Windows-1252, "’" becomes "â€™": such characters, their bytes, and the
 # stretches of a text that may be such, all of it or what lies between ASCII

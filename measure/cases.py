@@ -19,10 +19,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import (Parser, UserError, as_user_error, atomic_file, atomic_folder, check_outputs, count,
-                        is_seed, is_text, probe_writable, read_lines, read_text, seed_number)
-from manifest import Names, read_manifest
 from rope import VIEWS
+from support.script import (Parser, UserError, as_user_error, atomic_file, atomic_folder, check_outputs,
+                            count, is_seed, is_text, probe_writable, read_lines, read_text, seed_number)
+from videos.manifest import Names, read_manifest
 
 MOST_PEOPLE, MOST_REFS = 4, 10
 

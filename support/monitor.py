@@ -17,18 +17,13 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.fsdp import FSDPModule
 
-import data
-from checkpoint import UserError, atomic_file, autocast, read_lines
-from model import PATCH
-from parallel import TORCHRUN
-from rope import VIEWS
+from support.processes import TORCHRUN
+from support.script import ROOT, UserError, atomic_file, autocast, read_lines
 
 GIB = 2**30
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of a validation, of the law that training draws from
 PATIENCE = 3000  # seconds for a sample sheet; the other processes wait for an hour at most
 VALID_CLIPS = 4  # of each kind, in a validation
-GIVEN = {"no references": ((),)} | {f"{n} view{'s' * (n > 1)}": (VIEWS[:n],) for n in range(1, 5)}
-GIVEN |= {"two people": (("front",), ("front",))}
 
 
 def peak_memory():
@@ -74,13 +69,9 @@ class Metrics:
 
     def count(self, x0, refs):
         """The work of a forward and backward: tokens, and FLOPs without recomputation."""
-        B, _, T, H, W = x0.shape
-        video, references = T * H * W // PATCH**2, 0
-        for views in refs:
-            references += sum(latent.shape[2] * latent.shape[3] // PATCH**2 for latent in views.values())
-            references += (len(VIEWS) - len(views)) * self.model.config.proxy_tokens
-        self.tokens += B * (video + references)
-        self.flops += self.passes * B * self.model.flops(video, references)
+        video, references = self.model.count_tokens(x0, refs)
+        self.tokens += len(x0) * (video + references)
+        self.flops += self.passes * len(x0) * self.model.flops(video, references)
 
     def speed(self):
         """What a step took since the last call."""
@@ -107,19 +98,19 @@ class Validation:
     """Losses on fixed clips with fixed noise, of people that training does not see: by noise level, by number
     of views, with two people, and without references, which shows how far the base's prior has drifted."""
 
-    def __init__(self, folder, config, world, training):
-        """training: the Dataset that is trained on; what no clip of it has is not measured"""
-        self.dataset, self.world = data.Dataset(folder, text_dropout=0), world
-        self.dataset.check(config)
+    def __init__(self, dataset, given, world, training):
+        """dataset: a Dataset without text dropout; given: {a name: the views of each person}; training: the
+        Dataset that is trained on; what no clip of it has is not measured"""
+        self.dataset, self.world, folder = dataset, world, dataset.folder
         if shared := sorted(map(str, self.dataset.ids & training.ids)):
             raise UserError(f"--valid {folder} shows people of the training set: {', '.join(shared[:3])}"
                             f"{', ...' if shared[3:] else ''}; give a set of other people")
         self.cases = {}
-        for given, views in GIVEN.items():
+        for name, views in given.items():
             bucket = self.dataset.sampler.having(views)
             if bucket and training.sampler.views.issuperset(views[0]):
                 clips = bucket.clips[::max(1, len(bucket.clips) // VALID_CLIPS)][:VALID_CLIPS].tolist()
-                self.cases[given] = views, clips, bucket
+                self.cases[name] = views, clips, bucket
         if not self.cases:
             raise UserError(f"{folder} holds no clip of one or two people: give another --valid")
         for views, clips, bucket in self.cases.values():  # damage is found now, not at the first validation
@@ -142,8 +133,8 @@ class Validation:
                 generators = [torch.Generator().manual_seed(clip)]
                 batch = self.dataset.batch(views, [clip], bucket, generators, self.world.device)
                 for s, sigma in enumerate(sigmas):
-                    generators = [torch.Generator().manual_seed(clip + 10**6 * s)]
-                    noise = data.noise_of(batch[0].shape[1:], generators).to(self.world.device)
+                    generator = torch.Generator().manual_seed(clip + 10**6 * s)
+                    noise = torch.randn(batch[0].shape[1:], generator=generator)[None].to(self.world.device)
                     sigma = torch.tensor([sigma], device=self.world.device)
                     with autocast(self.world.device, precision):
                         loss = loss_of(model, batch, sigma, noise)
@@ -242,7 +233,7 @@ def write_samples(folder, step, last, args, config, shape):
         prompts += ["--frames", str(4 * T - 3), "--size", f"{8 * H}x{8 * W}"]
     alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     torch.cuda.empty_cache()
-    script, missing = Path(__file__).with_name("sample.py"), f"no sample sheet {name}.png:"
+    script, missing = ROOT / "sample.py", f"no sample sheet {name}.png:"
     command = [sys.executable, script, *prompts, "--ckpt", folder, "--out", name]
     try:
         if code := subprocess.run(command, env=alone, timeout=PATIENCE).returncode:

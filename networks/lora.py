@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import ROLES, UserError, as_user_error, original_name, read_weights, role_of
+from networks.weights import ROLES, original_name, read_weights, role_of
+from support.script import UserError, as_user_error
 
 
 NEW_PREFIXES = ("proxies", "mfi.")  # parameters that HarmoView adds to Wan

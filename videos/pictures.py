@@ -23,8 +23,8 @@ from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
-from checkpoint import UserError, atomic_file, in_range, is_seed, is_text, read_text
 from rope import VIEWS
+from support.script import UserError, atomic_file, in_range, is_seed, is_text, read_text
 
 
 @dataclass

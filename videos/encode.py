@@ -13,13 +13,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from checkpoint import (UserError, atomic_file, count, fingerprint, fraction, frame_rate, in_range, lock,
-                        nonempty, probe_writable, progress, uses_bf16)
-from encoders import WanEncoders
-from manifest import Samples
-from parallel import World
-from pictures import from_bytes, picture_size, to_bytes
+from networks.encoders import WanEncoders
 from rope import VIEWS
+from support.processes import World
+from support.script import (Parser, UserError, atomic_file, count, fingerprint, fraction, frame_rate,
+                            in_range, lock, nonempty, probe_writable, progress, uses_bf16)
+from videos.manifest import Samples
+from videos.pictures import from_bytes, picture_size, to_bytes
 
 # An encoded set is a folder: settings.json, index.jsonl with a line a sample, and a file each, which holds
 # "latents" [C, T, H, W], "text" [S, E] at its true length, and for person k "refs.k.VIEW" [variants, C, h,
@@ -270,9 +270,10 @@ def shape_of(folder, name):
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
-def encode_flags(parser):
-    """`python data.py encode`"""
-    add = parser.add_argument
+def main(argv):
+    p = Parser(prog="data.py encode", description="a manifest's clips, once through Wan's frozen "
+               "networks, or the toy's (--wan toy); restartable, spread by torchrun")
+    add = p.add_argument
     add("--data", required=True, type=nonempty, help="folder with manifest.jsonl")
     add("--wan", required=True, type=nonempty, metavar="DIR", help="a Wan checkpoint's folder: its encoders")
     add("--out", type=nonempty, help="folder of the encoded set (default: encoded, in --data)")
@@ -285,6 +286,11 @@ def encode_flags(parser):
     add("--offload", action="store_true", help="umT5 stays in CPU memory, block by block on the GPU")
     add("--tile", type=count, help="pixels a side that the VAE works on at a time, for example 256")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of umT5 and the ViT")
+    args = p.parse_args(argv)
+    if args.wan == "toy":
+        from videos.toy import encode_films  # which imports this file
+        return encode_films(args)
+    encode_manifest(args)
 
 
 def networks_of(encoders, folder):

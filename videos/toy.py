@@ -20,13 +20,13 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (Parser, UserError, atomic_file, atomic_folder, count, frame_rate, in_range, lock,
-                        nonempty, probe_writable, progress, run_script, save_tensors, source_hash)
-from encode import encode
-from encoders import UMT5, DINOv2, Tokenizer
-from manifest import Sample, read_manifest, sample_of
-from pictures import Job, from_bytes, to_bytes, to_image, write_video
+from networks.encoders import UMT5, DINOv2, Tokenizer
 from rope import VIEWS
+from support.script import (ROOT, Parser, UserError, atomic_file, atomic_folder, count, frame_rate, in_range,
+                            lock, nonempty, probe_writable, progress, save_tensors, source_hash)
+from videos.encode import encode
+from videos.manifest import Sample, read_manifest, sample_of
+from videos.pictures import Job, from_bytes, to_bytes, to_image, write_video
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
 BENCHMARK_SEED, TRAIN_SEED, VALID_SEED = 52_000, 1, 77_000
@@ -491,7 +491,7 @@ def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED, desc
     seed       TRAIN_SEED, or VALID_SEED for people that training does not see
     described  share of the captions that tell the people's looks too
     """
-    code = source_hash("pictures", "toy")
+    code = source_hash("videos/pictures", "videos/toy")
     kind = "toy" if seed == TRAIN_SEED else f"toy{seed}"
     told = f"-described{described:g}" if described else ""
     folder = Path(root) / f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}{told}-{code}"
@@ -545,7 +545,7 @@ def render_training(clips, identities, n_people, size, frames, pairs):
 
 def encode_cache(folder, encoders, pairs="cross", mask=0.0):
     """The encoded set of a folder of render_cache, made once; returns its folder. Flags as in train.py."""
-    code = source_hash("encode", "encoders", "text", "toy")
+    code = source_hash("videos/encode", "networks/encoders", "networks/text", "videos/toy")
     result = folder / f"{encoders.name}-{pairs}-mask{mask:g}-{code}"
     if not (result / "index.jsonl").exists():
         with lock(folder, wait=True):
@@ -677,7 +677,7 @@ def encode_films(args):
     out = Path(args.out or data / "encoded")
     probe_writable(out)
     shape = {"size": size, "frames": frames, "fps": fps, "networks": "toy"}
-    encoders, samples = ToyEncoders(Path(__file__).with_name("assets") / "base", size), []
+    encoders, samples = ToyEncoders(ROOT / "assets/base", size), []
     encoders.tokenizer.max_len = TEXT_LEN
     for entry in read_manifest(data):
         clip = sample_of(entry, data, [frame_size(size, len(entry["identities"]))], [frames], fps)
@@ -692,7 +692,7 @@ NAMES = ("ann", "ben", "cho", "dan")  # the first held-out identities
 
 
 def main(argv=None):
-    p = Parser(description=__doc__)
+    p = Parser(prog="data.py toy", description=__doc__)
     add = p.add_argument
     add("--out", required=True, type=nonempty, help="folder to write to")
     add("--size", type=in_range(int, 16, 1024, "16 to 1024 pixels"), default=128, help="pixels a side, even")
@@ -738,7 +738,3 @@ def write_samples(folder, size, frames, fps):
         video = render_clips([clip], [pick(identities, i) for i in indices], frames, size)[0][0]
         write_video(folder / name, video, fps)
         print(f"{folder}/{name}, {' and '.join(NAMES[i] for i in indices)}: {caption(clip)}")
-
-
-if __name__ == "__main__":
-    run_script(main, "a smaller --size or fewer --frames")

@@ -21,12 +21,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# eval comes first: it says how torch's threads wait, before torch starts them
-from eval import METRICS, SETTINGS, benchmark_flags, evaluate, plan_of, select
-from checkpoint import (Parser, UserError, atomic_file, in_range, lock, nonempty, parent_of, probe_writable,
-                        run_script)
-from report import Estimate, Metric, by_case, interval, mean, show
-import toy
+from measure.report import Estimate, by_case, interval, mean, show
+from support.checkpoints import parent_of
+from support.script import ROOT, Parser, UserError, atomic_file, in_range, lock, nonempty, probe_writable
+from videos import toy
 import torch
 
 IN_PAIR = "--pairs in --proxy-tokens 0 --no-mfi"
@@ -59,7 +57,6 @@ class Claim(NamedTuple):
     allowed: float = 0.0  # a claim that something is kept holds if less than this is lost
 
 
-CLAIM_METRICS = METRICS | {"loss": Metric("squared error of the velocity without references", None)}
 CLAIMS = [
     Claim("MFI raises identity", "full", "no-mfi", "psnr"),
     Claim("MFI raises identity, the front alone given", "full", "no-mfi", "psnr", 1, ("front",)),
@@ -89,14 +86,16 @@ CLAIMS = [
 KEPT = dict.fromkeys(["psnr", "top-1", "swaps", *(c.metric for c in CLAIMS if c.metric != "loss")])
 NO_EFFECT, NO_EFFECT_RATE = 0.15, 0.03  # dB, and of a rate: what is smaller does not matter
 DECIBELS = ("psnr", "side", "unseen", "margin")
+RATES = ("top-1", "swaps", "copied", "caption")  # shares of cases; a loss is none of both
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)  # of Student's t, by freedom
 
 
 # A result, of one row and seed: {metric: {setting: {case: value}}}; the loss has one setting, "".
-def result_of(evaluation):
-    """An Evaluation's means by case of the metrics that are judged or shown."""
-    kept = {name: {setting: by_case(select(evaluation.results, settings=[setting]), METRICS[name])
-                   for setting in SETTINGS} for name in KEPT}
+def result_of(evaluation, benchmark):
+    """An Evaluation's means by case of the metrics that are judged or shown. benchmark: eval.py"""
+    kept = {name: {setting: by_case(benchmark.select(evaluation.results, settings=[setting]),
+                                    benchmark.METRICS[name])
+                   for setting in benchmark.SETTINGS} for name in KEPT}
     return kept | {"loss": {"": {case: mean(losses) for case, losses in evaluation.losses.items()}}}
 
 
@@ -161,7 +160,7 @@ def verdict(results, claim):
         return Verdict("not run")
     values = list(by_seed.values())
     cases = interval([mean([part.get(case) for part in values]) for case in values[0]],
-                     (-1, 1) if CLAIM_METRICS[claim.metric].percent else None)
+                     (-1, 1) if claim.metric in RATES else None)
     seeds = seed_interval(results, claim, {seed: mean(part.values()) for seed, part in by_seed.items()})
     return Verdict(judge(claim, cases, seeds), cases, seeds)
 
@@ -171,7 +170,7 @@ def judge(claim, cases, seeds):
     if seeds is None:
         return "not decided"
     low, high = min(cases.low, seeds.low), max(cases.high, seeds.high)
-    zone = NO_EFFECT_RATE if CLAIM_METRICS[claim.metric].percent else NO_EFFECT * (claim.metric in DECIBELS)
+    zone = NO_EFFECT_RATE if claim.metric in RATES else NO_EFFECT * (claim.metric in DECIBELS)
     if not claim.allowed and -zone < low and high < zone:
         return "no effect"
     if low > -claim.allowed:
@@ -186,7 +185,7 @@ def cell(result, n_people, setting):
         values = [value for case, value in result.get(name, {}).get(setting, {}).items()
                   if len(toy.benchmark_cases()[int(case)][1]) == n_people]
         if values:
-            shown.append(f"{mean(values):.0%}".replace("%", " %") if METRICS[name].percent
+            shown.append(f"{mean(values):.0%}".replace("%", " %") if name in RATES
                          else f"{mean(values):.2f}")
     return ", ".join(shown) or "-"
 
@@ -204,7 +203,7 @@ def tables(results):
     text += "\n" + line("claim", "rows compared", "verdict", "metric", "in favour, over cases", "over seeds")
     text += line(*["---"] * 6)
     for claim in CLAIMS:
-        found, percent = verdict(results, claim), CLAIM_METRICS[claim.metric].percent
+        found, percent = verdict(results, claim), claim.metric in RATES
         if not found.cases:
             continue
         text += line(claim.words, f"`{claim.better}`, `{claim.other}`", found.words,
@@ -217,7 +216,7 @@ def train(name, seed, args, out):
     """Train a row with train.py, from where an earlier call left it."""
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = [] if torch.cuda.is_available() or torch.get_num_threads() < 2 else two
-    command = [sys.executable, *launcher, str(Path(__file__).with_name("train.py")), "--config", args.config,
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--config", args.config,
                "--out", str(out), "--seed", str(seed), "--resume", "--no-samples",
                *(["--wan", args.base] if args.base else ["--scratch"]),
                "--reference-attention", "joint",  # as in the papers; the row one-way overrides it
@@ -232,7 +231,7 @@ def train(name, seed, args, out):
         training.wait()
 
 
-def run_row(name, seed, args, plan, path):
+def run_row(name, seed, args, plan, path, benchmark):
     """Train and measure a row, or measure the base, and write the result; its folder is beside that."""
     out, key = path.with_suffix(""), plan_key(plan, args.base)
     if name == BASE:
@@ -241,7 +240,7 @@ def run_row(name, seed, args, plan, path):
     else:
         ckpt = out
         train(name, seed, args, out)
-    result = result_of(evaluate(ckpt, plan, out / "measured.jsonl"))
+    result = result_of(benchmark.evaluate(ckpt, plan, out / "measured.jsonl"), benchmark)
     rounded = {metric: {setting: {case: float(f"{value:.5g}") for case, value in values.items()}
                         for setting, values in by_setting.items()} for metric, by_setting in result.items()}
     with atomic_file(path) as temporary:
@@ -273,8 +272,9 @@ def stored(root, key):
     return {name: by_seed for name, by_seed in results.items() if by_seed}
 
 
-def main(argv=None):
-    p = Parser(description=__doc__)
+def main(argv, benchmark):
+    """benchmark: eval.py, which measures the rows."""
+    p = Parser(prog="eval.py claims", description=__doc__)
     p.add_argument("rows", nargs="*", metavar="ROW", help=", ".join([*ABLATIONS, BASE]))
     p.add_argument("--seeds", type=in_range(int, 0, 100, "0 to 100"), default=3,
                    help="seeds of each row; 0: only the tables, of results that are there")
@@ -283,7 +283,7 @@ def main(argv=None):
     p.add_argument("--base", type=nonempty, help="the base model that every row starts from, such as "
                    "assets/base (none: random weights); the row `base` measures it")
     p.add_argument("--out", type=nonempty, default="out/claims", help="folder of all trainings and results")
-    benchmark_flags(p.add_argument, SETTINGS)
+    benchmark.benchmark_flags(p.add_argument, benchmark.SETTINGS)
     args = p.parse_args(argv)
     rows = args.rows or [*ABLATIONS, BASE]
     if not set(rows) <= {*ABLATIONS, BASE}:
@@ -298,19 +298,15 @@ def main(argv=None):
     start = ["from", Path(args.base).name] if args.base else []
     root = Path(args.out, re.sub(r"[^\w.]+", "-", " ".join([args.config, *start, *args.train])))
     with lock(args.out), contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
-        plan = plan_of(args)
+        plan = benchmark.plan_of(args)
         key = plan_key(plan, args.base)
         stored(root, key)  # refused now, before hours of training
         for seed in range(args.seeds):
             for name in rows:
                 path = root / f"{name}-{seed}.json"
                 if not path.exists() and (name != BASE or args.base and seed == 0):
-                    run_row(name, seed, args, plan, path)
+                    run_row(name, seed, args, plan, path, benchmark)
         results = stored(root, key)
     if not results:
         raise UserError(f"{root} holds no results: give --seeds 1, or the --base and --train that they had")
     print(tables(results))
-
-
-if __name__ == "__main__":
-    run_script(main, "a smaller --batch")

@@ -9,6 +9,7 @@ then similarity is greatest, nobody at two places at once. Without ArcFace, or w
 evaluation reference that shows a face, nothing that needs identity is measured, and people are told apart by
 place.
 """
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -16,6 +17,8 @@ import json
 import math
 import re
 import sys
+import time
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -24,15 +27,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from cases import Case
-from checkpoint import UserError, fingerprint, progress, sha256_of, source_hash
-from curate import EXTRACT, MIDDLE, ask, follow
-from faces import Aesthetic, ArcFace, Faces, SixDRepNet, align, find_faces
-from manifest import Names
-from pictures import VIDEOS, from_bytes, read_frames, read_picture, to_bytes, watch_decoder, wrap
-from report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
-                    in_columns, interval, mean, one, per_frame, plot, read_results, show, table, write_page)
-from toyfaces import load_faces, toy_code
+from measure.cases import Case, read_cases
+from measure.report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
+                            in_columns, interval, mean, one, per_frame, plot, read_results, show, table,
+                            write_page)
+from networks.faces import Aesthetic, ArcFace, Faces, RetinaFace, SixDRepNet, align, find_faces
+from sample import (ROUND, SAMPLE_RECIPES, find, frames_and_size, load, made_with, make_round, note_of,
+                    override, recipe_flags)
+from support.processes import World
+from support.script import (Parser, UserError, check_outputs, count, fingerprint, frame_rate, lock, nonempty,
+                            probe_writable, progress, sha256_of, source_hash, uses_bf16)
+from videos import toy
+from videos.curate import EXTRACT, MIDDLE, ask, check_url, follow
+from videos.manifest import Names
+from videos.pictures import (VIDEOS, Job, check_ours, frame_count, from_bytes, notes_in, open_picture,
+                             picture_size, read_frames, read_picture, read_references, to_bytes,
+                             watch_decoder, wrap, write_video)
+from videos.toyfaces import is_toy, load_faces, toy_code
 
 SHORT_SIDE = 720  # larger videos are shrunk to it
 LONGEST = 120  # seconds of a video
@@ -46,7 +57,7 @@ COPY_POSE = 8  # degrees of yaw and pitch together: nearer to a reference's pose
 COPY_PIXELS = 0.9
 PUBLIC_FRAMES, JUDGED_FRAMES, JUDGED, RATED_FRAMES, SHOWN_FRAMES = 32, 16, 3, 8, 8
 STYLE = " div p { margin: 2px 0; max-width: 1000px } img { image-rendering: auto }"
-CODE = ("benchmark", "curate", "faces", "pictures")  # what a result depends on
+CODE = ("measure/real", "networks/faces", "videos/curate", "videos/pictures")  # what a result depends on
 RUBRIC = ("These are {frames} frames of one generated video, in their order. How natural is it? 5: like a "
           "real recording, 4: small flaws on a second look, 3: visible flaws of bodies, faces or motion, "
           "2: clearly artificial, 1: broken. Answer with one number from 1 to 5.")
@@ -587,3 +598,128 @@ def compare_table(groups):
             if any(values.values()):
                 lines.append([f"{label}: {column(name, metric)}", *cells])
     return lines
+
+
+# -------------------------------------------------------------------------------------- a checkpoint's videos
+def sample_cases(cases, args, world):
+    """Make the cases' videos with --ckpt in OUT/videos, over all ranks -> that folder, and the cases, those
+    that the checkpoint cannot make with a fault. A video whose comment says that it was made of the same is
+    kept."""
+    found = find(args.ckpt)
+    recipe, folder = override(SAMPLE_RECIPES[found.kind], args), args.out / "videos"
+    frames, size = frames_and_size(args, found)
+    if not found.meta:
+        raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
+                        "train.py made")
+    probe_writable(folder)
+    model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
+                           need_vit=found.config.vit_dim > 0)
+    bf16 = uses_bf16(world.device, args.precision)
+    made = made_with(found, encoders, recipe, frames, bf16, args.tile)
+
+    def job_of(case):
+        """A case as a Job whose references are files, and what is written of how its video is made."""
+        if len(case.refs) > found.config.max_identities:
+            raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
+                            f"{found.config.max_identities}")
+        for file in itertools.chain(*map(dict.values, case.refs)):
+            with open_picture(file) as picture:
+                picture.load()
+        shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
+        job = Job(case.prompt, case.refs, case.seed, shape,
+                  files=[[f"{view}={file}" for view, file in views.items()] for views in case.refs])
+        return replace(job, note=note_of(job, recipe, frames, args.ckpt, made))
+    checked, todo = [], []
+    for case in cases:
+        try:
+            if not case.fault and notes_in(folder / f"{case.id}.mp4") != [job_of(case).note]:
+                todo.append(case)
+        except (UserError, OSError) as error:
+            case = case._replace(fault=str(error))
+        checked.append(case)
+    check_ours([folder / f"{case.id}.mp4" for case in todo])
+    world.barrier()  # all have looked before anybody writes
+    mine = todo[world.rank::world.size]
+    for start in range(0, len(mine), ROUND):
+        jobs = [replace(job, references=read_references(job.references, size))
+                for job in map(job_of, mine[start:start + ROUND])]
+        make_round(model, encoders, jobs, recipe, frames)
+        for case, job in zip(mine[start:], jobs):
+            write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
+    world.barrier()
+    return folder, checked
+
+
+def run(args, world, detector=None):
+    start = time.perf_counter()
+    page = args.out / "report.html"
+    world.barrier()  # rank 0 holds the folder
+    cases, folder = read_cases(args.cases), args.videos
+    inputs = [args.cases, *(file for case in cases if not case.fault for file in files_of(case))]
+    outputs = [] if folder else [args.out / "videos" / f"{case.id}.mp4" for case in cases]
+    check_outputs([page, args.out / "cases_measured.jsonl", *filter(Path.exists, outputs)], inputs)
+    pattern = Faces.FILES[RetinaFace]
+    if not (detector or is_toy(args.faces) or any(args.faces.glob(pattern))):  # before hours of sampling
+        raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")
+    if not folder:
+        folder, cases = sample_cases(cases, args, world)
+    results = run_cases(cases, folder, args, world, detector)
+    print(summary(results))
+    if world.rank == 0:
+        heading = f"{args.cases.name}, videos of {args.ckpt or args.videos}"
+        write_report(page, heading, cases, results)
+        print(f"{page} in {time.perf_counter() - start:.0f} s")
+    if all("reason" in result for result in results):
+        raise UserError(f"none of {len(results)} videos could be measured; the first: {results[0]['reason']}")
+
+
+# -------------------------------------------------------------------------------------------------------- CLI
+def main(argv, detector=None):
+    """detector: an object with the methods of faces.Faces, instead of the networks in --faces."""
+    world = World.join()
+    with world.one_voice():
+        meanings = "\n".join(f"  {name:15}{metric.words}" for name, metric in METRICS.items())
+        p = Parser(prog="eval.py real", description=__doc__, epilog=f"what the columns mean:\n{meanings}")
+        add = p.add_argument
+        add("--cases", type=Path, required=True, help="file of cases; see cases.py and make-cases")
+        add("--out", type=Path, default="out/eval", help="folder for results and report.html")
+        add("--faces", type=Path, required=True, help="folder with the weights that faces.py names, or toy")
+        add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at")
+        add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model: `natural`")
+        add("--judge-model", type=nonempty, default="default", help="its model; the key: OPENAI_API_KEY")
+        add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
+        add("--ckpt", type=nonempty, help="make the videos with this checkpoint, or run: its newest one")
+        add = p.add_argument_group("for --ckpt, as in sample.py").add_argument
+        recipe_flags(add)
+        add("--wan", type=nonempty, help="folder of umT5, VAE and ViT")
+        add("--frames", type=frame_count, help="of each video")
+        add("--size", type=picture_size, help="HEIGHTxWIDTH")
+        add("--offload", action="store_true", help="networks wait in CPU memory")
+        add("--tile", type=count, help="pixels a side that the VAE works on at a time")
+        args = p.parse_args(argv)
+        given = {word.split("=")[0] for word in argv}
+        if bool(args.videos) == bool(args.ckpt):
+            raise UserError("expected one of --videos DIR, a system's videos, and --ckpt to make them")
+        if args.videos and (named := sorted(given & OF_SAMPLING)):
+            raise UserError(f"{named[0]} is for sampling: leave it out with --videos")
+        if not (args.faces.is_dir() or is_toy(args.faces)):
+            raise UserError(f"--faces {args.faces}: expected a folder of face networks; see README.md")
+        if args.videos and not args.videos.is_dir():
+            raise UserError(f"--videos {args.videos}: no such folder")
+        check_url("--judge-url", args.judge_url)
+        with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
+            run(args, world, detector)
+    world.leave()
+
+
+OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", "--wan", "--frames",
+               "--size", "--offload", "--tile"}
+
+
+def compare_main(argv):
+    p = Parser(prog="eval.py compare", description="systems side by side, paired by case")
+    p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--out folders of `eval.py real`")
+    p.add_argument("--out", type=Path, default="out/eval", help="folder for compare.html")
+    args = p.parse_args(argv)
+    with lock(args.out):
+        compare(args.folders, args.out)
