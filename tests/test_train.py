@@ -465,7 +465,8 @@ def test_every_parameter_has_its_optimizer_rate_and_decay(optimizer, monkeypatch
             rate = 0.001 if name.startswith(NEW_PREFIXES) else 0.004
             separate.append(torch.optim.AdamW([p], rate, (0.9, 0.95), weight_decay=0.3))
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    step_all([p for p in ours.parameters() if p.requires_grad], optimizers.make_optimizers(ours, args, new_names(ours)))
+    made = optimizers.make_optimizers(ours, args, new_names(ours))
+    step_all([p for p in ours.parameters() if p.requires_grad], made)
     step_all([p for p in theirs.parameters() if p.requires_grad], separate)
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(p, before[name]) == (name in frozen)
