@@ -18,7 +18,7 @@ Dimension key
 """
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from kernels import qk_norm_rope, rope_tables
 from networks.lora import init_lora, merge_lora, new_names, set_trained
-from networks.weights import (check_base, check_fit, layers_of, load_weights, put_tensor, read_wan,
-                              read_weights)
+from networks.weights import (check_fit, layers_of, load_weights, put_tensor, read_checked, read_frozen,
+                              read_wan, read_weights)
 from rope import VIEWS, check_layout, reference_positions, video_positions
 from support.checkpoints import check_files, read_meta
 from support.script import UserError
@@ -65,12 +65,7 @@ class DiTConfig:
 
     def __post_init__(self):
         """Raise UserError for a config that no network can have."""
-        for field in fields(self):
-            value, most = getattr(self, field.name), 1000 if field.name == "num_layers" else 2**18
-            if type(value) is not field.type or field.type is int and not 0 <= value <= most:
-                expected = f"int from 0 to {most}" if field.type is int else field.type.__name__
-                raise UserError(f"config {field.name} is {str(value)[:40]}; expected {expected}")
-        if not self.num_heads or not self.dim or self.dim % (2 * self.num_heads):
+        if not self.num_heads or self.dim % (2 * self.num_heads):
             raise UserError(f"dim {self.dim} is not a multiple of 2 x {self.num_heads} heads: "
                             "rotary rotates pairs")
         for name, choices in CHOICES.items():
@@ -143,11 +138,11 @@ def attend(q, k, v, ref_kv=None, seen=None):
 
 class Attention(nn.Module):
     """Wan's attention, self or cross: RMSNorm of q and k. Rotary only where rope is given."""
+    attend = staticmethod(attend)
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
         self.num_heads = num_heads
-        self.ulysses = None  # a parallel.Ulysses where x is this rank's part of the tokens
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
@@ -163,14 +158,8 @@ class Attention(nn.Module):
             k = self.norm_k(k).unflatten(-1, (self.num_heads, -1))  # [B, S, N, K]
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, K]
-        if self.ulysses and not return_kv:  # of one-way references every rank computes all
-            y = self.ulysses.attend(attend, q, k, v, ref_kv)
-        else:
-            y = attend(q, k, v, ref_kv, seen)
-        kv = None
-        if return_kv:
-            kv = self.ulysses.own_heads(k, v) if self.ulysses else (k, v)
-        return self.o(y.transpose(1, 2).flatten(2)), kv
+        y = self.attend(q, k, v, ref_kv, seen).transpose(1, 2).flatten(2)  # [B, L, D]
+        return self.o(y), (k, v) if return_kv else None
 
 
 def modulate(x, shift, scale, eps):
@@ -187,19 +176,24 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim))
 
-    def forward(self, video, refs, context, seen=None, ref_kv=None, return_kv=False):
-        """video, refs: tokens as (x float32 [B, L, D], time6 float32 [B, 6, D], rope). refs are one-way: they
-        come first, and video reads their keys and values; None where there are none, or where an earlier
-        call returned these as ref_kv. -> x of both, and, if asked, ref_kv. One call for both: weights are
-        cast, gathered and recomputed once."""
+    def forward(self, video, references, context, seen=None, ref_kv=None, return_kv=False):
+        """One call for both, so weights are cast, gathered and recomputed once.
+
+        video       (x float32 [B, L, D], time6 float32 [B, 6, D], rope)
+        references  one-way ones, the same; they come first, and the video reads their keys and values. None
+                    where there are none, or where an earlier call returned these as ref_kv
+        context     [B, S, D], of which a sample sees the rows in seen, bool [B, S] or None
+        Returns x of the video, x of the references, and, if asked, ref_kv.
+        """
         ref_x = None
-        if refs is not None:
-            ref_x, ref_kv = self.layer(*refs, context, seen, return_kv=True)
-        x, _ = self.layer(*video, context, seen, ref_kv)
+        if references is not None:
+            ref_x, ref_kv = self.layer(references, context, seen, return_kv=True)
+        x, _ = self.layer(video, context, seen, ref_kv)
         return x, ref_x, ref_kv if return_kv else None
 
-    def layer(self, x, time6, rope, context, seen, ref_kv=None, return_kv=False):
-        """x float32 [B, L, D] -> the same, and its keys and values, if asked; context [B, S, D]."""
+    def layer(self, tokens, context, seen, ref_kv=None, return_kv=False):
+        """tokens (x, time6, rope) -> x float32 [B, L, D], and its keys and values, if asked."""
+        x, time6, rope = tokens
         modulation = (self.modulation.float() + time6).chunk(6, dim=1)  # [B, 1, D] each
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
         dtype, norm3 = context.dtype, self.norm3
@@ -254,7 +248,8 @@ class MFI(nn.Module):
 
     def forward(self, features, k):
         """features [B, levels, tokens, vit_dim] of identity k -> tokens [B, levels*tokens, E]."""
-        n = self.norm
+        n, expected = self.norm, (len(self.level), self.norm.normalized_shape[0])
+        assert features.shape[1::2] == expected, f"{list(features.shape)}, levels and width {expected}"
         tokens = F.layer_norm(features.float(), n.normalized_shape, n.weight.float(), n.bias.float(), n.eps)
         tokens = self.proj(tokens.to(self.proj.weight.dtype))
         tokens = tokens + self.identity[k] + self.level[:, None]
@@ -262,12 +257,12 @@ class MFI(nn.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def rope_of(layout, present, grid, ref_hw, proxy_tokens, jump, head_dim, device):
-    """Positions [L, 3] of the video's tokens and the reference tokens behind them, and tables for them."""
-    positions = video_positions(*grid)
-    if present is not None:
-        refs = reference_positions(layout, present, *grid, ref_hw, proxy_tokens, jump)
-        positions = torch.cat((positions, refs))
+def positions_and_tables(c, views, grid, ref_hw, device):
+    """Positions [L, 3] of the video's tokens and of the references' behind them, and rotary tables for them.
+    c: (layout, proxy_tokens, jump, head_dim); views: the views given of each person"""
+    layout, proxy_tokens, jump, head_dim = c
+    references = reference_positions(layout, views, *grid, ref_hw, proxy_tokens, jump)
+    positions = torch.cat((video_positions(*grid), references))
     positions -= positions.amin(dim=0).clamp(max=0)  # a layout may go below 0: only distances count
     positions = positions.to(device)
     return positions, rope_tables(positions, head_dim)
@@ -301,7 +296,6 @@ class HarmoView(nn.Module):
         self.proxies = (nn.Parameter(torch.empty(len(VIEWS), c.proxy_tokens, c.dim))
                         if c.proxy_tokens else None)
         self.mfi = MFI(c) if c.vit_dim else None
-        self.ulysses = None  # parallel.Ulysses.spread sets it, and that of self-attentions
         self.recompute = False  # activation checkpointing: recompute blocks in backward, store little
         self.init_weights()
         self.init_new()
@@ -355,44 +349,69 @@ class HarmoView(nn.Module):
         Raises UserError where a shape, a view or the number of identities does not fit the config.
         """
         c = self.config
-        self.check(x, text, refs, vit)
+        self.check(x, text, refs or (), vit or ())
         context, seen = self.text_and_mfi(text, vit)
         context = self.text_embedding(context)  # [B, S, D]
-        tokens, grid = self.embed(x)  # [B, L, D]
-        video_len, ref_hw, ref_tokens = tokens.shape[1], grid[1:], []
-        present = None
-        if refs is not None:
-            present = tuple(tuple(view for view in VIEWS if view in views) for views in refs)
-            ref_tokens, ref_hw = self.embed_references(refs, len(x), ref_hw)
-        positions, tables = rope_of(c.rope_layout, present, grid, ref_hw, c.proxy_tokens, c.rope_jump,
-                                    c.dim // c.num_heads, x.device)
         time, time6 = self.embed_time(t)
-        one_way, known = None, kv_cache or {}  # tokens of one-way references, or their keys and values
-        if not ref_tokens or c.reference_attention == "joint":
-            tokens = torch.cat((tokens, *ref_tokens), dim=1)  # [B, L + references, D]
-        else:
-            if not known:
-                _, ref_time6 = self.embed_time(torch.zeros_like(t))
-                one_way = torch.cat(ref_tokens, dim=1).float(), ref_time6, (positions[video_len:], tables)
-            positions = positions[:video_len]
-        if self.ulysses:
-            tokens, positions = self.ulysses.split(tokens, positions)  # from here on L is this rank's
-        tokens = tokens.float()
+        tokens, ref_tokens, grid, positions, tables = self.embed_all(x, refs)  # [B, L, D], [B, M, D]
+        L, references = tokens.shape[1], None
+        if c.reference_attention == "joint":
+            tokens = torch.cat((tokens, ref_tokens), dim=1)  # [B, L + M, D]
+        elif ref_tokens.shape[1] and not kv_cache:
+            _, ref_time6 = self.embed_time(torch.zeros_like(t))
+            references = ref_tokens.float(), ref_time6, (positions[L:], tables)
+        video = tokens.float(), time6, (positions[:tokens.shape[1]], tables)
+        tokens = self.through_blocks(video, references, context, seen, kv_cache)
+        out = unpatchify(self.head(tokens[:, :L], time).float(), grid)  # [B, C, T, H, W] in latents
+        return self.velocity(out, x, t)
+
+    def through_blocks(self, video, references, context, seen, kv_cache):
+        """Arguments as of Block.forward -> the video's x. kv_cache: {block: keys and values of one-way
+        references}; an empty one is filled, None is not."""
+        known = kv_cache or {}
         for i, block in enumerate(self.blocks):
-            video = tokens, time6, (positions, tables)
-            tokens, ref_x, ref_kv = self.run(block, video, one_way, context, seen, known.get(i),
-                                             kv_cache is not None)
-            one_way = one_way and (ref_x, *one_way[1:])
+            x, ref_x, ref_kv = self.run(block, video, references, context, seen, known.get(i),
+                                        kv_cache is not None)
+            video = x, *video[1:]
+            if references is not None:
+                references = ref_x, *references[1:]
             if ref_kv is not None:
                 kv_cache[i] = ref_kv
-        out = self.head(tokens if self.ulysses else tokens[:, :video_len], time).float()  # [B, L, 4C]
-        if self.ulysses:
-            out = self.ulysses.gather(out)[:, :video_len]
-        out = unpatchify(out, grid)  # [B, C, T, H, W] in latents
-        if c.prediction == "x0":
-            sigma = (t.float() / 1000).clamp(min=SIGMA_MIN).view(-1, 1, 1, 1, 1)
-            out = (x.float() - out) / sigma
-        return out
+        return video[0]
+
+    def velocity(self, out, x, t):
+        """What the head predicts -> velocity. out, x [B, C, T, H, W]; t [B]"""
+        if self.config.prediction == "velocity":
+            return out
+        sigma = (t.float() / 1000).clamp(min=SIGMA_MIN).view(-1, 1, 1, 1, 1)
+        return (x.float() - out) / sigma
+
+    def reference_forward(self, x, t, text, refs, vit=None):
+        """forward as the papers draw it, for readers and tests: one sequence of video and reference tokens, a
+        time for each token, and a mask of who reads whom. No cache, no kernels; float32."""
+        c = self.config
+        context = self.text_embedding(self.text_and_mfi(text, vit)[0])
+        video, ref_tokens, grid, positions, tables = self.embed_all(x, refs)
+        L, tokens = video.shape[1], torch.cat((video, ref_tokens), dim=1)
+        is_video = torch.arange(tokens.shape[1], device=x.device) < L
+        reads = torch.ones(len(is_video), len(is_video), dtype=torch.bool, device=x.device)
+        ref_t = t
+        if c.reference_attention == "one-way":
+            reads[L:, :L] = False  # references do not read the video
+            ref_t = torch.zeros_like(t)  # and are clean
+        (time, video_time6), (_, ref_time6) = self.embed_time(t), self.embed_time(ref_t)
+        time6 = torch.where(is_video[:, None, None], video_time6[:, None], ref_time6[:, None])
+        for block in self.blocks:
+            modulation = (block.modulation[:, None] + time6).unbind(2)  # six of [B, L + M, D]
+            shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = modulation
+            a, h = block.self_attn, modulate(tokens, shift, scale, c.eps)
+            q, k = qk_norm_rope(a.q(h), a.k(h), a.norm_q.weight, a.norm_k.weight, positions, tables, c.eps)
+            v = a.v(h).unflatten(-1, (c.num_heads, -1))
+            y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), attn_mask=reads)
+            tokens = tokens + gate * a.o(y.transpose(1, 2).flatten(2))
+            tokens = tokens + block.cross_attn(block.norm3(tokens), context)[0]
+            tokens = tokens + gate_ffn * block.ffn(modulate(tokens, shift_ffn, scale_ffn, c.eps))
+        return self.velocity(unpatchify(self.head(tokens[:, :L], time), grid), x, t)
 
     def embed_time(self, t):
         """t [B] in 0..1000 -> [B, D] for the head and [B, 6, D] for the blocks, which stay in float32."""
@@ -406,19 +425,6 @@ class HarmoView(nn.Module):
             return block(*inputs)
         return checkpoint(block, *inputs, use_reentrant=False,
                           context_fn=lambda: create_selective_checkpoint_contexts(SAVED_OPS))
-
-    def compile_blocks(self):
-        """torch.compile every block, all with one compilation a kind of shapes. Names stay as they are."""
-        from torch._dynamo import config as dynamo
-        from torch._functorch import config as functorch
-        dynamo.optimize_ddp = False  # it cuts a graph where DDP's buckets end; a block is one graph
-        # with and without references, caption longer than usual, gradients; with training's and with
-        # validation's sizes, each fixed first, then as numbers that vary
-        dynamo.recompile_limit = 64
-        # GELU again in the backward: 3.0 GB held a block of 1.3b at 39,000 tokens, instead of 3.9
-        functorch.ban_recompute_materialized_backward = False
-        for block in self.blocks:
-            block.compile(fullgraph=True)
 
     def count_tokens(self, x, refs):
         """How many tokens a sample of x [B, C, T, H, W] has, and how many its refs, as forward takes them."""
@@ -467,46 +473,39 @@ class HarmoView(nn.Module):
         text = F.pad(text, (0, 0, 0, room - text.shape[1]))  # or cut, where only zeros are
         return torch.cat((text, *mfi), dim=1), seen
 
-    def embed_references(self, refs, batch, ref_hw):
-        """One [B, tokens, D] per slot that holds any, in the order of rope.reference_positions;
-        and their grid (h, w)."""
-        slots = []
+    def embed_all(self, x, refs):
+        """Tokens of the video [B, L, D] and of all references [B, M, D], slot by slot; the video's grid; and
+        of both the positions [L + M, 3] and rotary tables."""
+        c, refs, slots = self.config, refs or (), []
+        video, grid = self.embed(x)
+        ref_hw = grid[1:]
         for views in refs:
             for v, view in enumerate(VIEWS):
                 if view in views:
                     tokens, (_, *ref_hw) = self.embed(views[view][:, :, None])
                     slots.append(tokens)
                 elif self.proxies is not None:
-                    slots.append(self.proxies[v].expand(batch, -1, -1))
-        return slots, tuple(ref_hw)
+                    slots.append(self.proxies[v].expand(len(x), -1, -1))
+        given = tuple(tuple(views) for views in refs)
+        layout = c.rope_layout, c.proxy_tokens, c.rope_jump, c.dim // c.num_heads
+        positions, tables = positions_and_tables(layout, given, grid, tuple(ref_hw), x.device)
+        return video, torch.cat(slots or [video[:, :0]], dim=1), grid, positions, tables
 
     def check(self, x, text, refs, vit):
-        """Raise UserError, with what came and what fits, before anything is computed."""
+        """UserError, with what came and what fits, before anything is computed."""
         c, B = self.config, len(x)
         if x.ndim != 5 or x.shape[1] != c.in_dim or x.shape[3] % PATCH or x.shape[4] % PATCH:
             raise UserError(f"latents are {list(x.shape)}; "
                             f"expected [B, {c.in_dim}, T, H, W] with even H and W")
         if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
             raise UserError(f"text is {list(text.shape)}; expected [B, at most {c.text_len}, {c.text_dim}]")
-        for name, entries in (("refs", refs or ()), ("vit", vit or ())):
-            if len(entries) > c.max_identities:
-                raise UserError(f"{name} holds {len(entries)} identities; "
-                                f"this model holds {c.max_identities}")
-        first = None
-        for views in refs or ():
-            for view, latent in views.items():
-                first = latent if first is None else first
-                if view not in VIEWS:
-                    raise UserError(f"unknown view {view!r}; expected one of {', '.join(VIEWS)}")
-                if (latent.ndim != 4 or latent.shape[:2] != x.shape[:2] or latent.shape != first.shape
-                        or latent.shape[2] % PATCH or latent.shape[3] % PATCH):
-                    raise UserError(f"reference {view!r} is {list(latent.shape)}; expected [{B}, {c.in_dim}, "
-                                    "h, w], the same even h and w for every reference")
-        for features in vit or ():
-            expected = [B, c.vit_levels, c.vit_dim]
-            if features is not None and self.mfi and [*features.shape[:2], *features.shape[3:]] != expected:
-                raise UserError(f"vit features are {list(features.shape)}; "
-                                f"expected [{B}, {c.vit_levels}, tokens, {c.vit_dim}]")
+        if max(len(refs), len(vit)) > c.max_identities:
+            raise UserError(f"refs hold {len(refs)} identities; this model holds {c.max_identities}")
+        shapes = sorted({tuple(latent.shape) for views in refs for latent in views.values()})
+        for h, w in (shape[2:] for shape in shapes):
+            if len(shapes) > 1 or shapes[0][:2] != (B, c.in_dim) or h % PATCH or w % PATCH:
+                raise UserError(f"references are {' and '.join(map(str, shapes))}; expected [{B}, "
+                                f"{c.in_dim}, h, w], the same even h and w for every one")
 
 
 def unpatchify(x, grid):
@@ -519,16 +518,15 @@ def unpatchify(x, grid):
 
 # ---------------------------------------------------------------------------------------------------- loading
 def wan_on_meta(path):
-    """The network of a Wan checkpoint on the meta device; its config is read from the tensors' shapes. Raises
-    UserError where a name or a shape is not Wan's; no weights are read."""
+    """The network of a Wan checkpoint on the meta device; its config is read from the tensors' shapes, no
+    weights are read. UserError where a name or a shape is not Wan's."""
     file = read_wan(path)
     shapes = file.shapes
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
-        config = DiTConfig(dim=dim, ffn_dim=shapes["blocks.0.ffn.0.bias"][0],
+        config = DiTConfig(dim=dim, in_dim=in_dim, out_dim=shapes["head.head.bias"][0] // PATCH**2,
                            num_heads=dim // 128,  # 128 wide in all of them
-                           num_layers=layers_of(shapes), in_dim=in_dim,
-                           out_dim=shapes["head.head.bias"][0] // PATCH**2,
+                           ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_layers=layers_of(shapes),
                            freq_dim=shapes["time_embedding.0.weight"][1],
                            text_dim=shapes["text_embedding.0.weight"][1], **WAN)
     except (KeyError, IndexError, ValueError) as error:
@@ -543,19 +541,18 @@ def wan_on_meta(path):
 
 
 def load_wan(model, path):
-    """Fill model's base network from a released checkpoint; returns the names of the parameters that
-    HarmoView adds and the checkpoint does not hold.
+    """Fill model's base network from a released checkpoint -> the names of the parameters that it lacks.
 
     path  a file, or a folder of one or of shards, with Wan's, diffusers' or ComfyUI's names, any dtype.
           One tensor at a time is cast to the model's dtype; model may be on the meta device.
     Raises UserError for anything else: a missing, unknown, doubled or mis-shaped tensor, a damaged file.
     """
-    return fill(model, read_wan(path))
+    return load_base(model, read_wan(path))
 
 
-def fill(model, file, dtype=None):
+def load_base(model, file, dtype=None):
     """Fill model from a WeightFile that may lack the new parameters, which start anew where they are on the
-    meta device; returns their names."""
+    meta device -> their names."""
     new = new_names(model)
     absent = check_fit(model, file, new)
     if absent and model.get_parameter(absent[0]).is_meta:
@@ -564,49 +561,37 @@ def fill(model, file, dtype=None):
     return absent
 
 
-def load_base(model, base, dtype=None):
-    """Fill model from the frozen network of --train new or lora: base is what checkpoint.json says of it,
-    {"train", "rank", "path", "sha256", "content"}, path a Wan checkpoint or a folder of train.py."""
-    check_base(base)
-    path = Path(base["path"])
-    if not base["sha256"]:
-        return fill(model, read_wan(path), dtype)
-    check_files(path, ["ema.safetensors"])
-    return fill(model, read_weights(path / "ema.safetensors"), dtype)
-
-
 def load_trained(model, folder, weights, dtype=None):
     """Fill what of model trains from a checkpoint that holds nothing else."""
-    check_files(folder, [f"{weights}.safetensors"])
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    load_weights(model, read_weights(Path(folder) / f"{weights}.safetensors"), dtype, may_lack=frozen)
+    load_weights(model, read_checked(folder, weights), dtype, may_lack=frozen)
 
 
 def check_checkpoint(folder, weights="ema"):
-    """The network of a checkpoint folder of train.py, on the meta device, with what trained of it. Its config
-    is compared with this version and with the shapes in the file; no weights are read. Raises UserError."""
+    """The network of a checkpoint folder of train.py, on the meta device, with what trained of it; no weights
+    are read. UserError where this version or the file's shapes do not fit it."""
     meta = read_meta(folder)
     try:
         with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
             # "joint" was the default before 2026-11-30, and what does not name it is older
             model = HarmoView(DiTConfig(**{"reference_attention": "joint"} | meta["config"]))
-        if base := meta.get("base"):
-            set_trained(model, base["train"], base["rank"])
+        if frozen := meta.get("base"):
+            set_trained(model, frozen["train"], frozen["rank"])
     except (TypeError, KeyError, RuntimeError, UserError) as error:
         raise UserError(f"{folder}/checkpoint.json does not fit this version ({error})") from None
     check_files(folder, [name for name in meta["sha256"] if name.endswith((".model", ".json"))])
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    check_fit(model, read_weights(Path(folder) / f"{weights}.safetensors"), frozen)
+    untrained = [name for name, p in model.named_parameters() if not p.requires_grad]
+    check_fit(model, read_weights(Path(folder) / f"{weights}.safetensors"), untrained)
     return model
 
 
 def load_checkpoint(folder, weights="ema", dtype=None):
     """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights in dtype (default
-    float32), adapters merged, and what checkpoint.json holds. Raises UserError for a file that is damaged or
-    does not fit."""
+    float32), adapters merged, and what checkpoint.json holds. UserError for a file that is damaged or does
+    not fit."""
     model, meta = check_checkpoint(folder, weights), read_meta(folder)
     if "base" in meta:
-        load_base(model, meta["base"], dtype)
+        load_base(model, read_frozen(meta["base"]), dtype)
     load_trained(model, folder, weights, dtype)
     merge_lora(model)
     return model, meta

@@ -30,7 +30,7 @@ from networks.lora import apply_lora, check_loras, read_lora_argument
 from networks.weights import ROLES, boundary_of, check_base, expert_folders, find_wan, role_of, wan_files
 from rope import VIEWS
 from support.checkpoints import check_files, find_checkpoint, read_meta, save_checkpoint
-from support.processes import Ulysses, World
+from support.processes import Ulysses, World, compile_blocks
 from support.script import (ROOT, Parser, UserError, atomic_file, autocast, check_outputs, count, fingerprint,
                             frame_rate, in_range, lock, nonempty, probe_writable, progress, run_script,
                             seed_number, source_hash, uses_bf16)
@@ -388,7 +388,7 @@ def load(found, wan=None, offload=False, tile=None, compiled=False, precision="a
         if ulysses:
             ulysses.spread(model)
         if compiled:
-            model.compile_blocks()
+            compile_blocks(model)
         if offload:
             stream_blocks(model, device)
         return model

@@ -37,15 +37,16 @@ import data
 from kernels import use_fused
 from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
 from networks.lora import TRAINS, new_names, set_trained
-from networks.weights import ROLES, expert_folders, moved_base, release_folder, role_of, wan_files
+from networks.weights import (ROLES, expert_folders, moved_base, read_frozen, release_folder, role_of,
+                              wan_files)
 from rope import LAYOUTS
 from support.checkpoints import (check_replaceable, compare, delete_checkpoint, find_checkpoint, find_valid,
                                  load_tensors, pack_optimizers, parent_of, read_meta, save_checkpoint,
                                  steps_in, unpack_optimizers)
 from support.monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, write_samples
 from support.optimizers import make_optimizers
-from support.processes import (CORES, World, gathered, load_shards, local, replicate, save_shards, shard,
-                               synchronized, whole)
+from support.processes import (CORES, World, compile_blocks, gathered, load_shards, local, replicate,
+                               save_shards, shard, synchronized, whole)
 from support.script import (ROOT, Parser, UserError, as_user_error, autocast, count, fingerprint, fraction,
                             in_range, lock, nonempty, not_negative, positive, probe_writable, progress,
                             run_script, seed_number, sha256_of, temporary_name, uses_bf16)
@@ -396,11 +397,11 @@ def make_network(source, resumed, base, args, config, world):
         model.make_new()  # a file may replace them
     model.recompute = args.recompute
     if args.compile:
-        model.compile_blocks()
+        compile_blocks(model)
     if args.shard:
         shard(model, world, args.precision == "bf16")
     if base:
-        load_base(model, base)
+        load_base(model, read_frozen(base))
     if resumed and args.shard:  # load_shards fills what trains
         if not base:
             model.to_empty(device=world.device)

@@ -27,6 +27,7 @@ from networks.lora import NEW_PREFIXES, TRAINS, new_names, set_trained
 from rope import VIEWS
 from support.monitor import GIB, peak_memory
 from support.optimizers import make_optimizers
+from support.processes import compile_blocks
 from support.script import Parser, UserError, autocast, count, in_range, nonempty, uses_bf16
 from videos import toy
 from videos.pictures import frame_count, picture_size, view_of
@@ -91,7 +92,7 @@ def set_up(args):
         torch.nn.init.normal_(p.data, std=0.02)
     model.recompute = args.recompute
     if args.compile:
-        model.compile_blocks()
+        compile_blocks(model)
     dtype = torch.bfloat16 if uses_bf16(device, args.precision) else torch.float32
     return model, device, dtype, codec.latent_shape(frames, size)
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from support.checkpoints import read_meta
+from support.checkpoints import check_files, read_meta
 from support.script import UserError, as_user_error, fingerprint
 
 
@@ -365,3 +365,16 @@ def moved_base(source, base, wan):
         raise UserError(f"{source} was trained on {base['path']}, and --wan {wan} holds another network: "
                         "give the one that it had")
     return base | {"path": wan}
+
+
+def read_checked(folder, weights):
+    """A tensor file of a checkpoint folder of train.py, "ema" or "model", as it was written -> WeightFile."""
+    check_files(folder, [f"{weights}.safetensors"])
+    return read_weights(Path(folder) / f"{weights}.safetensors")
+
+
+def read_frozen(base):
+    """The frozen network of --train new or lora -> WeightFile. base: what checkpoint.json says of it,
+    {"path", "sha256", "content", ...}, path a Wan checkpoint or a folder of train.py."""
+    check_base(base)
+    return read_checked(base["path"], "ema") if base["sha256"] else read_wan(base["path"])

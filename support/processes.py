@@ -1,4 +1,5 @@
 """Several processes, as torchrun starts them: on the GPUs of one or more machines, or on a CPU."""
+import functools
 import os
 import sys
 import time
@@ -207,6 +208,20 @@ def load_shards(folder, model, optimizers, ema):
                    options=OPTIONS)
 
 
+def compile_blocks(model):
+    """torch.compile every block, all with one compilation a kind of shapes. Names stay as they are."""
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+    dynamo.optimize_ddp = False  # it cuts a graph where DDP's buckets end; a block is one graph
+    # with and without references, caption longer than usual, gradients; with training's and with validation's
+    # sizes, each fixed first, then as numbers that vary
+    dynamo.recompile_limit = 64
+    # GELU again in the backward: 3.0 GB held a block of 1.3b at 39,000 tokens, instead of 3.9
+    functorch.ban_recompute_materialized_backward = False
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+
+
 # ---------------------------------------------------------------------------------------- one forward on many
 class Ulysses:
     """One forward over all ranks (DeepSpeed-Ulysses, arXiv 2309.14509). A rank holds l of the L tokens, the
@@ -225,16 +240,31 @@ class Ulysses:
         self.lengths = []  # each rank's number of tokens
 
     def spread(self, network):
-        """Let a HarmoView share its tokens with those of the other ranks."""
-        network.ulysses = self
+        """Let a HarmoView share its tokens with those of the other ranks: what replaces methods of its own
+        knows of ranks, the network does not."""
+        network.through_blocks = functools.partial(self.through_blocks, network.through_blocks)
         for block in network.blocks:
-            block.self_attn.ulysses = self
+            block.layer = functools.partial(self.layer, block.self_attn, block.layer)
 
-    def split(self, tokens, positions):
-        """tokens [B, L, D] and positions [L, 3] -> this rank's."""
+    def through_blocks(self, through_blocks, video, *others):
+        """HarmoView.through_blocks, on this rank's part of the video's tokens -> those of all ranks."""
+        tokens, time6, (positions, tables) = video
         parts = positions.tensor_split(self.ranks)
         self.lengths = [len(part) for part in parts]
-        return tokens.tensor_split(self.ranks, dim=1)[self.rank], parts[self.rank]
+        mine = tokens.tensor_split(self.ranks, dim=1)[self.rank]
+        return self.gather(through_blocks((mine, time6, (parts[self.rank], tables)), *others))
+
+    def layer(self, attention, layer, tokens, context, seen, ref_kv=None, return_kv=False):
+        """Block.layer. Of one-way references, which alone return keys and values, every rank computes all and
+        keeps those of its heads."""
+        plain = attention.attend
+        if not return_kv:
+            attention.attend = functools.partial(self.attend, plain)
+        try:
+            x, kv = layer(tokens, context, seen, ref_kv, return_kv)
+        finally:
+            attention.attend = plain
+        return x, self.own_heads(*kv) if return_kv else None
 
     def exchange(self, x, sent, received):
         """x [tokens, ...] in one run for each rank, of `sent` tokens -> of `received` tokens from each."""
@@ -247,7 +277,7 @@ class Ulysses:
         """Keys and values [B, N, M, K] -> those of this rank's heads, [B, n, M, K]."""
         return [x.chunk(self.ranks, dim=1)[self.rank].clone() for x in tensors]
 
-    def attend(self, attend, q, k, v, ref_kv=None):
+    def attend(self, attend, q, k, v, ref_kv=None, seen=None):
         """attend(q, k, v), each [B, N, l, K], to the tokens of all ranks -> [B, N, l, K]. ref_kv: of one-way
         references, of this rank's heads."""
         mine = [q.shape[2]] * self.ranks
