@@ -26,7 +26,6 @@ from model import DiTConfig, HarmoView
 from networks.encoders import NEGATIVE_PROMPT
 from networks.faces import Faces
 from networks.lora import NEW_PREFIXES
-from rope import VIEWS
 from sample import BOUNDARY, SAMPLE_RECIPES, Found
 from support.checkpoints import find_checkpoint
 from support.script import Parser, UserError
@@ -321,21 +320,19 @@ def test_the_thresholds_are_the_defaults_of_curate(tmp_path):
     assert said == {flag: args[flag.replace("-", "_")] for flag in curate.EXTRACT | curate.GROUP}
 
 
-SMALL_WAN = ["--ckpt", "1.3b", "--size", "480x832", "--frames", "81"]
-DRY_RUNS = {  # each row of README's table, and the command that prints it
-    "1.3B, 480x832, 81 frames": SMALL_WAN,
-    "the same with `--offload --tile 256`": [*SMALL_WAN, "--offload", "--tile", "256"],
-    "14B or one expert, two people with three views": ["--ckpt", "14b"] + [
-        word for person in "ab" for word in ("--refs", *(f"{person}_{view}.png" for view in VIEWS[:3]))],
+SAMPLING = {  # each row of README's table, and what prints it
+    "1.3B, 480x832, 81 frames": ["--people", "0"],
+    "the same with `--offload --tile 256`": ["--people", "0", "--offload", "--tile", "256"],
+    "14B or one expert, two people with three views": ["--config", "14b", "--people", "2", "--views", "3"],
 }
 
 
-def test_the_memory_of_sampling_is_what_the_dry_run_prints(tmp_path):
+def test_the_memory_of_sampling_is_what_plan_prints(tmp_path):
     (_, *columns), rows = table(README, "| GiB | umT5 | references |")
     phases = ["VAE encode" if column == "references" else column for column in columns]
-    assert [name for name, *_ in rows] == list(DRY_RUNS)
+    assert [name for name, *_ in rows] == list(SAMPLING)
     for name, *cells in rows:
-        said = call("eval.py", "speed", "dry-run", *DRY_RUNS[name], cwd=tmp_path)
+        said = call("eval.py", "speed", "plan", *SAMPLING[name], cwd=tmp_path)
         printed = dict(re.findall(r"^  ([\w ]+), \w+ +([\d.]+) GiB$", said, re.M))
         assert cells == [printed[phase] for phase in phases], name
 
@@ -347,7 +344,7 @@ def test_the_memory_of_training_is_what_plan_prints(tmp_path):
             for config in ("1.3b", "14b")}
     for name, *cells in rows:
         config, what = re.fullmatch(r"(\S+), `--train (\w+)`", name).groups()
-        assert "81 frames of 480x832, 1 person(s) of four views" in said[config]
+        assert "81 frames of 480x832, 1 person(s) of 4 views" in said[config]
         (printed,) = re.findall(rf"^{what} +\S+ +(.*)$", said[config], re.M)
         printed = dict(zip(("TFLOP", "1", *map(str, speed.SHARDS)), printed.split(), strict=True))
         assert cells == [printed[column] for column in columns], name
