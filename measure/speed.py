@@ -1,6 +1,6 @@
 """Speed and memory of the network, on random latents and random weights; nothing is downloaded.
 
-  python eval.py speed forward --config 1.3b     times a forward: seconds, tokens/s, model TFLOP/s, peak memory
+  python eval.py speed forward --config 1.3b     times a forward: tokens/s, model TFLOP/s, peak memory
   python eval.py speed train --config 1.3b --recompute --compile        the same of a training step
   python eval.py speed plan --config 1.3b        memory of sampling and of training, from shapes only
 
@@ -142,12 +142,12 @@ def plan(args):
     an estimate."""
     sample.check_wan_size(args.frames, args.size)
     check_tile(args.tile)
-    config, people = CONFIGS[args.config], f"{args.people} person(s) of {args.views} views"
+    config, (H, W) = CONFIGS[args.config], args.size
     video, reference = count_tokens(*WanEncoders.latent_shape(args.frames, args.size)[1:])
     slots, given = len(VIEWS) * args.people, args.views * args.people
     references = given * reference + (slots - given) * config.proxy_tokens
-    print(f"{args.config}, {args.frames} frames of {args.size[0]}x{args.size[1]}, {people}: {video:,} tokens, "
-          f"with references {video + references:,}")
+    print(f"{args.config}, {args.frames} frames of {H}x{W}, {args.people} person(s) of {args.views} views: "
+          f"{video:,} tokens, with references {video + references:,}")
     plan_sampling(args, config, video, references, slots * config.proxy_tokens)
     plan_training(args, config, video, references)
 
@@ -229,7 +229,7 @@ def main(argv=None):
         for flag in ("--recompute", "--compile", "--no-fused"):
             add(flag, action="store_true", help="as in train.py")
         add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as train.py's")
-    add = what.add_parser("plan", help="memory and FLOPs of sample.py and train.py at Wan's sizes").add_argument
+    add = what.add_parser("plan", help="memory and FLOPs of sampling and training Wan").add_argument
     add("--config", default="1.3b", choices=[name for name in CONFIGS if CONFIGS[name].is_wan],
         help="a preset of model.CONFIGS; each of Wan2.2's experts is a 14b")
     add("--frames", type=frame_count, default=81, help="frames of a clip")
