@@ -18,7 +18,7 @@ Dimension key
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -28,10 +28,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from kernels import qk_norm_rope, rope_tables
 from networks.lora import init_lora, merge_lora, new_names, set_trained
-from networks.weights import (check_fit, layers_of, load_weights, put_tensor, read_checked, read_frozen,
-                              read_wan, read_weights)
+from networks.weights import (check_fit, load_weights, put_tensor, read_checked, read_frozen, read_wan,
+                              read_weights, wan_config)
 from rope import VIEWS, check_layout, reference_positions, video_positions
-from support.checkpoints import check_files, read_meta
+from support.checkpoints import read_meta
 from support.script import UserError
 
 PATCH = 2  # Wan's patch is (1, 2, 2)
@@ -65,6 +65,10 @@ class DiTConfig:
 
     def __post_init__(self):
         """Raise UserError for a config that no network can have."""
+        for field in fields(self):
+            value, most = getattr(self, field.name), 1000 if field.name == "num_layers" else 2**18
+            if field.type is int and not (isinstance(value, int) and 0 <= value <= most):
+                raise UserError(f"config {field.name} is {str(value)[:40]}; expected an int from 0 to {most}")
         if not self.num_heads or self.dim % (2 * self.num_heads):
             raise UserError(f"dim {self.dim} is not a multiple of 2 x {self.num_heads} heads: "
                             "rotary rotates pairs")
@@ -240,12 +244,6 @@ class MFI(nn.Module):
         self.identity = nn.Parameter(torch.zeros(c.max_identities, c.text_dim))
         self.level = nn.Parameter(torch.zeros(c.vit_levels, c.text_dim))
 
-    def init_weights(self):
-        """When the network is made, and after Wan's weights, which lack these."""
-        self.norm.reset_parameters()
-        for p in (self.proj.weight, self.proj.bias, self.identity, self.level):
-            nn.init.zeros_(p)
-
     def forward(self, features, k):
         """features [B, levels, tokens, vit_dim] of identity k -> tokens [B, levels*tokens, E]."""
         n, expected = self.norm, (len(self.level), self.norm.normalized_shape[0])
@@ -331,7 +329,9 @@ class HarmoView(nn.Module):
         if self.proxies is not None:
             self.proxies.data = 0.02 * torch.randn_like(self.proxies)
         if self.mfi is not None:
-            self.mfi.init_weights()
+            self.mfi.norm.reset_parameters()
+            for p in (self.mfi.proj.weight, self.mfi.proj.bias, self.mfi.identity, self.mfi.level):
+                nn.init.zeros_(p)
         init_lora(self)
 
     def forward(self, x, t, text, refs=None, vit=None, kv_cache=None):
@@ -517,26 +517,24 @@ def unpatchify(x, grid):
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-def wan_on_meta(path):
-    """The network of a Wan checkpoint on the meta device; its config is read from the tensors' shapes, no
-    weights are read. UserError where a name or a shape is not Wan's."""
-    file = read_wan(path)
-    shapes = file.shapes
+def on_meta(path, weights="ema"):
+    """The network of a checkpoint folder of train.py, with what trained of it, or of a Wan checkpoint, on the
+    meta device. Names and shapes of the file are checked, no weights are read."""
+    if (Path(path) / "checkpoint.json").is_file():
+        meta, file = read_meta(path), read_weights(Path(path) / f"{weights}.safetensors")
+        meta["config"].setdefault("reference_attention", "joint")  # the default before 2026-11-30
+    else:
+        file = read_wan(path)
+        meta = {"config": wan_config(file) | WAN}
     try:
-        dim, in_dim = shapes["patch_embedding.weight"][:2]
-        config = DiTConfig(dim=dim, in_dim=in_dim, out_dim=shapes["head.head.bias"][0] // PATCH**2,
-                           num_heads=dim // 128,  # 128 wide in all of them
-                           ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_layers=layers_of(shapes),
-                           freq_dim=shapes["time_embedding.0.weight"][1],
-                           text_dim=shapes["text_embedding.0.weight"][1], **WAN)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path}, of {len(shapes)} tensors, is not a Wan transformer ({error})") from None
-    if not config.is_wan:  # image-to-video, or Wan2.2's 5B
-        raise UserError(f"{path} works on latents of {in_dim} channels, expected 16: take Wan2.1's or "
-                        "Wan2.2-A14B's text-to-video")
-    with torch.device("meta"):
-        model = HarmoView(config)
-    check_fit(model, file, new_names(model))
+        with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
+            model = HarmoView(DiTConfig(**meta["config"]))
+        if frozen := meta.get("base"):
+            set_trained(model, frozen["train"], frozen["rank"])
+    except (TypeError, KeyError, RuntimeError, UserError) as error:
+        raise UserError(f"{path}: its config does not fit this version ({error})") from None
+    untrained = [name for name, p in model.named_parameters() if not p.requires_grad]
+    check_fit(model, file, untrained if "sha256" in meta else new_names(model))
     return model
 
 
@@ -567,29 +565,11 @@ def load_trained(model, folder, weights, dtype=None):
     load_weights(model, read_checked(folder, weights), dtype, may_lack=frozen)
 
 
-def check_checkpoint(folder, weights="ema"):
-    """The network of a checkpoint folder of train.py, on the meta device, with what trained of it; no weights
-    are read. UserError where this version or the file's shapes do not fit it."""
-    meta = read_meta(folder)
-    try:
-        with torch.device("meta"):  # initial values would take longer than reading, and twice the memory
-            # "joint" was the default before 2026-11-30, and what does not name it is older
-            model = HarmoView(DiTConfig(**{"reference_attention": "joint"} | meta["config"]))
-        if frozen := meta.get("base"):
-            set_trained(model, frozen["train"], frozen["rank"])
-    except (TypeError, KeyError, RuntimeError, UserError) as error:
-        raise UserError(f"{folder}/checkpoint.json does not fit this version ({error})") from None
-    check_files(folder, [name for name in meta["sha256"] if name.endswith((".model", ".json"))])
-    untrained = [name for name, p in model.named_parameters() if not p.requires_grad]
-    check_fit(model, read_weights(Path(folder) / f"{weights}.safetensors"), untrained)
-    return model
-
-
 def load_checkpoint(folder, weights="ema", dtype=None):
     """A checkpoint folder of train.py -> HarmoView with its "ema" (or "model") weights in dtype (default
     float32), adapters merged, and what checkpoint.json holds. UserError for a file that is damaged or does
     not fit."""
-    model, meta = check_checkpoint(folder, weights), read_meta(folder)
+    model, meta = on_meta(folder, weights), read_meta(folder)
     if "base" in meta:
         load_base(model, read_frozen(meta["base"]), dtype)
     load_trained(model, folder, weights, dtype)

@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 
 import data
 from kernels import use_fused
-from model import DiTConfig, check_checkpoint, load_checkpoint, load_wan, wan_on_meta
+from model import DiTConfig, load_checkpoint, load_wan, on_meta
 from networks.encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from networks.lora import apply_lora, check_loras, read_lora_argument
 from networks.weights import ROLES, boundary_of, check_base, expert_folders, find_wan, role_of, wan_files
@@ -324,11 +324,6 @@ def check_experts(networks, released=None):
 def is_trained(network):
     """Is this folder a checkpoint of train.py."""
     return (network / "checkpoint.json").is_file()
-
-
-def on_meta(network):
-    """The network of a folder on the meta device. Names and shapes are checked, no weights are read."""
-    return check_checkpoint(network) if is_trained(network) else wan_on_meta(network)
 
 
 def default_checkpoint():

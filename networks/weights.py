@@ -5,6 +5,7 @@
   frozen bases   the network that adapters were trained on is the one that they are used with
 """
 import json
+import math
 import os
 import re
 import warnings
@@ -223,11 +224,6 @@ def load_weights(module, file, dtype=None, device=None, may_lack=()):
     return module
 
 
-def layers_of(shapes):
-    """How many blocks a network has whose tensors bear these names."""
-    return len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-
-
 # ------------------------------------------------------------------------------------------------ Wan's files
 DIFFUSERS_NAMES = (
     (r"^condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
@@ -339,6 +335,30 @@ def wan_files(path):
 def read_wan(path):
     """A checkpoint with any of the known names, in any number of files -> WeightFile with Wan's own names."""
     return read_network(wan_files(path), DIFFUSERS_NAMES)._replace(path=path)
+
+
+def layers_of(shapes):
+    """How many blocks a network has whose tensors bear these names."""
+    return len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+
+
+def wan_config(file):
+    """What the shapes of a Wan transformer's WeightFile say of its config, as a dict."""
+    shapes = file.shapes
+    try:
+        dim, in_dim, _, *patch = shapes["patch_embedding.weight"]
+        config = dict(dim=dim, in_dim=in_dim, out_dim=shapes["head.head.bias"][0] // math.prod(patch),
+                      num_heads=dim // 128,  # 128 wide in all of them
+                      ffn_dim=shapes["blocks.0.ffn.0.bias"][0], num_layers=layers_of(shapes),
+                      freq_dim=shapes["time_embedding.0.weight"][1],
+                      text_dim=shapes["text_embedding.0.weight"][1])
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{file.path}, of {len(shapes)} tensors, is not a Wan transformer "
+                        f"({error})") from None
+    if in_dim != 16:  # image-to-video, or Wan2.2's 5B
+        raise UserError(f"{file.path} works on latents of {in_dim} channels, expected 16: take Wan2.1's or "
+                        "Wan2.2-A14B's text-to-video")
+    return config
 
 
 def check_base(base):

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import data
 import train
 from kernels import qk_norm_rope
-from model import (CHOICES, CONFIGS, MFI, WAN, DiTConfig, HarmoView, check_checkpoint, coordinate_planes,
-                   load_checkpoint, load_wan, positions_and_tables, sinusoid, unpatchify, wan_on_meta)
+from model import (CHOICES, CONFIGS, MFI, WAN, DiTConfig, HarmoView, coordinate_planes, load_checkpoint,
+                   load_wan, on_meta, positions_and_tables, sinusoid, unpatchify)
 from networks.lora import NEW_PREFIXES
 from networks.weights import original_name
 from rope import VIEWS
@@ -72,7 +72,7 @@ def test_without_references_it_is_the_network_without_the_new_parameters():
 def test_a_zero_initialised_mfi_moves_nothing(layout):
     net = network(rope_layout=layout)
     net.mfi = MFI(net.config)
-    net.mfi.init_weights()
+    net.init_new()
     x, t, text, refs, vit = inputs([VIEWS, ("front",)])
     assert torch.equal(net(x, t, text, refs, vit), net(x, t, text, refs))
     net.mfi.proj.weight.data += 0.1
@@ -312,6 +312,8 @@ def test_bad_input(change, says):
 @pytest.mark.parametrize(
     "changes, says",
     [
+        (dict(num_layers=1001), "config num_layers is 1001; expected an int from 0 to 1000$"),
+        (dict(ffn_dim=2**18 + 1), "config ffn_dim is 262145"), (dict(in_dim=-1), "config in_dim is -1"),
         (dict(prediction=None), "config prediction is None; expected velocity or x0$"),
         (dict(prediction="x"), "config prediction is 'x'; expected velocity or x0$"),
         (dict(coord_channels=10), "config coord_channels is 10; expected a multiple of 6"),
@@ -360,12 +362,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="checkpoint.json is damaged"):
         load_checkpoint(folder)
     for wrong, says in (
-        ({"dim": "x"}, ""), ({"ffn_dim": -1}, ""), ({"num_layers": None}, ""),
+        ({"dim": "x"}, "config dim is x; expected an int from 0 to 262144"),
+        ({"ffn_dim": -1}, "config ffn_dim is -1"), ({"num_layers": 1001}, "config num_layers is 1001"),
         ({"prediction": "x"}, "config prediction is 'x'; expected velocity or x0"),
         ({"coord_channels": 10}, "config coord_channels is 10; expected a multiple of 6"),
     ):
         (folder / "checkpoint.json").write_text(json.dumps(meta | {"config": meta["config"] | wrong}))
-        with pytest.raises(UserError, match=rf"checkpoint.json does not fit this version \({says}"
+        with pytest.raises(UserError, match=rf"its config does not fit this version \({says}"
                            ) as error:
             load_checkpoint(folder)
         assert len(str(error.value)) < 400
@@ -376,7 +379,7 @@ def test_a_check_reads_no_weights(tmp_path, monkeypatch):
     folder = tmp_path / "step-000001"
     save_checkpoint(folder, {"ema": network().state_dict()}, {"config": vars(TINY)})
     monkeypatch.setattr(checkpoints, "sha256_of", None)
-    check_checkpoint(folder)
+    on_meta(folder)
     with pytest.raises(TypeError):
         load_checkpoint(folder)
 
@@ -529,7 +532,7 @@ def test_config_is_read_from_the_file(tmp_path):
     config = replace(SMALL_WAN, dim=128, num_heads=1, eps=1e-6, **WAN)
     net = HarmoView(config)
     base = {k: v for k, v in net.state_dict().items() if not k.startswith(NEW_PREFIXES)}
-    assert wan_on_meta(write(tmp_path / "wan", base)).config == config
+    assert on_meta(write(tmp_path / "wan", base)).config == config
 
 
 @pytest.mark.parametrize("channels", [48, 36])  # Wan2.2's TI2V-5B; image-to-video, which also gets an image
@@ -538,7 +541,7 @@ def test_other_latents_than_of_wans_text_to_video_are_refused(channels, tmp_path
     base = {k: v for k, v in net.state_dict().items() if not k.startswith(NEW_PREFIXES)}
     folder = write(tmp_path / "wan", base)
     with pytest.raises(UserError) as error:
-        wan_on_meta(folder)
+        on_meta(folder)
     assert f"{folder} works on latents of {channels} channels, expected 16: take Wan2.1's" in str(error.value)
 
 

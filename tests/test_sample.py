@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import FULL_DISK, fork, kill, wait_for
 
 import sample
-from model import CONFIGS, DiTConfig, HarmoView, load_wan, wan_on_meta
+from model import CONFIGS, DiTConfig, HarmoView, load_wan, on_meta
 from networks.encoders import NEGATIVE_PROMPT, WanEncoders, stream_blocks
 from rope import VIEWS
 from support.checkpoints import find_checkpoint, save_checkpoint
@@ -378,7 +378,7 @@ def wan_by_hand(folder, prompt, negative, seed, steps, device):
     the networks and the solver."""
     encoders = WanEncoders(folder, device)
     text, no_text = (encoders.text([words]).to(device) for words in (prompt, negative))
-    network = wan_on_meta(folder)
+    network = on_meta(folder)
     load_wan(network, folder)
     network.to(device)
     x = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -411,7 +411,7 @@ def test_two_experts_each_make_their_part(wan, tmp_path):
     assert found.kind == "wan2.2" and model.boundary == 0.875
     x, text = torch.randn(1, 16, 2, 4, 4).to(model.device), torch.zeros(1, 3, 32, device=model.device)
     for part, t in (("high_noise_model", 875.0), ("low_noise_model", 874.0)):
-        network, t = wan_on_meta(wan / "2.2" / part), torch.tensor([t], device=model.device)
+        network, t = on_meta(wan / "2.2" / part), torch.tensor([t], device=model.device)
         load_wan(network, wan / "2.2" / part)
         with torch.no_grad():
             assert torch.equal(model(x, t, text), network.to(model.device)(x, t, text))
