@@ -14,12 +14,9 @@ read by rendering: the same clip with one thing changed (another person, yaw, mo
 reference's pose) is rendered from known parameters, and the nearest rendering wins. real.py measures
 real videos. Every result is a line of JSON in OUT, appended as it is there. A restart skips finished cases.
 """
-import contextlib
 import functools
-import hashlib
-import html
 import importlib
-import json
+import itertools
 import os
 import sys
 import time
@@ -32,22 +29,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import data
-from measure.report import (BIN_NAMES, Metric, append, by_yaw, column, estimate, figure, in_columns, interval,
-                            mean, one, per_frame, plot, read_results, show, strip, table, write_page)
+from measure.report import (BIN_NAMES, Metric, Results, by_yaw, case_html, column, estimate, hold, in_columns,
+                            interval, mean, one, per_frame, plot, show, strip, table, write_page)
 from rope import VIEWS
 from sample import (SAMPLE_RECIPES, VIDEO_CODE, default_checkpoint, find, generate, load, override,
                     recipe_flags)
 from support.checkpoints import find_checkpoint
 from support.processes import World
-from support.script import (Parser, UserError, atomic_file, check_outputs, in_range, lock, nonempty, progress,
-                            run_script, source_hash, uses_bf16)
+from support.script import (Parser, UserError, atomic_file, check_outputs, fingerprint, in_range, nonempty,
+                            progress, run_script, source_hash, uses_bf16)
 from videos import toy
 from videos.pictures import Job, from_bytes, to_bytes, wrap
 
 CASES = 100
 # views given; in "described" none, but a caption that tells the people's looks
 SETTINGS = {"none": (), "described": (), "front": ("front",), "front+left": ("front", "left"), "all": VIEWS}
-USUAL = [setting for setting in SETTINGS if setting != "described"]
+DEFAULT_SETTINGS = [setting for setting in SETTINGS if setting != "described"]
 CAPTION_FIELDS = ("motion", "mouth", "wall")  # what of the caption is checked
 ATTRIBUTES = ("skin", "hair", "eyes", "patch_left", "patch_right", "patch_back")
 YAW_OFFSETS = torch.arange(-180.0, 180, 15)  # candidates around the requested yaw; the nearest one wins
@@ -120,8 +117,9 @@ def psnr(a, b, mask):
     """Of a and b [3, ..., S, S] in -1..1 where mask [..., S, S] is 1, peak 2; in dB, None where it is empty,
     at most 60: ground truth is kept in bytes."""
     weight = mask.sum() * 3
-    error = ((a - b).square() * mask).sum() / weight
-    return min(60.0, float(10 * torch.log10(4 / error))) if weight > 0 else None
+    if weight > 0:
+        error = ((a - b).square() * mask).sum() / weight
+        return min(60.0, float(10 * torch.log10(4 / error)))
 
 
 def nearest_is(video, candidates, names, truth):
@@ -231,14 +229,14 @@ def title(name):
 def table_of(results, names, with_interval=True):
     """A header, and a line of cells for each number of people and setting."""
     groups = {f"{n_people}, {setting}": select(results, (n_people,), [setting])
-              for n_people in (1, 2) for setting in SETTINGS}
+              for n_people, setting in itertools.product((1, 2), SETTINGS)}
     metrics = {name: METRICS[name] for name in names}
     return table("people, views given", groups, metrics, with_interval)
 
 
 def loss_estimates(losses):
     """Over cases, the prior's loss at each of SIGMAS."""
-    return [interval([loss[i] for loss in losses.values()]) for i in range(len(SIGMAS))]
+    return [interval(list(at_sigma)) for at_sigma in zip(*losses.values())]
 
 
 def caption_estimates(results):
@@ -280,13 +278,13 @@ def prior_loss(model, encoders, clips, videos, seeds):
     return torch.stack(losses, dim=1).tolist()
 
 
-def run_key(model, found, plan):
+def run_key(model, checkpoint, plan):
     """A short name for all that a result depends on. Under bf16 a video depends in its last digits on those
     that it shares a forward with, so the cases and --batch count too."""
-    precision = "bf16" if uses_bf16(model.device, model.precision) else "fp32"
-    parts = [found.meta["sha256"], found.meta["config"], found.frames, found.size, plan.recipe, plan.cases,
-             plan.batch, model.device.type, precision, source_hash(*CODE)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    of_checkpoint = checkpoint.meta["sha256"], checkpoint.meta["config"], checkpoint.frames, checkpoint.size
+    precision = uses_bf16(model.device, model.precision)
+    return fingerprint(of_checkpoint, plan.recipe, plan.cases, plan.batch, model.device.type, precision,
+                       source_hash(*CODE))
 
 
 def cut_batches(cases, batch):
@@ -299,18 +297,20 @@ def cut_batches(cases, batch):
     return batches
 
 
-def sample_batch(model, encoders, numbers, setting, plan, frames, size):
+def sample_batch(model, encoders, checkpoint, numbers, setting, plan):
     """Yields these cases' numbers and what was measured of each under one setting, or None: the prior."""
+    frames, size = checkpoint.frames, checkpoint.size[0]
     clips, casts = zip(*(toy.benchmark_cases()[n] for n in numbers))
     if setting is None:
         truths = torch.stack([toy.benchmark_truth(n, frames, size) for n in numbers])
         for n, loss in zip(numbers, prior_loss(model, encoders, clips, truths, numbers)):
             yield n, {"loss": loss}
         return
-    views, jobs = SETTINGS[setting], []
+    views, jobs, looks = SETTINGS[setting], [], None
     for n, clip, cast in zip(numbers, clips, casts):
         references = toy.held_out_references(cast, views, size)
-        looks = [toy.describe(toy.benchmark_people(), i) for i in cast] if setting == "described" else None
+        if setting == "described":
+            looks = [toy.describe(toy.benchmark_people(), i) for i in cast]
         jobs.append(Job(toy.caption(clip, looks), references, n, toy.frame_size(size, len(cast))))
     for n, video in zip(numbers, generate(model, encoders, jobs, plan.recipe, frames, len(jobs))):
         yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip(video)}
@@ -320,49 +320,41 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
     """Sample and measure a checkpoint -> Evaluation. Every result is appended to `path` at once, and those of
     an earlier call are kept. A batch of which any result is missing is sampled again as a whole, since its
     other videos change the last digits. Several ranks share the batches, and the file."""
-    found = find(ckpt)
-    if found.kind != "toy":
+    checkpoint = find(ckpt)
+    if checkpoint.kind != "toy":
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
-    model, encoders = load(found, precision=plan.precision)
-    frames, size = found.frames, found.size[0]
-    run = run_key(model, found, plan)
-
-    def stored():
-        lines = [line for line in read_results(path) if line.get("run") == run]
-        return {(line["case"], line.get("setting")): line for line in lines}
-    results = stored()
+    model, encoders = load(checkpoint, precision=plan.precision)
+    run, results = run_key(model, checkpoint, plan), Results(path, ("run", "case", "setting"))
     batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
     for numbers in progress(batches, "evaluating", "batches"):
         for setting in (*plan.settings, None):
-            missing = [n for n in numbers if (n, setting) not in results]
+            missing = [n for n in numbers if (run, n, setting) not in results]
             if not missing:
                 continue
-            for n, values in sample_batch(model, encoders, numbers, setting, plan, frames, size):
+            for n, values in sample_batch(model, encoders, checkpoint, numbers, setting, plan):
                 if n in missing:
-                    results[n, setting] = {"run": run, "case": n, **values}
-                    append(path, results[n, setting])
+                    results.add({"run": run, "case": n, **values})
     if world.size > 1:  # now all is in the file, as it is for a restart
         world.barrier()
-        results = stored()
+        results.read()
     # in this order, since a restart measures in another one
-    in_order = [results[n, setting] for n in plan.cases for setting in sorted(plan.settings)]
-    return Evaluation(in_order, {n: results[n, None]["loss"] for n in plan.cases}, frames, size)
+    in_order = [results[run, *key] for key in itertools.product(plan.cases, sorted(plan.settings))]
+    return Evaluation(in_order, {n: results[run, n, None]["loss"] for n in plan.cases},
+                      checkpoint.frames, checkpoint.size[0])
 
 
 # ----------------------------------------------------------------------------------------------------- report
-def case_html(number, results, frames, size):
+def gallery_of(number, results, frames, size):
     """One case: its references, the truth, and the video under each setting."""
     clip, cast = toy.benchmark_cases()[number]
-    parts = [f"<h3>Case {number}: {html.escape(toy.caption(clip))}</h3><div>"]
-    for i in cast:
-        pictures = toy.benchmark_references(size)[i].transpose(0, 1)
-        parts.append(figure(strip(pictures), f"references of person {i}: {', '.join(VIEWS)}"))
-    parts.append(figure(strip(toy.benchmark_truth(number, frames, size)), "ground truth"))
+    pictures = [(strip(toy.benchmark_references(size)[i].transpose(0, 1)),
+                 f"references of person {i}: {', '.join(VIEWS)}") for i in cast]
+    pictures.append((strip(toy.benchmark_truth(number, frames, size)), "ground truth"))
     for result in sorted(results, key=lambda r: list(SETTINGS).index(r["setting"])):
-        people = [f"{person['psnr']:.1f} dB, rank {person['rank']}"
-                  + (", swapped" if person.get("swapped") else "") for person in result["people"]]
-        parts.append(figure(result["strip"], f"given {result['setting']}: {'; '.join(people)}"))
-    return "".join(parts) + "</div>"
+        people = [f"{p['psnr']:.1f} dB, rank {p['rank']}" + ", swapped" * p.get("swapped", False)
+                  for p in result["people"]]
+        pictures.append((result["strip"], f"given {result['setting']}: {'; '.join(people)}"))
+    return case_html(f"Case {number}: {toy.caption(clip)}", pictures)
 
 
 def report(path, heading, evaluations):
@@ -390,12 +382,12 @@ def report(path, heading, evaluations):
     with atomic_file(path.with_name("yaw.svg")) as temporary:  # on its own, for a README
         alone = plots[0].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
         temporary.write_text(alone, encoding="utf-8")
-    galleries = [case_html(n, cases[n], frames, size) for n in sorted(cases, key=quality.get)]
+    galleries = [gallery_of(n, cases[n], frames, size) for n in sorted(cases, key=quality.get)]
     write_page(path, "toy benchmark", heading, table_of(results, METRICS), METRICS, plots, galleries)
 
 
 # ----------------------------------------------------------------------------------------------- the toy, run
-def benchmark_flags(add, settings=USUAL):
+def benchmark_flags(add, settings=DEFAULT_SETTINGS):
     """Flags that say what is measured; claims.py has them too."""
     case_count = in_range(int, 1, CASES, f"1 to {CASES} cases")
     add("--limit", type=case_count, default=CASES, help="for a quick look: so many cases, spread over all")
@@ -455,6 +447,8 @@ def main(argv=None, **options):
         if argv[0] == "claims":
             options |= {"benchmark": sys.modules[__name__]}
         return getattr(importlib.import_module(module), function)(argv[1:], **options)
+    if argv[:1] == ["toy"]:
+        argv = argv[1:]
     world = World.join()
     with world.one_voice():
         meanings = "\n".join(f"  {title(name):15}{metric.words}" for name, metric in METRICS.items())
@@ -463,8 +457,8 @@ def main(argv=None, **options):
         p.add_argument("--ckpt", type=nonempty, help="folder of a checkpoint, or of a run: its newest one")
         p.add_argument("--out", type=nonempty, default="out/eval", help="folder for results and report.html")
         benchmark_flags(p.add_argument)
-        args = p.parse_args(argv[1:] if argv[:1] == ["toy"] else argv)
-        with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
+        args = p.parse_args(argv)
+        with hold(args.out, world):
             run_toy(args, world)
     world.leave()
 

@@ -3,23 +3,17 @@
 cases.py says what a case is. Its video is <id>.mp4, or another of pictures.VIDEOS. A video that cannot be
 measured is a result with a reason, is counted beside the table, and counts in no mean.
 
-Videos are watched at one rate for all systems, --fps. In each picture the n largest faces count, for n
-people. They are followed into tracks, and tracks are assigned to people so that most faces have an owner and
-then similarity is greatest, nobody at two places at once. Without ArcFace, or where somebody has no
-evaluation reference that shows a face, nothing that needs identity is measured, and people are told apart by
-place.
+Pictures are taken at one rate of all systems' videos, --fps. In each the n largest faces count, for n people,
+and go to those people whom they are most like together. Without ArcFace, or where somebody has no evaluation
+reference that shows a face, nothing that needs identity is measured, and people are told apart by place.
 """
-import contextlib
 import functools
-import hashlib
 import itertools
-import json
 import math
 import re
 import sys
 import time
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,18 +21,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from measure.cases import Case, read_cases
-from measure.report import (BIN_NAMES, Metric, append, base64_of, by_case, by_yaw, column, estimate, figure,
-                            in_columns, interval, mean, one, per_frame, plot, read_results, show, table,
-                            write_page)
+from measure.cases import read_cases
+from measure.report import (BIN_NAMES, Metric, Results, base64_of, by_case, by_yaw, case_html, column,
+                            estimate, hold, in_columns, interval, mean, one, per_frame, plot, read_results,
+                            show, table, write_page)
 from networks.faces import Aesthetic, ArcFace, Faces, RetinaFace, SixDRepNet, align, find_faces
 from sample import (ROUND, SAMPLE_RECIPES, find, frames_and_size, load, made_with, make_round, note_of,
                     override, recipe_flags)
 from support.processes import World
 from support.script import (Parser, UserError, check_outputs, count, fingerprint, frame_rate, lock, nonempty,
-                            probe_writable, progress, sha256_of, source_hash, uses_bf16)
+                            probe_writable, progress, source_hash, uses_bf16)
 from videos import toy
-from videos.curate import EXTRACT, MIDDLE, ask, check_url, follow
+from videos.curate import EXTRACT, MIDDLE, ask, check_url
 from videos.manifest import Names
 from videos.pictures import (VIDEOS, Job, check_ours, frame_count, from_bytes, notes_in, open_picture,
                              picture_size, read_frames, read_picture, read_references, to_bytes,
@@ -49,14 +43,12 @@ SHORT_SIDE = 720  # larger videos are shrunk to it
 LONGEST = 120  # seconds of a video
 REFERENCE_SIDE = 512  # of the white square that a reference is fitted into
 BORDER = 0.25  # of grey around a picture in which no face was found, in its sides: the public rule's retry
-GAP = 0.5  # seconds that a face may be away within one track
 REACHED = 95  # percentile of the yaws that counts as reached: one wrong picture in forty is not
 COPY_POSE = 8  # degrees of yaw and pitch together: nearer to a reference's pose, a face may be its copy
 # and its aligned pixels have at least this correlation with the reference's: a picture coded, scaled,
 # lit or turned had 0.90 to 0.996 in 13 of 15 tries, a talking man with himself a second before at most 0.77
 COPY_PIXELS = 0.9
 PUBLIC_FRAMES, JUDGED_FRAMES, JUDGED, RATED_FRAMES, SHOWN_FRAMES = 32, 16, 3, 8, 8
-STYLE = " div p { margin: 2px 0; max-width: 1000px } img { image-rendering: auto }"
 CODE = ("measure/real", "networks/faces", "videos/curate", "videos/pictures")  # what a result depends on
 RUBRIC = ("These are {frames} frames of one generated video, in their order. How natural is it? 5: like a "
           "real recording, 4: small flaws on a second look, 3: visible flaws of bodies, faces or motion, "
@@ -66,7 +58,7 @@ RUBRIC = ("These are {frames} frames of one generated video, in their order. How
 # ---------------------------------------------------------------------------------------------------- metrics
 def counting_zero(p):
     """Similarity by picture, 0 where the person is not seen; None where no identity is measured."""
-    return [value or 0 for value in p["alike"]] if p["alike"] else [None]
+    return [value or 0 for value in p["alike"] or ()]
 
 
 METRICS = {
@@ -113,144 +105,129 @@ def number(value):
     return round(float(value), 5) if value is not None and math.isfinite(value) else None
 
 
-# -------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------ faces
 class BenchmarkFaces(Faces):
     WITHOUT = {ArcFace: "nothing that needs identity is measured",
                SixDRepNet: "yaw comes from five landmarks and falls short at large yaws"}
 
 
-class Shown(NamedTuple):
-    """A face in a picture, as curate.follow takes it."""
-    frame: int
-    box: torch.Tensor
+class SeenFace(NamedTuple):
+    """A face in a picture."""
+    box: torch.Tensor  # left, top, right, bottom in pixels
     yaw: float
     pitch: float
     embedding: torch.Tensor | None
     pixels: torch.Tensor  # of the aligned grey crop, of mean 0 and length 1: products are correlations
 
 
-def find_shown(picture, frame, detector, most):
-    """The `most` largest faces of a uint8 picture [H, W, 3], the largest first."""
-    faces = find_faces(detector, picture, frame, EXTRACT["score"][1])
+def largest_faces(picture, detector, most=1):
+    """The `most` largest SeenFaces of a uint8 picture [H, W, 3], the largest first."""
+    faces = find_faces(detector, picture, 0, EXTRACT["score"][1])
     faces = sorted(faces, key=lambda face: -face.side)[:most]
     if not faces:
         return []
     image = from_bytes(torch.from_numpy(picture)).permute(2, 0, 1)
     grey = align(image, torch.stack([face.landmarks for face in faces])).mean(1).flatten(1)
     grey = torch.nn.functional.normalize(grey - grey.mean(1, keepdim=True), dim=1)
-    return [Shown(frame, face.box, face.yaw, face.pitch, face.embedding, pixels)
+    return [SeenFace(face.box, face.yaw, face.pitch, face.embedding, pixels)
             for face, pixels in zip(faces, grey)]
 
 
-def largest(picture, detector):
-    """The largest face of a picture, or None."""
-    return next(iter(find_shown(picture, 0, detector, 1)), None)
-
-
-def find_with_border(picture, detector):
-    """The largest face of a picture with a grey border, or None."""
+def with_border(picture):
+    """A picture with a grey border."""
     edges = [(round(BORDER * n),) * 2 for n in picture.shape[:2]]
-    return largest(np.pad(picture, (*edges, (0, 0)), constant_values=128), detector)
+    return np.pad(picture, (*edges, (0, 0)), constant_values=128)
 
 
 @functools.lru_cache(maxsize=2000)  # many cases show one person
-def look_up(file, detector):
-    """A reference picture -> the Shown of its largest face, or None."""
-    picture = read_picture(file, (REFERENCE_SIDE, REFERENCE_SIDE))
-    picture = to_bytes(picture).permute(1, 2, 0).contiguous().numpy()
-    return largest(picture, detector) or find_with_border(picture, detector)
+def reference_face(file, detector):
+    """The largest face of a reference picture, or None."""
+    picture = to_bytes(read_picture(file, (REFERENCE_SIDE, REFERENCE_SIDE)))
+    picture = picture.permute(1, 2, 0).contiguous().numpy()
+    faces = largest_faces(picture, detector) or largest_faces(with_border(picture), detector)
+    return faces[0] if faces else None
 
 
 class Watched(NamedTuple):
-    """What is seen of a video."""
-    tracks: list
-    small: list  # its pictures, uint8, 512 pixels on the longest side
-    bordered: dict  # picture number -> Shown that was found with a grey border only
-    width: int
+    """What is seen of a video, a list entry a picture."""
+    faces: list  # SeenFaces
+    bordered: list  # those that were found with a grey border only, of one person
+    small: list  # uint8 pictures, 512 pixels on the longest side
+    width: int = 0  # pixels
 
 
 def watch(path, detector, most, fps):
     """-> Watched, of a video with at most so many people."""
-    tracks, live, small, bordered = [], [], [], {}
+    watched = Watched([], [], [])
     with watch_decoder():
         for frame, picture in enumerate(read_frames(path, fps, SHORT_SIDE)):
             if frame >= LONGEST * fps:
                 raise UserError(f"longer than {LONGEST} seconds")
-            small.append(np.array(ImageOps.contain(Image.fromarray(picture), (512, 512))))
-            faces = find_shown(picture, frame, detector, most)
-            if not faces and most == 1 and (found := find_with_border(picture, detector)):
-                bordered[frame] = found
-            live = [track for track in live if track.faces[-1].frame >= frame - 1 - GAP * fps]
-            follow(tracks, live, faces)
-    return Watched(tracks, small, bordered, picture.shape[1])
+            watched.small.append(np.array(ImageOps.contain(Image.fromarray(picture), (512, 512))))
+            watched.faces.append(largest_faces(picture, detector, most))
+            again = most == 1 and not watched.faces[-1]
+            watched.bordered.append(largest_faces(with_border(picture), detector) if again else [])
+    return watched._replace(width=picture.shape[1])
 
 
-def assign(tracks, alike):
-    """For each track its person, or None. alike: [tracks, people], from -1 to 1. Of all assignments in which
-    nobody is in two places at once, the one with the largest sum of faces times 2 + alike: 2, so that a face
-    of anybody is worth more than none."""
-    people = len(alike[0]) if alike else 0
-    order = sorted(range(len(tracks)), key=lambda t: tracks[t].faces[0].frame)
-    best = {(-1,) * people: (0.0, ())}  # last picture of each person's latest track -> value, owners so far
-    for t in order:
-        first, last, following = tracks[t].faces[0].frame, tracks[t].faces[-1].frame, {}
-        for ends, (value, owners) in best.items():
-            for person in (None, *(k for k in range(people) if ends[k] < first)):
-                worth = value + (0 if person is None else len(tracks[t].faces) * (2 + alike[t][person]))
-                busy = [end if end >= first else -1 for end in ends]  # fewer states: what is over is over
-                now = tuple(last if k == person else end for k, end in enumerate(busy))
-                if now not in following or worth > following[now][0]:
-                    following[now] = worth, (*owners, person)
-        best = following
-    owners = dict(zip(order, max(best.values(), key=lambda entry: entry[0])[1]))
-    return [owners[t] for t in range(len(tracks))]
-
-
-def similarity(face, targets):
-    """Mean cosine of a face with the embeddings of a person's evaluation references, or None."""
+def mean_cosine(face, targets):
+    """Of a face with the embeddings of a person's evaluation references, or None."""
     return mean([float(face.embedding @ target) for target in targets])
 
 
-def share_faces(watched, targets, people):
-    """{picture: face} of each person. targets: embeddings of everybody's evaluation references; without them,
-    people are told apart by place."""
-    alike = []
-    for track in watched.tracks:
+def faces_by_person(watched, targets, people):
+    """{picture: SeenFace} of each person. In each picture the faces go to those people whom they are most
+    like together. targets: embeddings of everybody's evaluation references; without them, the nearer to
+    one's place, from left to right, the more alike."""
+    def alike(face, k):
         if targets:
-            alike.append([mean([similarity(face, own) for face in track.faces]) for own in targets])
-        else:
-            place = mean([float(face.box[0] + face.box[2]) / 2 / watched.width for face in track.faces])
-            alike.append([-abs(place - (k + 0.5) / people) for k in range(people)])
-    faces = [{} for _ in range(people)]
-    for track, owner in zip(watched.tracks, assign(watched.tracks, alike)):
-        if owner is not None:
-            faces[owner] |= {face.frame: face for face in track.faces}
-    return faces
+            return mean_cosine(face, targets[k])
+        return -abs(float(face.box[0] + face.box[2]) / 2 / watched.width - (k + 0.5) / people)
+    found = [{} for _ in range(people)]
+    for f, faces in enumerate(watched.faces):
+        table_of = [[alike(face, k) for k in range(people)] for face in faces]
+        owners = max(itertools.permutations(range(people), len(faces)),
+                     key=lambda owners: sum(row[k] for row, k in zip(table_of, owners)))
+        for face, k in zip(faces, owners):
+            found[k][f] = face
+    return found
 
 
-def measure(case, path, detector, fps):
-    """A case's video -> its pictures and a dict per person, which METRICS reads."""
-    n, watched = len(case.refs), watch(path, detector, len(case.refs), fps)
-    refs = [{view: look_up(file, detector) for view, file in views.items()} for views in case.refs]
-    shown = [[look_up(file, detector) for file in files] for files in case.eval_refs]
+# -------------------------------------------------------------------------------------------------- measuring
+def measure_case(case, path, detector, aesthetic, fps):
+    """-> what a line of the results says of a case's video: a dict per person, which METRICS reads, and
+    pictures; {"reason": ...} where it cannot be measured."""
+    try:
+        n, watched = len(case.refs), watch(path, detector, len(case.refs), fps)
+        length = len(watched.small)
+        refs = [{view: reference_face(file, detector) for view, file in views.items()} for views in case.refs]
+        shown = [[reference_face(file, detector) for file in files] for files in case.eval_refs]
+        strips = [strip_of([to_bytes(read_picture(file, (72, 72))).permute(1, 2, 0).numpy()
+                            for file in views.values()]) for views in case.refs]
+        rated = [watched.small[f] for f in evenly(length, RATED_FRAMES)] if aesthetic else []
+        score = mean([aesthetic(from_bytes(torch.from_numpy(p)).permute(2, 0, 1)) for p in rated])
+    except (UserError, OSError) as error:
+        return {"reason": str(error)}
     targets = [[face.embedding for face in faces if face and face.embedding is not None] for faces in shown]
     targets = targets if all(targets) else None  # people without references could not be told from others
-    faces = share_faces(watched, targets, n)
-    people = [measure_person(k, case, refs[k], targets, faces[k], len(watched.small)) for k in range(n)]
-    for person, found in zip(people, shown):
-        person["without_face"] = sum(face is None for face in found)
+    faces = faces_by_person(watched, targets, n)
+    people = [score_person(k, case, refs[k], targets, faces[k], length) for k in range(n)]
+    for person, of_person in zip(people, shown):
+        person["without_face"] = of_person.count(None)
+        person["aesthetic"] = number(score)  # of the whole video, so the same for each
     if targets and n == 1:
-        people[0]["public"] = public_rule(watched, refs[0], len(watched.small))
+        people[0]["public"] = public_rule(watched, refs[0])
     if targets and n > 1 and case.places and all(faces):
         places = [mean([float(face.box[0] + face.box[2]) for face in own.values()]) for own in faces]
         for k, person in enumerate(people):
             person["swapped"] = sorted(places).index(places[k]) != k
-    return watched.small, people
+    strip = strip_of([watched.small[f] for f in evenly(length, SHOWN_FRAMES)])
+    return {"people": people, "strip": strip, "refs": strips}
 
 
-def measure_person(k, case, refs, targets, faces, length):
-    """refs: {view: Shown or None}; targets: embeddings of everybody's evaluation references, None where no
-    identity is measured; faces: {picture: Shown} of this person; length: pictures of the video."""
+def score_person(k, case, refs, targets, faces, length):
+    """refs: {view: SeenFace or None}; targets: embeddings of everybody's evaluation references, None where no
+    identity is measured; faces: {picture: SeenFace} of this person; length: pictures of the video."""
     def by_picture(value):
         return [value(faces[f]) if f in faces else None for f in range(length)]
 
@@ -263,14 +240,15 @@ def measure_person(k, case, refs, targets, faces, length):
               "alike": None, "best": None, "crossed": None, "next": None,
               "copied": by_picture(lambda face: is_copy(face, list(filter(None, refs.values())))),
               "coverage": coverage(yaws, bool(faces), case.asked_yaw[k]), **path_of(faces)}
-    if targets:
-        own, others = targets[k], [target for i, target in enumerate(targets) if i != k]
-        person["alike"] = by_picture(lambda face: number(similarity(face, own)))
-        person["best"] = by_picture(lambda face: number(max(face.embedding @ target for target in own)))
-        person["next"] = [number(faces[f].embedding @ faces[f + 1].embedding)
-                          if f in faces and f + 1 in faces else None for f in range(length - 1)]
-    if targets and others and faces:
-        nearest = by_picture(lambda face: max(similarity(face, target) for target in others))
+    if not targets:
+        return person
+    own, others = targets[k], targets[:k] + targets[k + 1:]
+    person["alike"] = by_picture(lambda face: number(mean_cosine(face, own)))
+    person["best"] = by_picture(lambda face: number(max(face.embedding @ target for target in own)))
+    pairs = [(faces.get(f), faces.get(f + 1)) for f in range(length - 1)]
+    person["next"] = [number(a.embedding @ b.embedding) if a and b else None for a, b in pairs]
+    if others and faces:
+        nearest = by_picture(lambda face: max(mean_cosine(face, target) for target in others))
         person["margin"] = number(mean(person["alike"]) - mean(nearest))
         person["crossed"] = [None if a is None else b > a for a, b in zip(person["alike"], nearest)]
     return person
@@ -290,13 +268,13 @@ def is_copy(face, refs):
     def apart(ref):
         return math.hypot(wrap(face.yaw - ref.yaw), face.pitch - ref.pitch)
 
-    def alike(ref):
+    def correlation(ref):
         return float(face.pixels @ ref.pixels)
     refs = [ref for ref in refs if math.isfinite(apart(ref))]
     if not refs:
         return None
-    near, same = min(refs, key=apart), max(refs, key=alike)
-    return near is same and apart(near) <= COPY_POSE and alike(same) >= COPY_PIXELS
+    near, same = min(refs, key=apart), max(refs, key=correlation)
+    return near is same and apart(near) <= COPY_POSE and correlation(same) >= COPY_PIXELS
 
 
 def path_of(faces):
@@ -316,15 +294,16 @@ def evenly(length, n):
     return sorted(set(np.linspace(0, length - 1, n).round().astype(int).tolist()))
 
 
-def public_rule(watched, refs, length):
+def public_rule(watched, refs):
     """FaceSim as OpenS2V's public code computes it: see METRICS. 0 where no picture shows a face."""
-    target = next((ref for ref in refs.values() if ref), None)
+    target = next(filter(None, refs.values()), None)
     if target is None:
         return None
-    faces = watched.bordered | {face.frame: face for track in watched.tracks for face in track.faces}
-    chosen = np.linspace(0, length - 1, PUBLIC_FRAMES).round().astype(int).tolist()
-    found = [max(0.0, float(faces[f].embedding @ target.embedding)) for f in chosen if f in faces]
-    return number(mean(found) or 0)
+    cosines = []
+    for f in np.linspace(0, len(watched.faces) - 1, PUBLIC_FRAMES).round().astype(int):
+        for face in watched.faces[f] or watched.bordered[f]:
+            cosines.append(max(0.0, float(face.embedding @ target.embedding)))
+    return number(mean(cosines) or 0)
 
 
 class Judge:
@@ -341,199 +320,139 @@ class Judge:
             raise ValueError(f"not one number from 1 to 5 in {words[:60]!r}")
         return float(found[0])
 
-    def __call__(self, video, length, rate, name):
-        """A video of `length` pictures at that rate -> the mean of three answers, or None, and why there is
-        none."""
-        if self.in_a_row == 10:
-            return None, "not asked after ten failures in a row"
-        chosen = evenly(length, JUDGED_FRAMES)
-        pictures = [picture for f, picture in enumerate(read_frames(video, rate, 512)) if f in chosen]
-        words = RUBRIC.format(frames=len(pictures))
+    def __call__(self, result, video, rate):
+        """A result with the mean of three answers. One that failed has no judge, so a restart asks again."""
+        score, reason = None, "not asked after ten failures in a row"
         try:
-            answers = [ask(self.url, self.model, words, pictures, self.read) for _ in range(JUDGED)]
+            if self.in_a_row < 10:
+                chosen = evenly(len(result["people"][0]["face"]), JUDGED_FRAMES)
+                pictures = [p for f, p in enumerate(read_frames(video, rate, 512)) if f in chosen]
+                words = RUBRIC.format(frames=len(pictures))
+                score = number(mean([ask(self.url, self.model, words, pictures, self.read)
+                                     for _ in range(JUDGED)]))
+                self.in_a_row, reason = 0, None
         except Exception as error:  # a network and what it answers raise a dozen kinds
-            self.in_a_row += 1
-            reason = f"{type(error).__name__}: {error}"[:200]
-            print(f"{name} gets no natural score: {reason}", file=sys.stderr)
-            return None, reason
-        self.in_a_row = 0
-        return number(mean(answers)), None
+            self.in_a_row, reason = self.in_a_row + 1, f"{type(error).__name__}: {error}"[:200]
+            print(f"{result['case']} gets no natural score: {reason}", file=sys.stderr)
+        people = [person | {"natural": score} for person in result["people"]]
+        return result | {"people": people, "judge": None if reason else self.name, "judge_failed": reason}
 
 
 # ------------------------------------------------------------------------------------------------ a whole set
 def strip_of(pictures, height=72):
     """uint8 pictures [H, W, 3] beside each other, a JPEG in base64."""
     images = [Image.fromarray(picture) for picture in pictures]
-    images = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
-    sheet, x = Image.new("RGB", (sum(image.width for image in images), height)), 0
-    for image in images:
-        sheet.paste(image, (x, 0))
-        x += image.width
-    return base64_of(sheet, "jpeg")
+    widths = [max(1, round(image.width * height / image.height)) for image in images]
+    parts = [np.asarray(image.resize((width, height))) for image, width in zip(images, widths)]
+    return base64_of(Image.fromarray(np.concatenate(parts, axis=1)), "jpeg")
 
 
-def measure_case(case, path, detector, aesthetic, fps):
-    """-> what a line of the results says of a video; {"reason": ...} where it cannot be measured."""
+def task_of(case, names, rules):
+    """-> a case's video in the folder of some Names, or None; and of its result the case, the rule (a name
+    for all that it depends on but the video) and the video (a name, or why there is none). Names are alike on
+    every machine, so that results can be compared."""
     try:
-        small, people = measure(case, path, detector, fps)
-        rated = [small[f] for f in evenly(len(small), RATED_FRAMES)] if aesthetic else []
-        score = mean([aesthetic(from_bytes(torch.from_numpy(p)).permute(2, 0, 1)) for p in rated])
-        refs = [[to_bytes(read_picture(file, (72, 72))).permute(1, 2, 0).numpy() for file in views.values()]
-                for views in case.refs]
+        if case.fault:
+            raise UserError(case.fault)
+        paths = [names.folder / names.find(f"{case.id}{suffix}") for suffix in VIDEOS]
+        videos = [path for path in paths if path.is_file()]
+        if len(videos) != 1:
+            raise UserError("more than one video" if videos else f"no video {case.id}.mp4 in {names.folder}")
+        return videos[0], (case.id, fingerprint(case._replace(id=""), rules), fingerprint(videos[0]))
     except (UserError, OSError) as error:
-        return {"reason": str(error)}
-    for person in people:  # of the whole video, so the same for each
-        person["aesthetic"] = number(score)
-    return {"people": people, "strip": strip_of([small[f] for f in evenly(len(small), SHOWN_FRAMES)]),
-            "refs": [strip_of(pictures) for pictures in refs]}
-
-
-def files_of(case):
-    return [*itertools.chain(*(views.values() for views in case.refs)), *itertools.chain(*case.eval_refs)]
-
-
-def find_video(case, names):
-    """A case's video in the folder of some Names; UserError where there is none or more than one."""
-    if case.fault:
-        raise UserError(case.fault)
-    found = [path for suffix in VIDEOS
-             if (path := names.folder / names.find(f"{case.id}{suffix}")).is_file()]
-    if len(found) != 1:
-        raise UserError("more than one video" if found else f"no video {case.id}.mp4 in {names.folder}")
-    return found[0]
-
-
-class Task(NamedTuple):
-    """A case, its video if it has one, and what its result depends on."""
-    case: Case
-    video: Path | None
-    key: tuple  # the case's id, a hash of all but the video, a hash of the video or why there is none
-
-
-def tasks_of(cases, folder, args):
-    """-> a Task per case. The hashes are alike on every machine, so that results can be compared."""
-    patterns = itertools.chain(Faces.FILES.values(), *Aesthetic.FILES.values())
-    networks = sorted({fingerprint(path) for p in patterns for path in args.faces.glob(p)})
-    tasks, names = [], Names(folder)
-    for case in cases:
-        files = []
-        try:
-            video = find_video(case, names)
-            content = sha256_of(video)[:12]
-            files = list(map(sha256_of, files_of(case)))
-        except (UserError, OSError) as error:
-            video, content = None, str(error)
-        counts = [sorted(views) for views in case.refs], list(map(len, case.eval_refs))
-        parts = [case.prompt, case.seed, case.asked_yaw, case.places, counts, files, networks, args.rate,
-                 source_hash(*CODE), *toy_code(args.faces)]
-        rule = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-        tasks.append(Task(case, video, (case.id, rule, content)))
-    return tasks
-
-
-def by_key(lines):
-    """{Task.key: its latest result}"""
-    return {(line["case"], line["rule"], line["video"]): line for line in lines}
+        return None, (case.id, "", str(error))
 
 
 def run_cases(cases, folder, args, world, detector=None):
-    """Measure the videos of these Cases in a folder -> a result per case, in their order. Each is appended to
-    args.out/cases_measured.jsonl as it is there, and those of an earlier call are kept where nothing that
-    they depend on has changed. Several ranks share the cases, and the file."""
-    path, tasks = args.out / "cases_measured.jsonl", tasks_of(cases, folder, args)
-    lines, networks = read_results(path), None
-    known, latest = by_key(lines), {line["case"]: line for line in lines}
+    """Measure the videos of these Cases in a folder -> a result per case, in their order, kept where nothing
+    that it depends on has changed. Several ranks share the cases."""
+    names = ("case", "rule", "video")
+    results = Results(args.out / "cases_measured.jsonl", names)
+    latest = {line["case"]: line for line in results.values()}
+    patterns = [*Faces.FILES.values(), *sum(Aesthetic.FILES.values(), ())]
+    files = sorted({fingerprint(path) for pattern in patterns for path in args.faces.glob(pattern)})
+    rules = [files, args.rate, source_hash(*CODE), toy_code(args.faces)]
+    folder, networks = Names(folder), None
+    tasks = [task_of(case, folder, rules) for case in cases]
     judge = args.judge_url and Judge(args.judge_url, args.judge_model)
-    for task in progress(tasks[world.rank::world.size], "measuring", "videos"):
-        result = known.get(task.key)
-        if result is None and task.video and not networks:
-            networks = (detector or load_faces(args.faces, world.device, BenchmarkFaces),
-                        Aesthetic.load(args.faces, world.device))
+    mine = list(zip(cases, tasks))[world.rank::world.size]
+    for case, (video, key) in progress(mine, "measuring", "videos"):
+        result = results.get(key)
         if result is None:
-            found = (measure_case(task.case, task.video, *networks, args.rate) if task.video
-                     else {"reason": task.key[-1]})
-            result = dict(zip(("case", "rule", "video"), task.key)) | found
-            append(path, result)
-        elif latest[task.case.id] is not result:
-            append(path, result)  # measured by these rules before others: --compare takes the last line
+            found = {"reason": key[-1]}
+            if video:
+                networks = networks or (detector or load_faces(args.faces, world.device, BenchmarkFaces),
+                                        Aesthetic.load(args.faces, world.device))
+                found = measure_case(case, video, *networks, args.rate)
+            result = results.add(dict(zip(names, key)) | found)
+        elif latest[case.id] is not result:
+            results.add(result)  # it was measured by other rules meanwhile: compare takes the last line
         if judge and "people" in result and result.get("judge") != judge.name:
-            append(path, ask_judge(judge, result, task.video, args))
+            results.add(judge(result, video, args.rate))
     world.barrier()  # now all is in the file
-    known = by_key(read_results(path))
-    return [known[task.key] for task in tasks]
-
-
-def ask_judge(judge, result, video, args):
-    """A result with its natural score. One that failed has no judge, so that a restart asks again."""
-    score, reason = judge(video, len(result["people"][0]["face"]), args.rate, result["case"])
-    people = [person | {"natural": score} for person in result["people"]]
-    return result | {"people": people, "judge": None if reason else judge.name, "judge_failed": reason}
+    results.read()
+    return [results[key] for _, key in tasks]
 
 
 # ----------------------------------------------------------------------------------------------------- report
 def groups_of(results):
     """{"1 person, 60 cases": the results that could be measured, ...}"""
     groups = {}
-    for result in results:
-        if n := len(result.get("people", ())):
-            groups.setdefault(n, []).append(result)
-    return {f"{n} {'person' if n == 1 else 'people'}, {len(group)} cases": group
-            for n, group in sorted(groups.items())}
+    for n in range(1, 5):
+        if same := [result for result in results if len(result.get("people", ())) == n]:
+            groups[f"{n} {'person' if n == 1 else 'people'}, {len(same)} cases"] = same
+    return groups
 
 
 def identity_plots(series, words=""):
     """series: {name: results}"""
-    given = [METRICS["given"], METRICS["not_given"]]
-    return [plot(f"identity by yaw of the face, cosine{words}", BIN_NAMES,
-                 {name: by_yaw(group, "alike") for name, group in series.items()}, most=1),
-            plot(f"identity by nearest view, cosine{words}", ["given", "not given"],
-                 {name: [estimate(group, metric) for metric in given] for name, group in series.items()},
-                 most=1)]
+    by_view = {name: [estimate(group, METRICS[metric]) for metric in ("given", "not_given")]
+               for name, group in series.items()}
+    by_angle = {name: by_yaw(group, "alike") for name, group in series.items()}
+    return [plot(f"identity by yaw of the face, cosine{words}", BIN_NAMES, by_angle, most=1),
+            plot(f"identity by nearest view, cosine{words}", ["given", "not given"], by_view, most=1)]
 
 
-def case_html(case, result):
+def gallery(case, result):
     """One case: its references, its video, and what was measured of each person."""
-    head = f"<h3>{escape(f'{case.id}: {case.prompt}' if case.prompt else case.id)}</h3><div>"
+    title = f"{case.id}: {case.prompt}" if case.prompt else case.id
     if "reason" in result:
-        return f"{head}<p>not measured: {escape(result['reason'])}</p></div>"
-    parts = [figure(strip, f"references of person {k}: {', '.join(views)}", "jpeg")
-             for k, (strip, views) in enumerate(zip(result["refs"], case.refs), 1)]
-    parts.append(figure(result["strip"], "its video", "jpeg"))
+        return case_html(title, [], [f"not measured: {result['reason']}"])
+    pictures = [(strip, f"references of person {k}: {', '.join(views)}")
+                for k, (strip, views) in enumerate(zip(result["refs"], case.refs), 1)]
+    lines = []
     for k, person in enumerate(result["people"], 1):
         values = {name: mean(metric.values(person)) for name, metric in METRICS.items()}
-        words = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if value is not None)
+        words = [f"{name} {value:.3g}" for name, value in values.items() if value is not None]
+        lines.append(f"person {k}: {', '.join(words)}")
         if person["without_face"]:
-            words += f"; {person['without_face']} evaluation references show no face"
-        parts.append(f"<p>person {k}: {escape(words)}</p>")
-    return head + "".join(parts) + "</div>"
+            lines[-1] += f"; {person['without_face']} evaluation references show no face"
+    return case_html(title, [*pictures, (result["strip"], "its video")], lines, "jpeg")
 
 
 def write_report(path, heading, cases, results):
     """report.html of results, those that could not be measured first, then the worst."""
     def quality(pair):
         people = pair[1].get("people", ())
-        similarity = [mean(METRICS["mvrc"].values(person)) for person in people]
-        rates = [mean(person["face"]) for person in people]
-        return bool(people), mean(similarity) or 0, mean(rates) or 0
+        similarity = mean([mean(METRICS["mvrc"].values(person)) for person in people])
+        return bool(people), similarity or 0, mean([mean(person["face"]) for person in people]) or 0
     groups = groups_of(results)
     plots = identity_plots({label.split(",")[0]: group for label, group in groups.items()})
-    galleries = [case_html(*pair) for pair in sorted(zip(cases, results), key=quality)]
+    galleries = [gallery(*pair) for pair in sorted(zip(cases, results), key=quality)]
     heading += f"; {sum(map(len, groups.values()))} of {len(cases)} videos measured"
-    write_page(path, "real benchmark", heading, table("", groups, METRICS), METRICS, plots, galleries, STYLE)
+    write_page(path, "real benchmark", heading, table("", groups, METRICS), METRICS, plots, galleries)
 
 
 def summary(results):
     """What is printed: tables, and what could not be measured."""
-    groups = groups_of(results)
-    lines = []
+    groups, lines = groups_of(results), []
     for names in (HEADLINE, *DETAILS) if groups else ():
         metrics = {name: METRICS[name] for name in names}
         lines.append(in_columns(table("", groups, metrics, with_interval=names is HEADLINE)))
-    reasons = [f"{result['case']}: {result['reason']}" for result in results if "reason" in result]
-    measured = len(results) - len(reasons)
-    lines.append(f"{measured} of {len(results)} videos measured; the others count in no mean")
-    lines += [f"  {reason}" for reason in reasons[:10]]
-    people = [person for group in groups.values() for result in group for person in result["people"]]
+    reasons = [f"  {result['case']}: {result['reason']}" for result in results if "reason" in result]
+    lines += [f"{len(results) - len(reasons)} of {len(results)} videos measured; the others count in no mean",
+              *reasons[:10]]
+    people = [person for result in results for person in result.get("people", ())]
     if unknown := sum(not person["alike"] for person in people):
         lines.append(f"no identity was measured of {unknown} of {len(people)} people: no ArcFace, or "
                      "evaluation references that show no face")
@@ -541,27 +460,36 @@ def summary(results):
 
 
 # ------------------------------------------------------------------------------------------------- comparison
-def compare(folders, out):
-    """Several --out folders side by side, on the cases that all of them measured by the same rules; prints a
-    table and writes out/compare.html."""
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        names = list(map(str, folders))
+def read_systems(folders):
+    """--out folders -> {name: {(case, rule): its result}}, those that were measured last of every case."""
     systems = {}
-    for name, folder in zip(names, folders):
+    for folder in folders:
         lines = read_results(folder / "cases_measured.jsonl")
         if not lines:
             raise UserError(f"{folder} holds no cases_measured.jsonl with results: give --out folders of "
-                            "`eval.py --cases`")
-        latest = {line["case"]: line for line in lines}  # under the rules that it was last measured by
+                            "`eval.py real`")
+        latest = {line["case"]: line for line in lines}
+        name = str(folder) if folder.name in systems else folder.name
         systems[name] = {(line["case"], line["rule"]): line for line in latest.values() if "people" in line}
-    judges = {line.get("judge") for found in systems.values() for line in found.values()} - {None}
+    if len(systems) < 2:
+        raise UserError("compare needs two or more different folders")
+    results = [result for found in systems.values() for result in found.values()]
+    judges = {result.get("judge") for result in results} - {None}
     if len(judges) > 1:
         print(f"natural is left out, judged by {' and '.join(sorted(judges))}")
-        for person in (p for found in systems.values() for line in found.values() for p in line["people"]):
+        for person in (person for result in results for person in result["people"]):
             person["natural"] = None
-    if len(systems) < 2:
-        raise UserError("--compare needs two or more different folders")
+    return systems
+
+
+def compare_main(argv):
+    """`python eval.py compare`: a table and OUT/compare.html, on the cases that all systems measured by the
+    same rules."""
+    p = Parser(prog="eval.py compare", description="systems side by side, paired by case")
+    p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--out folders of `eval.py real`")
+    p.add_argument("--out", type=Path, default="out/eval", help="folder for compare.html")
+    args = p.parse_args(argv)
+    systems, page = read_systems(args.folders), args.out / "compare.html"
     common = sorted(set.intersection(*map(set, systems.values())))
     counts = ", ".join(f"{name} {len(found)}" for name, found in systems.items())
     if not common:
@@ -574,9 +502,9 @@ def compare(folders, out):
     for label in next(iter(groups.values())):
         plots += identity_plots({name: own[label] for name, own in groups.items()}, f", {label}")
     print(f"{heading}\n{in_columns(lines)}")
-    write_page(out / "compare.html", "real benchmark: systems side by side", heading, list(zip(*lines)),
-               METRICS, plots, [])
-    print(out / "compare.html")
+    with lock(args.out):
+        write_page(page, "real benchmark: systems side by side", heading, list(zip(*lines)), METRICS, plots)
+    print(page)
 
 
 def compare_table(groups):
@@ -589,12 +517,12 @@ def compare_table(groups):
             values = {system: by_case(own[label], metric) for system, own in groups.items()}
             cells = [show(estimate(own[label], metric), metric.percent) for own in groups.values()]
             for other in others:
-                both = values[first].keys() & values[other].keys()
-                found = interval([values[other][case] - values[first][case] for case in sorted(both)],
+                both = sorted(values[first].keys() & values[other].keys())
+                found = interval([values[other][case] - values[first][case] for case in both],
                                  (-1, 1) if metric.percent else None)
                 # of fewer than six cases all may be on one side by chance
                 decided = found and len(both) > 5 and (found.low > 0 or found.high < 0)
-                cells.append(show(found, metric.percent, signed=True) + (" *" if decided else ""))
+                cells.append(show(found, metric.percent, signed=True) + " *" * bool(decided))
             if any(values.values()):
                 lines.append([f"{label}: {column(name, metric)}", *cells])
     return lines
@@ -602,124 +530,118 @@ def compare_table(groups):
 
 # -------------------------------------------------------------------------------------- a checkpoint's videos
 def sample_cases(cases, args, world):
-    """Make the cases' videos with --ckpt in OUT/videos, over all ranks -> that folder, and the cases, those
-    that the checkpoint cannot make with a fault. A video whose comment says that it was made of the same is
-    kept."""
-    found = find(args.ckpt)
-    recipe, folder = override(SAMPLE_RECIPES[found.kind], args), args.out / "videos"
-    frames, size = frames_and_size(args, found)
-    if not found.meta:
+    """Make the cases' videos with --ckpt in OUT/videos, over all ranks -> that folder. Cases that the
+    checkpoint cannot make get a fault. A video that says that it was made of the same is kept."""
+    ckpt = find(args.ckpt)
+    recipe, folder = override(SAMPLE_RECIPES[ckpt.kind], args), args.out / "videos"
+    frames, size = frames_and_size(args, ckpt)
+    if not ckpt.meta:
         raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
                         "train.py made")
     probe_writable(folder)
-    model, encoders = load(found, args.wan, args.offload, args.tile, precision=args.precision,
-                           need_vit=found.config.vit_dim > 0)
-    bf16 = uses_bf16(world.device, args.precision)
-    made = made_with(found, encoders, recipe, frames, bf16, args.tile)
+    model, encoders = load(ckpt, args.wan, args.offload, args.tile, precision=args.precision,
+                           need_vit=ckpt.config.vit_dim > 0)
+    made = made_with(ckpt, encoders, recipe, frames, uses_bf16(world.device, args.precision), args.tile)
 
     def job_of(case):
-        """A case as a Job whose references are files, and what is written of how its video is made."""
-        if len(case.refs) > found.config.max_identities:
+        """A case as a Job whose references are files, with what is written of how its video is made."""
+        if len(case.refs) > ckpt.config.max_identities:
             raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
-                            f"{found.config.max_identities}")
-        for file in itertools.chain(*map(dict.values, case.refs)):
+                            f"{ckpt.config.max_identities}")
+        for file in case.files():
             with open_picture(file) as picture:
                 picture.load()
-        shape = toy.frame_size(size[0], len(case.refs)) if found.kind == "toy" else size
-        job = Job(case.prompt, case.refs, case.seed, shape,
-                  files=[[f"{view}={file}" for view, file in views.items()] for views in case.refs])
+        shape = toy.frame_size(size[0], len(case.refs)) if ckpt.kind == "toy" else size
+        files = [[f"{view}={file}" for view, file in views.items()] for views in case.refs]
+        job = Job(case.prompt, case.refs, case.seed, shape, files)
         return replace(job, note=note_of(job, recipe, frames, args.ckpt, made))
-    checked, todo = [], []
-    for case in cases:
+    todo = {}
+    for n, case in enumerate(cases):
         try:
-            if not case.fault and notes_in(folder / f"{case.id}.mp4") != [job_of(case).note]:
-                todo.append(case)
+            path = folder / f"{case.id}.mp4"
+            if not case.fault and notes_in(path) != [job_of(case).note]:
+                todo[path] = job_of(case)
         except (UserError, OSError) as error:
-            case = case._replace(fault=str(error))
-        checked.append(case)
-    check_ours([folder / f"{case.id}.mp4" for case in todo])
+            cases[n] = case._replace(fault=str(error))
+    check_ours(todo)
     world.barrier()  # all have looked before anybody writes
-    mine = todo[world.rank::world.size]
+    mine = list(todo)[world.rank::world.size]
     for start in range(0, len(mine), ROUND):
-        jobs = [replace(job, references=read_references(job.references, size))
-                for job in map(job_of, mine[start:start + ROUND])]
+        paths = mine[start:start + ROUND]
+        jobs = [replace(todo[path], references=read_references(todo[path].references, size))
+                for path in paths]
         make_round(model, encoders, jobs, recipe, frames)
-        for case, job in zip(mine[start:], jobs):
-            write_video(folder / f"{case.id}.mp4", job.video, recipe["fps"], job.note)
+        for path, job in zip(paths, jobs):
+            write_video(path, job.video, recipe["fps"], job.note)
     world.barrier()
-    return folder, checked
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ the command
+SAMPLING = ("steps", "shift", "guide_refs", "guide_text", "precision", "wan", "frames", "size", "offload",
+            "tile")  # flags that are for --ckpt
 
 
 def run(args, world, detector=None):
-    start = time.perf_counter()
-    page = args.out / "report.html"
+    start, page = time.perf_counter(), args.out / "report.html"
     world.barrier()  # rank 0 holds the folder
     cases, folder = read_cases(args.cases), args.videos
-    inputs = [args.cases, *(file for case in cases if not case.fault for file in files_of(case))]
-    outputs = [] if folder else [args.out / "videos" / f"{case.id}.mp4" for case in cases]
-    check_outputs([page, args.out / "cases_measured.jsonl", *filter(Path.exists, outputs)], inputs)
+    outputs = [args.out / "videos" / f"{case.id}.mp4" for case in cases if not folder]
+    check_outputs([page, args.out / "cases_measured.jsonl", *filter(Path.exists, outputs)],
+                  [args.cases, *(file for case in cases for file in case.files())])
     pattern = Faces.FILES[RetinaFace]
     if not (detector or is_toy(args.faces) or any(args.faces.glob(pattern))):  # before hours of sampling
         raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")
     if not folder:
-        folder, cases = sample_cases(cases, args, world)
+        folder = sample_cases(cases, args, world)
     results = run_cases(cases, folder, args, world, detector)
     print(summary(results))
     if world.rank == 0:
-        heading = f"{args.cases.name}, videos of {args.ckpt or args.videos}"
-        write_report(page, heading, cases, results)
+        write_report(page, f"{args.cases.name}, videos of {args.ckpt or args.videos}", cases, results)
         print(f"{page} in {time.perf_counter() - start:.0f} s")
     if all("reason" in result for result in results):
         raise UserError(f"none of {len(results)} videos could be measured; the first: {results[0]['reason']}")
 
 
-# -------------------------------------------------------------------------------------------------------- CLI
+def arguments(argv):
+    meanings = "\n".join(f"  {name:15}{metric.words}" for name, metric in METRICS.items())
+    p = Parser(prog="eval.py real", description=__doc__, epilog=f"what the columns mean:\n{meanings}")
+    add = p.add_argument_group("what to measure").add_argument
+    add("--cases", type=Path, required=True, help="file of cases; see cases.py and make-cases")
+    add("--out", type=Path, default="out/eval", help="folder for results and report.html")
+    add("--faces", type=Path, required=True, help="folder with the weights that faces.py names, or toy")
+    add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at")
+    add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model: `natural`")
+    add("--judge-model", type=nonempty, default="default", help="its model; the key: OPENAI_API_KEY")
+    add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
+    add("--ckpt", type=nonempty, help="make the videos with this checkpoint, or run: its newest one")
+    add = p.add_argument_group("for --ckpt, as in sample.py").add_argument
+    recipe_flags(add)
+    add("--wan", type=nonempty, help="folder of umT5, VAE and ViT")
+    add("--frames", type=frame_count, help="of each video")
+    add("--size", type=picture_size, help="HEIGHTxWIDTH")
+    add("--offload", action="store_true", help="networks wait in CPU memory")
+    add("--tile", type=count, help="pixels a side that the VAE works on at a time")
+    args = p.parse_args(argv)
+    if bool(args.videos) == bool(args.ckpt):
+        raise UserError("expected one of --videos DIR, a system's videos, and --ckpt to make them")
+    for name in SAMPLING if args.videos else ():
+        if getattr(args, name) != p.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is for sampling: leave it out with --videos")
+    if not (args.faces.is_dir() or is_toy(args.faces)):
+        raise UserError(f"--faces {args.faces}: expected a folder of face networks; see README.md")
+    if args.videos and not args.videos.is_dir():
+        raise UserError(f"--videos {args.videos}: no such folder")
+    check_url("--judge-url", args.judge_url)
+    return args
+
+
 def main(argv, detector=None):
-    """detector: an object with the methods of faces.Faces, instead of the networks in --faces."""
+    """`python eval.py real`. detector: an object with the methods of faces.Faces, instead of the networks in
+    --faces."""
     world = World.join()
     with world.one_voice():
-        meanings = "\n".join(f"  {name:15}{metric.words}" for name, metric in METRICS.items())
-        p = Parser(prog="eval.py real", description=__doc__, epilog=f"what the columns mean:\n{meanings}")
-        add = p.add_argument
-        add("--cases", type=Path, required=True, help="file of cases; see cases.py and make-cases")
-        add("--out", type=Path, default="out/eval", help="folder for results and report.html")
-        add("--faces", type=Path, required=True, help="folder with the weights that faces.py names, or toy")
-        add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at")
-        add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model: `natural`")
-        add("--judge-model", type=nonempty, default="default", help="its model; the key: OPENAI_API_KEY")
-        add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
-        add("--ckpt", type=nonempty, help="make the videos with this checkpoint, or run: its newest one")
-        add = p.add_argument_group("for --ckpt, as in sample.py").add_argument
-        recipe_flags(add)
-        add("--wan", type=nonempty, help="folder of umT5, VAE and ViT")
-        add("--frames", type=frame_count, help="of each video")
-        add("--size", type=picture_size, help="HEIGHTxWIDTH")
-        add("--offload", action="store_true", help="networks wait in CPU memory")
-        add("--tile", type=count, help="pixels a side that the VAE works on at a time")
-        args = p.parse_args(argv)
-        given = {word.split("=")[0] for word in argv}
-        if bool(args.videos) == bool(args.ckpt):
-            raise UserError("expected one of --videos DIR, a system's videos, and --ckpt to make them")
-        if args.videos and (named := sorted(given & OF_SAMPLING)):
-            raise UserError(f"{named[0]} is for sampling: leave it out with --videos")
-        if not (args.faces.is_dir() or is_toy(args.faces)):
-            raise UserError(f"--faces {args.faces}: expected a folder of face networks; see README.md")
-        if args.videos and not args.videos.is_dir():
-            raise UserError(f"--videos {args.videos}: no such folder")
-        check_url("--judge-url", args.judge_url)
-        with lock(args.out) if world.rank == 0 else contextlib.nullcontext():
+        args = arguments(argv)
+        with hold(args.out, world):
             run(args, world, detector)
     world.leave()
-
-
-OF_SAMPLING = {"--steps", "--shift", "--guide-refs", "--guide-text", "--precision", "--wan", "--frames",
-               "--size", "--offload", "--tile"}
-
-
-def compare_main(argv):
-    p = Parser(prog="eval.py compare", description="systems side by side, paired by case")
-    p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--out folders of `eval.py real`")
-    p.add_argument("--out", type=Path, default="out/eval", help="folder for compare.html")
-    args = p.parse_args(argv)
-    with lock(args.out):
-        compare(args.folders, args.out)

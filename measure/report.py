@@ -5,9 +5,11 @@ dict. Values of one case are averaged first, then cases: intervals are 95 %, by 
 are kept as lines of JSON, each appended as soon as it is there. No text of a result becomes markup.
 """
 import base64
+import contextlib
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -17,7 +19,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from support.script import UserError, atomic_file, naming, read_lines, take_lock
+from support.script import UserError, atomic_file, lock, naming, read_lines, take_lock
 from videos.pictures import to_bytes
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
@@ -136,27 +138,49 @@ def in_columns(lines):
 
 
 # ---------------------------------------------------------------------------------------------------- results
-def checksum(line):
-    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:12]
-
-
 def read_results(path):
-    """The lines that earlier calls wrote. A line that was cut off or changed since does not fit its checksum
-    and is left out: it is measured again."""
+    """The lines that earlier calls wrote. One that was cut off or changed since does not fit its checksum and
+    is left out: it is measured again."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file: choose another --out")
     return [line for line in read_lines(path) if line.pop("checksum", None) == checksum(line)]
 
 
-def append(path, line):
-    """Add a line to the results, below whatever is there."""
-    text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
-    with naming(path), open(path, "ab+", buffering=0) as file:
-        take_lock(file)  # other processes append too: only one may look at the end and write
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        if file.read() not in (b"", b"\n"):  # a line that a kill cut off
-            text = "\n" + text
-        file.write(text.encode())
+def checksum(line):
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:12]
+
+
+class Results(dict):
+    """{key: result} of a file of JSON lines, where a key is what a result says under some names. A restart
+    goes on from those that are there; ranks share the file."""
+
+    def __init__(self, path, names):
+        super().__init__()
+        self.path, self.names = path, names
+        self.read()
+
+    def read(self):
+        self.update((self.key_of(line), line) for line in read_results(self.path))
+
+    def key_of(self, line):
+        return tuple(line.get(name) for name in self.names)
+
+    def add(self, line):
+        """Add a result, below whatever is in the file -> it."""
+        self[self.key_of(line)] = line
+        text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
+        with naming(self.path), open(self.path, "ab+", buffering=0) as file:
+            take_lock(file)  # other processes append too: only one may look at the end and write
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read() not in (b"", b"\n"):  # a line that a kill cut off
+                text = "\n" + text
+            file.write(text.encode())
+        return line
+
+
+def hold(folder, world):
+    """The lock of an --out folder, which rank 0 holds for all."""
+    return lock(folder) if world.rank == 0 else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -226,39 +250,37 @@ def strip(video):
     return base64_of(Image.fromarray(pixels))
 
 
-def figure(picture, caption, kind="png"):
-    """picture: a file of that kind in base64."""
-    return (f'<figure><img src="data:image/{kind};base64,{html.escape(picture)}">'
-            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
-
-
 # ------------------------------------------------------------------------------------------------------- page
+def case_html(title, pictures, lines=(), kind="png"):
+    """One case. pictures: (a file of that kind in base64, its caption) each; lines: text below them"""
+    figures = [f'<figure><img src="data:image/{kind};base64,{html.escape(picture)}">'
+               f"<figcaption>{html.escape(caption)}</figcaption></figure>" for picture, caption in pictures]
+    lines = [f"<p>{html.escape(line)}</p>" for line in lines]
+    return f"<h3>{html.escape(title)}</h3><div>{''.join(figures + lines)}</div>"
+
+
 def table_html(lines):
-    header, *columns = zip(*lines)
-    rows = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in columns]
-    return (f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in header)}</tr>"
-            f"{''.join(rows)}</table>")
+    header, *columns = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+                        for tag, cells in zip(itertools.chain(["th"], itertools.repeat("td")), zip(*lines)))
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in (header, *columns))}</table>"
 
 
-def legend_html(metrics):
-    return "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(m.words)}</li>"
-                   for name, m in metrics.items())
-
-
-def write_page(path, name, heading, lines, metrics, plots, cases, style=""):
+def write_page(path, name, heading, lines, metrics, plots, cases=()):
     """report.html: the table `lines` turned by a quarter, what its metrics mean, plots, and the cases, which
-    are HTML already, as plots are. style: more CSS"""
+    are HTML already, as plots are."""
+    legend = [f"<li><b>{html.escape(key)}</b>: {html.escape(metric.words)}</li>"
+              for key, metric in metrics.items()]
     page = f"""<!doctype html><meta charset="utf-8"><title>HarmoView: {name}</title><style>
 body {{ font: 14px sans-serif; margin: 2em; max-width: 1320px }} svg {{ font: 11px sans-serif; margin: 6px }}
 table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 3px 9px; text-align: right }}
 tr:nth-child(even) {{ background: #f5f5f5 }} td:first-child {{ text-align: left }} li {{ margin: 2px }}
-img {{ height: 72px; image-rendering: pixelated; display: block }} h3 {{ margin: 22px 0 4px }}
+img[src^="data:image/png"] {{ image-rendering: pixelated }} img {{ height: 72px; display: block }}
+h3 {{ margin: 22px 0 4px }} div p {{ margin: 2px 0; max-width: 1000px }}
 figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
-figcaption {{ font-size: 11px; color: #555 }}{style}</style>
-<h1>HarmoView on the {name}</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap
-intervals.</p>
-{table_html(lines)}<ul>{legend_html(metrics)}</ul>
-<div>{''.join(plots)}</div>{"<h2>All cases, the worst first</h2>" if cases else ""}
+figcaption {{ font-size: 11px; color: #555 }}</style>
+<h1>HarmoView on the {name}</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap intervals.</p>
+{table_html(lines)}<ul>{''.join(legend)}</ul>
+<div>{''.join(plots)}</div>{"<h2>All cases, the worst first</h2>" * bool(cases)}
 {''.join(cases)}"""
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import eval as evaluation
-from measure.report import append, read_results
+from measure.report import Results, read_results
 from networks.encoders import UMT5
 from networks.weights import load_weights, read_network, read_wan, read_weights, wan_files, weight_sets
 from support import checkpoints, script
@@ -606,8 +606,8 @@ def test_a_file_system_without_locks_is_said_once_and_used(number, tmp_path, mon
     for wait in (False, True, False):
         with lock(tmp_path, wait):
             pass
-    append(tmp_path / "results.jsonl", {"a": 1})
-    append(tmp_path / "results.jsonl", {"a": 2})
+    Results(tmp_path / "results.jsonl", ("a",)).add({"a": 1})
+    Results(tmp_path / "results.jsonl", ("a",)).add({"a": 2})
     assert [line["a"] for line in read_results(tmp_path / "results.jsonl")] == [1, 2]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"this file system has no locks ({os.strerror(number)})" in said

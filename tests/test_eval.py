@@ -259,7 +259,7 @@ def test_in_described_the_caption_tells_the_looks_and_nothing_is_given(measured,
         assert plain.references == described.references == [{} for _ in cast]
         assert plain.prompt == toy.caption(clip)
         assert described.prompt == toy.caption(clip, [toy.describe(people, i) for i in cast])
-    assert set(evaluation.SETTINGS) - set(evaluation.USUAL) == {"described"}
+    assert set(evaluation.SETTINGS) - set(evaluation.DEFAULT_SETTINGS) == {"described"}
 
 
 @pytest.fixture
