@@ -91,7 +91,8 @@ def read_case(entry, names):
     expect(is_list(eval_refs, people, lambda files: is_list(files, range(1, MOST_REFS + 1), is_text)),
            f"eval_refs: expected one to {MOST_REFS} pictures of each of the {len(refs)} people of refs")
     asked, seed = entry.get("asked_yaw") or [None] * len(refs), entry.get("seed") or 0
-    expect(is_list(asked, people, lambda yaw: yaw is None or is_yaw(yaw) or is_list(yaw, range(1, 10), is_yaw)),
+    expect(is_list(asked, people,
+                   lambda yaw: yaw is None or is_yaw(yaw) or is_list(yaw, range(1, 10), is_yaw)),
            f"asked_yaw {asked!r:.40}: expected -180 to 180 degrees, a list of such, or null, of each person")
     expect(is_seed(seed), "seed is no whole number from 0 on")
     expect(isinstance(entry.get("places", True), bool), "places is neither true nor false")

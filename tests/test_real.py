@@ -1,5 +1,5 @@
-"""The real benchmark on the toy world, whose truth a detector knows; on damaged and hostile files; with kills.
-Its cases and its comparison."""
+"""The real benchmark on the toy world, whose truth a detector knows; on damaged and hostile files; with
+kills. Its cases and its comparison."""
 
 import http.server
 import itertools
@@ -348,7 +348,7 @@ def test_the_border_is_grey_and_a_quarter_of_each_side():
 
 
 def test_amplitude_and_roughness_are_as_said():
-    found = real.path_of({f: face(10.0 * (f % 2)) for f in range(10)})  # from side to side, a face side a step
+    found = real.path_of({f: face(10.0 * (f % 2)) for f in range(10)})  # from side to side, one face side
     assert found["amplitude"] == pytest.approx(0.5) and found["roughness"] == pytest.approx(2)
     assert real.path_of({f: face(3.0 * f) for f in range(5)})["roughness"] == pytest.approx(0, abs=1e-5)
     assert real.path_of({0: face(), 2: face()}) == {"amplitude": 0, "roughness": None}
@@ -359,7 +359,8 @@ def test_amplitude_and_roughness_are_as_said():
     centres = np.array([[5, 10], [35, 10], [30, 15]]) / 20
     spread = ((centres - centres.mean(0)) ** 2).sum(1).mean() ** 0.5
     assert found["amplitude"] == pytest.approx(spread, abs=1e-4)
-    assert found["roughness"] == pytest.approx(np.linalg.norm(centres[0] - 2 * centres[1] + centres[2]), abs=1e-4)
+    bend = np.linalg.norm(centres[0] - 2 * centres[1] + centres[2])
+    assert found["roughness"] == pytest.approx(bend, abs=1e-4)
 
 
 def test_a_copy_needs_pose_and_pixels_of_one_and_the_same_reference():
@@ -489,8 +490,9 @@ def test_damaged_videos_references_and_lines_have_a_reason_each(made, capsys):
     wrong += ["[" * 50_000, "7", "null", '"x"', "{}", '{"id": "x"', "\x00", json.dumps(good)[:-9]]
     results = made.run(lines=[*made.lines, *wrong])
     assert "people" in results.pop("good") and "not a readable picture" in results["bad"]["reason"]
-    assert len(results) == 41 + len(wrong) and len({result["reason"] for result in results.values()}) > 20
-    assert all(result["reason"].strip() and "Traceback" not in result["reason"] for result in results.values())
+    reasons = {result["reason"] for result in results.values()}
+    assert len(results) == 41 + len(wrong) and len(reasons) > 20
+    assert all(reason.strip() and "Traceback" not in reason for reason in reasons)
     assert f"1 of {len(results) + 1} videos measured" in capsys.readouterr().out
     page = (made.folder / "out/report.html").read_text()
     assert page.count("<h3>") == len(results) + 1 and page.count("not measured:") == len(results)
@@ -592,7 +594,8 @@ def test_videos_are_sampled_first_over_ranks_and_not_again(made):
     evaluation.main(sample("alone", "2"), detector=made.truth)
     assert all(path.stat().st_mtime_ns > before[path] for path in before)
     port, fork = str(free_port()), multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=as_rank, args=(rank, 2, port, sample("ranks"), made.truth)) for rank in (0, 1)]
+    ranks = [fork.Process(target=as_rank, args=(rank, 2, port, sample("ranks"), made.truth))
+             for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -709,7 +712,8 @@ def test_made_cases_are_the_papers_kind_and_can_be_read(tmp_path):
     data = curated(tmp_path / "data")
     lines = make(data, tmp_path / "set" / "cases.jsonl")
     assert len(lines) == 100 and [len(line["refs"]) for line in lines] == [1] * 60 + [2] * 40
-    assert len(people_of(lines)) == 52 and all(len(set(line["people"])) == len(line["people"]) for line in lines)
+    assert len(people_of(lines)) == 52
+    assert all(len(set(line["people"])) == len(line["people"]) for line in lines)
     assert len({tuple(line["people"]) for line in lines[60:]}) == 40
     asked = []
     for line in lines:
