@@ -4,14 +4,12 @@
                  -> each pair of neighbouring channels rotated, by an angle that the token's (t, h, w) sets
                  -> q, k [B, L, N, K] for attention: read once and written once, instead of many times
 
-`python kernels.py` checks it, and times it against this GPU's copy bandwidth, PyTorch's operations and Wan's
-arithmetic. Without a GPU it only checks, in Triton's interpreter.
+`python kernels.py` checks it, and times it against this GPU's copy bandwidth and PyTorch's operations.
+Without a GPU it only checks, in Triton's interpreter.
 B batch, L tokens, D width, N heads, K head width, D = N*K, P positions in the rotary tables.
 """
-import json
 import os
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,7 +32,7 @@ except ImportError:  # no wheels outside Linux
 RopeTables = NamedTuple("RopeTables", [("cos", Tensor), ("sin", Tensor)])  # each float32 [P, K/2]
 FLOATS, INTEGERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64), (torch.int64, torch.int32)
 EPS, TOKENS = 1e-6, 39_000  # of checks and bench: 81 frames at 480x832 and four views
-_choice, _tables = None, {}  # what use_fused and rope_tables remember
+_choice = None  # what use_fused remembers
 
 
 def use_fused(choice=None):
@@ -57,19 +55,14 @@ def _runs_fused(on_gpu):
 
 # ------------------------------------------------------------------------------------------ tables, reference
 def rope_tables(positions, head_dim, theta=1e4):
-    """RopeTables, computed in float64 as Wan does, that hold these positions (int [L, 3]). Cached, and grown
-    on demand to the next power of two. Waits for the GPU: call it where a layout is built, not in a block.
-    Raises ValueError for positions of another shape or dtype, negative or from 2**20 on."""
-    _expect("positions", positions, [*positions.shape[:1], 3], INTEGERS, positions.device)
+    """RopeTables, computed in float64 as Wan does, that hold these positions (int [L, 3], from 0 on); their
+    length is a power of two, so that few lengths are compiled. Waits for the GPU: call it where a layout is
+    built, not in a block."""
     low, high = (int(x) for x in positions.aminmax()) if len(positions) else (0, 0)
-    if low < 0 or high >= 2**20:  # tables of more than 100 MB
-        raise ValueError(f"positions go from {low} to {high}; expected 0 to {2**20 - 1}")
-    key = head_dim, theta, positions.device
-    if key not in _tables or len(_tables[key].cos) <= high:
-        with torch.inference_mode(False):  # a table made while sampling has to serve training too
-            numbers = torch.arange(max(64, 1 << high.bit_length()), device=positions.device)
-            _tables[key] = RopeTables(*rope_table(numbers[:, None].expand(-1, 3), head_dim, theta))
-    return _tables[key]
+    assert 0 <= low and high < 2**20, f"positions go from {low} to {high}"  # else tables of more than 100 MB
+    with torch.inference_mode(False):  # a table made while sampling has to serve training too
+        numbers = torch.arange(max(64, 1 << high.bit_length()), device=positions.device)
+        return RopeTables(*rope_table(numbers[:, None].expand(-1, 3), head_dim, theta))
 
 
 def token_angles(positions, tables):
@@ -267,12 +260,6 @@ _fused.register_autograd(_differentiate, setup_context=lambda ctx, inputs, outpu
     *inputs[:-1], output[-1]))  # the tensors that came, and rstd
 
 
-def _expect(name, x, shape, dtypes, device):
-    if list(x.shape) != list(shape) or x.dtype not in dtypes or x.device != device:
-        raise ValueError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; expected "
-                        f"{' or '.join(map(str, dtypes))} {list(shape)} on {device}")
-
-
 def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
     """RMSNorm of q and k over the full width, then rotary of adjacent pairs by each token's (t, h, w).
     q, k          [B, L, D], both float32, bfloat16 or float16; the mathematics is float32, rounded once
@@ -280,18 +267,14 @@ def qk_norm_rope(q, k, weight_q, weight_k, positions, tables, eps):
     positions     int [L, 3], each below len(tables.cos); NaN comes out for any other
     tables        rope_tables(positions, K): K comes from here
     Returns q, k [B, L, N, K], contiguous, in the dtype that came; differentiable in the first four, once. At
-    the video's own positions it is Wan 2.1's WanRMSNorm and rope_apply. ValueError where inputs do not fit.
+    the video's own positions it is Wan 2.1's WanRMSNorm and rope_apply.
     """
-    cos, sin = tables
-    K = 2 * cos.shape[1]
-    if q.ndim != 3 or q.shape[2] % K or q.dtype not in FLOATS:
-        raise ValueError(f"q is {q.dtype} {list(q.shape)}; expected floats [B, L, D], D a multiple of {K}")
-    B, L, D = q.shape
-    _expect("k", k, [B, L, D], [q.dtype], q.device)
-    _expect("weight_q", weight_q, [D], FLOATS, q.device)
-    _expect("weight_k", weight_k, [D], [weight_q.dtype], q.device)
-    _expect("positions", positions, [L, 3], INTEGERS, q.device)
-    _expect("tables.cos", cos, cos.shape, [torch.float32], q.device)
+    (B, L, D), (cos, sin) = q.shape, tables
+    for x, shape, kinds in ((q, (B, L, D), FLOATS), (k, (B, L, D), [q.dtype]), (weight_q, (D,), FLOATS),
+                            (weight_k, (D,), [weight_q.dtype]), (positions, (L, 3), INTEGERS)):
+        fits = x.shape == shape and x.dtype in kinds and x.device == q.device
+        assert fits, f"{x.dtype} {list(x.shape)} on {x.device}, expected {kinds} {shape} on {q.device}"
+    assert D % (2 * cos.shape[1]) == 0, f"width {D}, heads of {2 * cos.shape[1]}"
     if not _runs_fused(q.is_cuda):
         return qk_norm_rope_reference(q, k, weight_q, weight_k, positions, tables, eps)
     return _fused(q, k, weight_q, weight_k, positions, cos, sin, eps)[:2]
@@ -304,13 +287,6 @@ def eager_norm_rope(x, weight, cos, sin):
     a, b = x.unflatten(-1, (-1, cos.shape[1], 2)).unbind(-1)  # [B, L, N, K/2]
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
-
-
-def wan_norm_rope(x, weight, cos, sin):
-    """The arithmetic of Wan's official code, written afresh: norm in float32, rotary in complex128."""
-    y = x.float()
-    y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
-    return apply_rope(y.double().unflatten(-1, (-1, 2 * cos.shape[1])), cos, sin).to(x.dtype)
 
 
 def example_inputs(B, L, N, K, dtype, device):
@@ -348,7 +324,7 @@ def check(shape, dtype, device):
 
 
 def bench(device):
-    """q and k at the widths of Wan's two networks: prints one table and returns it for the JSON."""
+    """q and k at the widths of Wan's two networks: prints one table and returns its rows."""
     from triton.testing import do_bench
     a = torch.empty(2, 2**31, dtype=torch.uint8, device=device)
     copy = a.numel() / do_bench(lambda: a[1].copy_(a[0]))  # bytes a millisecond, read and written
@@ -362,7 +338,7 @@ def bench(device):
             return lambda q, k, *weights: [norm_rope(x, w, cos, sin) for x, w in zip((q, k), weights)]
         ways = {"fused": lambda *inputs: qk_norm_rope(*inputs, *rope, EPS),
                 "compiled": torch.compile(both(eager_norm_rope), dynamic=False),
-                "eager": both(eager_norm_rope), "Wan's": both(wan_norm_rope)}
+                "eager": both(eager_norm_rope)}
         for way, fn in ways.items():
             with torch.no_grad():
                 forward = do_bench(lambda: fn(*inputs))
@@ -372,32 +348,27 @@ def bench(device):
                              backward_ms=backward, backward_share=6 * size / backward / copy))
             print("{base:5} {way:9} {forward_ms:9.3f} {forward_share:7.1%} {backward_ms:9.3f} "
                   "{backward_share:7.1%}".format(**rows[-1]), flush=True)
-    return dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, copy_tb_s=copy / 1e9, rows=rows)
+    return rows
 
 
 def main(argv=None):
-    from support.script import Parser, UserError, atomic_file, check_outputs, probe_writable
+    from support.script import Parser, UserError
 
-    parser = Parser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/kernels.json"), help="a GPU's table as JSON")
-    args = parser.parse_args(argv)
+    Parser(description=__doc__).parse_args(argv)
     if triton is None:
         raise UserError("the fused kernels need Triton, which has wheels for Linux only")
-    use_fused(True)
     shapes = [(1, 1, 1, 32), (2, 3, 3, 24), (1, 5, 12, 128)]
     if not INTERPRET:
         shapes += [(2, 129, 3, 24), (2, 257, 12, 128), (1, 515, 40, 128)]
-        probe_writable(args.out.parent)  # an error now, not after minutes
-        check_outputs([args.out], inputs=[])
     try:
         for dtype, shape in product((torch.float32, torch.bfloat16, torch.float16), shapes):
             check(shape, dtype, torch.device("cpu" if INTERPRET else "cuda"))
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not INTERPRET:
-        with atomic_file(args.out) as path:
-            path.write_text(json.dumps(bench(torch.device("cuda")), indent=1))
-    print("all checks passed; timing needs a GPU" if INTERPRET else f"wrote {args.out}")
+    if INTERPRET:
+        print("all checks passed; timing needs a GPU")
+    else:
+        bench(torch.device("cuda"))
 
 
 if __name__ == "__main__":
