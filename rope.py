@@ -33,7 +33,7 @@ def _append(k, v, r, T, H, W, jump):
 
 
 def _before(k, v, r, T, H, W, jump):
-    """As RD-RoPE, but at a time before the video (DomainShuttle): 0.17 dB better than Jump-RoPE on the toy."""
+    """As RD-RoPE, at a time before the video (DomainShuttle): 0.17 dB better than Jump-RoPE on the toy."""
     return -1, (r + 1) * H, (r + 1) * W
 
 
