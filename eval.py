@@ -313,7 +313,12 @@ def sample_batch(model, encoders, checkpoint, numbers, setting, plan):
             looks = [toy.describe(toy.benchmark_people(), i) for i in cast]
         jobs.append(Job(toy.caption(clip, looks), references, n, toy.frame_size(size, len(cast))))
     for n, video in zip(numbers, generate(model, encoders, jobs, plan.recipe, frames, len(jobs))):
-        yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip(video)}
+        yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip_of(video)}
+
+
+def strip_of(video):
+    """[3, F, S, S], frame beside frame, as a PNG."""
+    return strip(to_bytes(video).permute(1, 2, 3, 0).numpy())
 
 
 def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
@@ -347,9 +352,9 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
 def gallery_of(number, results, frames, size):
     """One case: its references, the truth, and the video under each setting."""
     clip, cast = toy.benchmark_cases()[number]
-    pictures = [(strip(toy.benchmark_references(size)[i].transpose(0, 1)),
+    pictures = [(strip_of(toy.benchmark_references(size)[i].transpose(0, 1)),
                  f"references of person {i}: {', '.join(VIEWS)}") for i in cast]
-    pictures.append((strip(toy.benchmark_truth(number, frames, size)), "ground truth"))
+    pictures.append((strip_of(toy.benchmark_truth(number, frames, size)), "ground truth"))
     for result in sorted(results, key=lambda r: list(SETTINGS).index(r["setting"])):
         people = [f"{p['psnr']:.1f} dB, rank {p['rank']}" + ", swapped" * p.get("swapped", False)
                   for p in result["people"]]

@@ -126,21 +126,20 @@ def read_training(paths):
     for path in paths:
         if not path.is_file():
             raise UserError(f"--training {path}: no such file; expected a manifest.jsonl or an encoded set")
-        lines = [line for line in read_lines(path)
-                 if isinstance(line.get("identities", line.get("views")), list)]
+        lines = [line for line in read_lines(path) if "identities" in line or "views" in line]
         if not lines:
             raise UserError(f"--training {path} holds no line of a manifest or of an encoded set")
-        for line in lines:
-            names = line.get("people")
-            if "identities" in line:
-                names = [isinstance(who, dict) and who.get("id") for who in line["identities"]]
-                clips.add(line.get("sha256"))  # in an encoded set it is another file's
-            names = names if isinstance(names, list) else [None]
-            people |= set(filter(is_text, names))
-            silent += not all(map(is_text, names))
+        with as_user_error(path):
+            for line in lines:
+                names = line.get("people", [None])
+                if "identities" in line:
+                    names = [person.get("id") for person in line["identities"]]
+                    clips.add(line.get("sha256"))  # in an encoded set it is another file's
+                people |= set(names)
+                silent += None in names
     if silent:
         print(f"{silent} clips of training do not say whom they show: these people are not left out")
-    return people, clips - {None}
+    return people - {None}, clips - {None}
 
 
 def pictures_of(entries, clips):

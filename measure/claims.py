@@ -10,6 +10,7 @@ holds, or does not, if both lie on one side of zero. The result of a row and see
 again, delete it. On a CPU a row trains in two processes.
 """
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -166,7 +167,6 @@ def judge(claim, cases, seeds):
     return "does not hold" if high < -claim.allowed else "not decided"
 
 
-# ----------------------------------------------------------------------------------------------------- tables
 def cell(result, n_people, setting):
     """PSNR, top-1 and, with two people, swaps."""
     words = []
@@ -195,7 +195,6 @@ def tables(results):
     return "\n\n".join("\n".join(f"| {' | '.join(cells)} |" for cells in lines) for lines in (rows, judged))
 
 
-# --------------------------------------------------------------------------------------------------- the rows
 def train(name, seed, args, out):
     """Train a row with train.py, from where an earlier call left it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -242,15 +241,13 @@ def plan_key(plan, base):
 def read_stored(root, key):
     """The results in a folder, {row: {seed: result}}, rows in ABLATIONS' order. UserError for one that is
     damaged, or has another plan_key."""
-    results = {}
-    for name in [*ABLATIONS, BASE]:
-        for seed in range(101):
-            path = root / f"{name}-{seed}.json"
-            if not path.exists():
-                continue
+    results, key = {}, json.loads(json.dumps(key))
+    for name, seed in itertools.product([*ABLATIONS, BASE], range(100)):
+        path = root / f"{name}-{seed}.json"
+        if path.exists():
             try:
                 result = json.loads(path.read_text())
-                same = result["plan"] == json.loads(json.dumps(key))
+                same = result["plan"] == key
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{path} is damaged: delete it, and this row is made again") from None
             if not same:

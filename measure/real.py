@@ -22,9 +22,9 @@ import torch
 from PIL import Image, ImageOps
 
 from measure.cases import read_cases
-from measure.report import (BIN_NAMES, Metric, Results, base64_of, by_case, by_yaw, case_html, column,
+from measure.report import (BIN_NAMES, Metric, Results, by_case, by_yaw, case_html, column,
                             estimate, hold, in_columns, interval, mean, one, per_frame, plot, read_results,
-                            show, table, write_page)
+                            show, strip, table, write_page)
 from networks.faces import Aesthetic, ArcFace, Faces, RetinaFace, SixDRepNet, align, find_faces
 from sample import (ROUND, SAMPLE_RECIPES, find, frames_and_size, load, made_with, make_round, note_of,
                     override, recipe_flags)
@@ -340,11 +340,9 @@ class Judge:
 
 # ------------------------------------------------------------------------------------------------ a whole set
 def strip_of(pictures, height=72):
-    """uint8 pictures [H, W, 3] beside each other, a JPEG in base64."""
-    images = [Image.fromarray(picture) for picture in pictures]
-    widths = [max(1, round(image.width * height / image.height)) for image in images]
-    parts = [np.asarray(image.resize((width, height))) for image, width in zip(images, widths)]
-    return base64_of(Image.fromarray(np.concatenate(parts, axis=1)), "jpeg")
+    """uint8 pictures [H, W, 3] beside each other, a JPEG."""
+    images = [ImageOps.contain(Image.fromarray(picture), (10 * height, height)) for picture in pictures]
+    return strip(map(np.asarray, images), "jpeg")
 
 
 def task_of(case, names, rules):
@@ -545,22 +543,25 @@ def sample_cases(cases, args, world):
 
     def job_of(case):
         """A case as a Job whose references are files, with what is written of how its video is made."""
+        if case.fault:
+            raise UserError(case.fault)
         if len(case.refs) > ckpt.config.max_identities:
             raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
                             f"{ckpt.config.max_identities}")
         for file in case.files():
             with open_picture(file) as picture:
-                picture.load()
+                picture.load()  # one that is damaged is found before hours of sampling
         shape = toy.frame_size(size[0], len(case.refs)) if ckpt.kind == "toy" else size
         files = [[f"{view}={file}" for view, file in views.items()] for views in case.refs]
         job = Job(case.prompt, case.refs, case.seed, shape, files)
         return replace(job, note=note_of(job, recipe, frames, args.ckpt, made))
     todo = {}
     for n, case in enumerate(cases):
+        path = folder / f"{case.id}.mp4"
         try:
-            path = folder / f"{case.id}.mp4"
-            if not case.fault and notes_in(path) != [job_of(case).note]:
-                todo[path] = job_of(case)
+            job = job_of(case)
+            if notes_in(path) != [job.note]:
+                todo[path] = job
         except (UserError, OSError) as error:
             cases[n] = case._replace(fault=str(error))
     check_ours(todo)

@@ -9,18 +9,17 @@ import contextlib
 import hashlib
 import html
 import io
-import itertools
 import json
 import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from support.script import UserError, atomic_file, lock, naming, read_lines, take_lock
-from videos.pictures import to_bytes
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 BIN_NAMES = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
@@ -237,17 +236,11 @@ def plot(heading, labels, series, percent=False, most=math.inf):
             f'style="background: white">{"".join(parts)}</svg>')
 
 
-def base64_of(image, kind="png"):
-    """A PIL image as a file of that kind, in base64."""
+def strip(pictures, kind="png"):
+    """uint8 pictures [H, W, 3] of one height beside each other, a file of that kind in base64."""
     file = io.BytesIO()
-    image.save(file, kind)
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(file, kind)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def strip(video):
-    """[3, F, S, S] as one PNG, frame beside frame, in base64."""
-    pixels = to_bytes(video).permute(2, 1, 3, 0).flatten(1, 2).numpy()
-    return base64_of(Image.fromarray(pixels))
 
 
 # ------------------------------------------------------------------------------------------------------- page
@@ -259,27 +252,23 @@ def case_html(title, pictures, lines=(), kind="png"):
     return f"<h3>{html.escape(title)}</h3><div>{''.join(figures + lines)}</div>"
 
 
-def table_html(lines):
-    header, *columns = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-                        for tag, cells in zip(itertools.chain(["th"], itertools.repeat("td")), zip(*lines)))
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in (header, *columns))}</table>"
-
-
 def write_page(path, name, heading, lines, metrics, plots, cases=()):
     """report.html: the table `lines` turned by a quarter, what its metrics mean, plots, and the cases, which
     are HTML already, as plots are."""
+    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in cells) for cells in zip(*lines)]
     legend = [f"<li><b>{html.escape(key)}</b>: {html.escape(metric.words)}</li>"
               for key, metric in metrics.items()]
     page = f"""<!doctype html><meta charset="utf-8"><title>HarmoView: {name}</title><style>
 body {{ font: 14px sans-serif; margin: 2em; max-width: 1320px }} svg {{ font: 11px sans-serif; margin: 6px }}
-table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 3px 9px; text-align: right }}
-tr:nth-child(even) {{ background: #f5f5f5 }} td:first-child {{ text-align: left }} li {{ margin: 2px }}
+table {{ border-collapse: collapse; font-size: 12px }} td {{ padding: 3px 9px; text-align: right }}
+tr:first-child {{ font-weight: bold }} tr:nth-child(even) {{ background: #f5f5f5 }}
+td:first-child {{ text-align: left }} li {{ margin: 2px }}
 img[src^="data:image/png"] {{ image-rendering: pixelated }} img {{ height: 72px; display: block }}
 h3 {{ margin: 22px 0 4px }} div p {{ margin: 2px 0; max-width: 1000px }}
 figure {{ display: inline-block; margin: 0 14px 8px 0; vertical-align: top }}
 figcaption {{ font-size: 11px; color: #555 }}</style>
 <h1>HarmoView on the {name}</h1><p>{html.escape(heading)}. Means over cases with 95 % bootstrap intervals.</p>
-{table_html(lines)}<ul>{''.join(legend)}</ul>
+<table><tr>{'</tr><tr>'.join(rows)}</tr></table><ul>{''.join(legend)}</ul>
 <div>{''.join(plots)}</div>{"<h2>All cases, the worst first</h2>" * bool(cases)}
 {''.join(cases)}"""
     with atomic_file(path) as temporary:

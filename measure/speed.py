@@ -4,11 +4,8 @@
   python eval.py speed train --config 1.3b --recompute --compile        the same of a training step
   python eval.py speed plan --config 1.3b        memory of sampling and of training, from shapes only
 
-On a new GPU run, in this order and each under ten minutes (LOG.md has what was expected of an H200):
-  python kernels.py --out out/kernels.json
-  python eval.py speed train --config 1.3b --frames 81 --size 480x832 --recompute --compile
-  python eval.py speed forward --config 14b --frames 81 --size 480x832 --compile
-  pytest && torchrun train.py --stage all && python eval.py
+On a new GPU run kernels.py, then both times with --frames 81 --size 480x832 --compile; LOG.md has what was
+expected of an H200.
 """
 from argparse import Namespace
 
@@ -34,7 +31,6 @@ PLANNED_TFLOPS = 400  # of training, our goal on an H200 (not measured)
 SHARDS = (2, 4, 8, 16, 32)  # cards
 
 
-# ----------------------------------------------------------------------------------------------------- timing
 def random_inputs(config, shape, batch, device):
     """x, t, text, refs, vit for timing: one person with all views. shape (C, T, H, W): a video's latents."""
     def normal(*sizes):
@@ -58,13 +54,15 @@ def seconds(fn, calls):
 def set_up(args):
     """The network of --config with random weights, its device and dtype, and a clip's shape (C, T, H, W)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, default = CONFIGS[args.config], toy.WORLDS[args.config]
-    frames, size = args.frames or default["frames"], args.size or (default["size"], default["size"])
-    codec = WanEncoders if config.is_wan else toy.ToyCodec(default["size"])
+    config, world = CONFIGS[args.config], toy.WORLDS[args.config]
+    frames, size = args.frames or world["frames"], args.size or (world["size"], world["size"])
+    codec = WanEncoders
     if config.is_wan:
         sample.check_wan_size(frames, size)
-    elif not all(side and side % (PATCH * codec.stride) == 0 for side in size):
-        raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {PATCH * codec.stride}")
+    else:
+        codec = toy.ToyCodec(world["size"])
+        if not all(side and side % (PATCH * codec.stride) == 0 for side in size):
+            raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {PATCH * codec.stride}")
     print("kernels:", use_fused(False if args.no_fused else None))
     with device:
         model = HarmoView(config)
@@ -81,11 +79,16 @@ def time_network(args, training):
     """Time forwards, or whole training steps (forward, backward, clipping and optimizers), and print a table.
     Model TFLOP/s are those of HarmoView.flops; backward costs two forwards, recomputation is not counted."""
     model, device, dtype, shape = set_up(args)
-    x, t, text, refs, vit = random_inputs(model.config, shape, args.batch, device)
-    if not training:
-        model = model.to(dtype)
-    step = training_step if training else forward_only
-    run, passes = step(model, (x, t, text, refs, vit), args, device)
+    inputs = random_inputs(model.config, shape, args.batch, device)
+
+    def forward():
+        with torch.no_grad(), autocast(device, args.precision):
+            model(*inputs)
+    run, passes = forward, 1
+    if training:
+        run, passes = training_step(model, inputs, args), 3
+    else:
+        model.to(dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # making the model in float32 does not count
     video, reference = count_tokens(*shape[1:])
@@ -97,39 +100,28 @@ def time_network(args, training):
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     matmul = 2 * n**3 / seconds(lambda: a @ a, 10) / 1e12
-    print(f"{took:.3g} seconds a step, {tokens / took:,.0f} tokens/s")
-    of_card = f", {rate / H200_TFLOPS:.0%} of an H200's {H200_TFLOPS}" if device.type == "cuda" else ""
-    print(f"{rate:.3g} model TFLOP/s, {rate / matmul:.0%} of this machine's {dtype} matmul ({matmul:.3g})"
-          f"{of_card}\npeak memory {memory:.1f} GiB")
+    print(f"{took:.3g} seconds a step, {tokens / took:,.0f} tokens/s, peak memory {memory:.1f} GiB\n"
+          f"{rate:.3g} model TFLOP/s: {rate / matmul:.0%} of this machine's {dtype} matmul ({matmul:.3g}), "
+          f"{rate / H200_TFLOPS:.0%} of an H200's {H200_TFLOPS}")
 
 
-def forward_only(model, inputs, args, device):
-    """-> a function that does it once, and how many forwards that costs."""
-    @torch.no_grad()
-    def run():
-        with autocast(device, args.precision):
-            model(*inputs)
-    return run, 1
-
-
-def training_step(model, inputs, args, device):
-    """As forward_only."""
+def training_step(model, inputs, args):
+    """-> a function that makes a step of training."""
     x, t, text, refs, vit = inputs
-    recipe = train.TRAIN_RECIPES[args.config]
+    recipe, noise = train.TRAIN_RECIPES[args.config], torch.randn_like(x)
     flags = dict(optimizer="adamw" if model.config.is_wan else "muon", weight_decay=0.01,
                  new_lr=recipe["adamw_lr"])
     optimizers = make_optimizers(model, Namespace(**flags | recipe), new_names(model))
-    noise = torch.randn_like(x)
 
     def run():
-        with autocast(device, args.precision):
+        with autocast(x.device, args.precision):
             loss = train.loss_of(model, (x, text, refs, vit), t / 1000, noise)
         loss.backward()  # outside, as train.py's: what recomputes casts weights anew there
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return run, 3
+    return run
 
 
 # --------------------------------------------------------------------------------------------------- planning
