@@ -185,9 +185,9 @@ def faces_by_person(watched, targets, people):
         return -abs(float(face.box[0] + face.box[2]) / 2 / watched.width - (k + 0.5) / people)
     found = [{} for _ in range(people)]
     for f, faces in enumerate(watched.faces):
-        table_of = [[alike(face, k) for k in range(people)] for face in faces]
+        likeness = [[alike(face, k) for k in range(people)] for face in faces]
         owners = max(itertools.permutations(range(people), len(faces)),
-                     key=lambda owners: sum(row[k] for row, k in zip(table_of, owners)))
+                     key=lambda owners: sum(row[k] for row, k in zip(likeness, owners)))
         for face, k in zip(faces, owners):
             found[k][f] = face
     return found
@@ -221,8 +221,8 @@ def measure_case(case, path, detector, aesthetic, fps):
         places = [mean([float(face.box[0] + face.box[2]) for face in own.values()]) for own in faces]
         for k, person in enumerate(people):
             person["swapped"] = sorted(places).index(places[k]) != k
-    strip = strip_of([watched.small[f] for f in evenly(length, SHOWN_FRAMES)])
-    return {"people": people, "strip": strip, "refs": strips}
+    shown = [watched.small[f] for f in evenly(length, SHOWN_FRAMES)]
+    return {"people": people, "strip": strip_of(shown), "refs": strips}
 
 
 def score_person(k, case, refs, targets, faces, length):
