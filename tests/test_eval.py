@@ -296,8 +296,9 @@ def test_no_text_of_a_result_becomes_markup(tmp_path):
     result = {"case": 0, "setting": "all", "people": person, "strip": '"><script>'}
     of_checkpoint = evaluation.Evaluation([result], {0: [1.0] * 5}, 6, 32)
     evaluation.report(tmp_path / "report.html", "<script>", {"this checkpoint": of_checkpoint})
-    page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page
+    case = report.case_html("<script>", [("<script>", "<script>")], ["<script>"])
+    for page in ((tmp_path / "report.html").read_text(), case):
+        assert "<script" not in page and "&lt;script&gt;" in page
 
 
 def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):

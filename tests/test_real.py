@@ -463,7 +463,7 @@ def test_cases_are_read_as_an_editor_saves_them(form, made):
 
 WRONG = [{"id": "../x"}, {"id": None}, {"prompt": " "}, {"prompt": 7}, {"refs": []}, {"refs": [{}]},
          {"refs": [{"top": "refs/a.png"}]}, {"refs": [{"front": "/etc/passwd"}]}, {"refs": 3},
-         {"refs": [{"front": "../cases.jsonl"}]}, {"refs": [{"front": "refs/none.png"}]},
+         {"refs": [{"front": "../outside.png"}]}, {"refs": [{"front": "refs/none.png"}]},
          {"refs": [["refs/a.png"]]}, {"refs": [{"front": 7}]}, {"eval_refs": [[]]},
          {"eval_refs": [["refs/\0"]]}, {"seed": -1}, {"asked_yaw": [float("nan")]}, {"asked_yaw": [181]},
          {"asked_yaw": [-180.5]}, {"asked_yaw": [[]]}, {"asked_yaw": [[45, None]]},
@@ -478,6 +478,7 @@ def test_damaged_videos_references_and_lines_have_a_reason_each(made, capsys):
     good, bad = made.lines
     (made.folder / bad["eval_refs"][0][0]).write_bytes(b"no picture")
     whole = (made.folder / "videos/good.mp4").read_bytes()
+    shutil.copy(made.folder / good["refs"][0]["left"], made.folder.parent / "outside.png")
     for k in range(40):
         data = bytearray(whole)
         for _ in range(rng.choice((0, 3, 200))):
@@ -492,6 +493,7 @@ def test_damaged_videos_references_and_lines_have_a_reason_each(made, capsys):
     assert "people" in results.pop("good") and "not a readable picture" in results["bad"]["reason"]
     reasons = {result["reason"] for result in results.values()}
     assert len(results) == 41 + len(wrong) and len(reasons) > 20
+    assert "'../outside.png' leaves the folder" in reasons
     assert all(reason.strip() and "Traceback" not in reason for reason in reasons)
     assert f"1 of {len(results) + 1} videos measured" in capsys.readouterr().out
     page = (made.folder / "out/report.html").read_text()
@@ -550,6 +552,16 @@ def test_systems_are_compared_case_by_case(made, capsys):
     made.run("ours", "--fps", "8", lines=made.lines[:1])  # it is known, and what counts again
     with pytest.raises(UserError, match="no case was measured in all of them by the same rules"):
         compare(made, "ours", "blurry")
+
+
+def test_answers_of_two_judges_are_not_compared(tmp_path, capsys):
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        line = {"case": "a", "rule": "r", "video": name, "people": [{"natural": 4}], "judge": name}
+        real.Results(tmp_path / name / "cases_measured.jsonl", ("case",)).add(line)
+    systems = real.read_systems([tmp_path / "ours", tmp_path / "theirs"])
+    assert "natural is left out, judged by ours and theirs" in capsys.readouterr().out
+    assert all(found["a", "r"]["people"] == [{"natural": None}] for found in systems.values())
 
 
 def test_a_difference_of_six_cases_or_more_is_decided():
@@ -680,6 +692,10 @@ def test_a_judge_is_asked_three_times_and_again_where_it_failed(made, monkeypatc
     assert len(Endpoint.asked) == 11
     server.shutdown()
     server.server_close()
+    judge = real.Judge("http://nowhere", "x")
+    judge.in_a_row = 10
+    result = judge(results["case-0"], made.folder / "videos/case-0.mp4", 8)
+    assert result["judge"] is None and result["judge_failed"] == "not asked after ten failures in a row"
 
 
 # ------------------------------------------------------------------------------------------------ make-cases

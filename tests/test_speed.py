@@ -57,5 +57,4 @@ def test_frozen_weights_and_more_cards_need_less(tmp_path):
     rows = re.findall(r"^(all|new|lora) +([\d,]+) +(.*)$", plan("--config", "1.3b", cwd=tmp_path), re.M)
     needs = {what: [float(n.replace(",", "")) for n in cells.split()] for what, _, cells in rows}
     assert all(needs["lora"][k] < needs["all"][k] for k in (0, 1)) and len(needs) == 3
-    assert needs["all"][1:] == sorted(needs["all"][1:], reverse=True)
-    assert len(needs["all"]) == 2 + len(speed.SHARDS)
+    assert needs["all"][1] > needs["all"][2] > needs["all"][-1] and len(needs["all"]) == 2 + len(speed.SHARDS)
