@@ -30,7 +30,7 @@ import torch
 
 import data
 from measure.report import (BIN_NAMES, Metric, Results, by_yaw, case_html, column, estimate, hold, in_columns,
-                            interval, mean, one, per_frame, plot, show, strip, table, write_page)
+                            interval, mean, one, per_frame, plot, as_text, strip, table, write_page)
 from rope import VIEWS
 from sample import (SAMPLE_RECIPES, VIDEO_CODE, default_checkpoint, find, generate, load, override,
                     recipe_flags)
@@ -313,10 +313,10 @@ def sample_batch(model, encoders, checkpoint, numbers, setting, plan):
             looks = [toy.describe(toy.benchmark_people(), i) for i in cast]
         jobs.append(Job(toy.caption(clip, looks), references, n, toy.frame_size(size, len(cast))))
     for n, video in zip(numbers, generate(model, encoders, jobs, plan.recipe, frames, len(jobs))):
-        yield n, {"setting": setting, "people": measure(video, n, views), "strip": strip_of(video)}
+        yield n, {"setting": setting, "people": measure(video, n, views), "strip": png_strip(video)}
 
 
-def strip_of(video):
+def png_strip(video):
     """[3, F, S, S], frame beside frame, as a PNG."""
     return strip(to_bytes(video).permute(1, 2, 3, 0).numpy())
 
@@ -352,9 +352,9 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
 def gallery_of(number, results, frames, size):
     """One case: its references, the truth, and the video under each setting."""
     clip, cast = toy.benchmark_cases()[number]
-    pictures = [(strip_of(toy.benchmark_references(size)[i].transpose(0, 1)),
+    pictures = [(png_strip(toy.benchmark_references(size)[i].transpose(0, 1)),
                  f"references of person {i}: {', '.join(VIEWS)}") for i in cast]
-    pictures.append((strip_of(toy.benchmark_truth(number, frames, size)), "ground truth"))
+    pictures.append((png_strip(toy.benchmark_truth(number, frames, size)), "ground truth"))
     for result in sorted(results, key=lambda r: list(SETTINGS).index(r["setting"])):
         people = [f"{p['psnr']:.1f} dB, rank {p['rank']}" + ", swapped" * p.get("swapped", False)
                   for p in result["people"]]
@@ -428,8 +428,8 @@ def run_toy(args, world):
         print(in_columns(table_of(results, metrics, with_interval=False)))
     lines = [["every slot a proxy", *(f"loss at {s}" for s in SIGMAS), *map(title, CAPTION_FIELDS)]]
     for name, evaluation in evaluations.items():
-        rates = [show(found, percent=True) for found in caption_estimates(evaluation.results)]
-        lines.append([name, *map(show, loss_estimates(evaluation.losses)), *rates])
+        rates = [as_text(found, percent=True) for found in caption_estimates(evaluation.results)]
+        lines.append([name, *map(as_text, loss_estimates(evaluation.losses)), *rates])
     print(in_columns(lines))
     if world.rank == 0:
         how = f"{plan.recipe['steps']} steps, reference guidance {plan.recipe['guide_refs']}"

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from measure.report import Estimate, by_case, interval, mean, show
+from measure.report import Estimate, by_case, interval, mean, as_text
 from support.checkpoints import parent_of
 from support.script import ROOT, Parser, UserError, atomic_file, in_range, lock, nonempty, probe_writable
 from videos import toy
@@ -191,7 +191,7 @@ def tables(results):
         (words, *found), percent = verdict(results, claim), claim.metric in RATES
         if found[0]:
             judged.append([claim.words, f"`{claim.better}`, `{claim.other}`", words,
-                           claim.metric + " %" * percent, *(show(one, percent, True) for one in found)])
+                           claim.metric + " %" * percent, *(as_text(one, percent, True) for one in found)])
     return "\n\n".join("\n".join(f"| {' | '.join(cells)} |" for cells in lines) for lines in (rows, judged))
 
 

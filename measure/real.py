@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from measure.cases import read_cases
 from measure.report import (BIN_NAMES, Metric, Results, by_case, by_yaw, case_html, column,
                             estimate, hold, in_columns, interval, mean, one, per_frame, plot, read_results,
-                            show, strip, table, write_page)
+                            as_text, strip, table, write_page)
 from networks.faces import Aesthetic, ArcFace, Faces, RetinaFace, SixDRepNet, align, find_faces
 from sample import (ROUND, SAMPLE_RECIPES, find, frames_and_size, load, made_with, make_round, note_of,
                     override, recipe_flags)
@@ -202,7 +202,7 @@ def measure_case(case, path, detector, aesthetic, fps):
         length = len(watched.small)
         refs = [{view: reference_face(file, detector) for view, file in views.items()} for views in case.refs]
         shown = [[reference_face(file, detector) for file in files] for files in case.eval_refs]
-        strips = [strip_of([to_bytes(read_picture(file, (72, 72))).permute(1, 2, 0).numpy()
+        strips = [jpeg_strip([to_bytes(read_picture(file, (72, 72))).permute(1, 2, 0).numpy()
                             for file in views.values()]) for views in case.refs]
         rated = [watched.small[f] for f in evenly(length, RATED_FRAMES)] if aesthetic else []
         score = mean([aesthetic(from_bytes(torch.from_numpy(p)).permute(2, 0, 1)) for p in rated])
@@ -222,7 +222,7 @@ def measure_case(case, path, detector, aesthetic, fps):
         for k, person in enumerate(people):
             person["swapped"] = sorted(places).index(places[k]) != k
     shown = [watched.small[f] for f in evenly(length, SHOWN_FRAMES)]
-    return {"people": people, "strip": strip_of(shown), "refs": strips}
+    return {"people": people, "strip": jpeg_strip(shown), "refs": strips}
 
 
 def score_person(k, case, refs, targets, faces, length):
@@ -339,7 +339,7 @@ class Judge:
 
 
 # ------------------------------------------------------------------------------------------------ a whole set
-def strip_of(pictures, height=72):
+def jpeg_strip(pictures, height=72):
     """uint8 pictures [H, W, 3] beside each other, a JPEG."""
     images = [ImageOps.contain(Image.fromarray(picture), (10 * height, height)) for picture in pictures]
     return strip(map(np.asarray, images), "jpeg")
@@ -416,8 +416,8 @@ def gallery(case, result):
     title = f"{case.id}: {case.prompt}" if case.prompt else case.id
     if "reason" in result:
         return case_html(title, [], [f"not measured: {result['reason']}"])
-    pictures = [(strip, f"references of person {k}: {', '.join(views)}")
-                for k, (strip, views) in enumerate(zip(result["refs"], case.refs), 1)]
+    pictures = [(picture, f"references of person {k}: {', '.join(views)}")
+                for k, (picture, views) in enumerate(zip(result["refs"], case.refs), 1)]
     lines = []
     for k, person in enumerate(result["people"], 1):
         values = {name: mean(metric.values(person)) for name, metric in METRICS.items()}
@@ -513,14 +513,14 @@ def compare_table(groups):
     for label in groups[first]:
         for name, metric in METRICS.items():
             values = {system: by_case(own[label], metric) for system, own in groups.items()}
-            cells = [show(estimate(own[label], metric), metric.percent) for own in groups.values()]
+            cells = [as_text(estimate(own[label], metric), metric.percent) for own in groups.values()]
             for other in others:
                 both = sorted(values[first].keys() & values[other].keys())
                 found = interval([values[other][case] - values[first][case] for case in both],
                                  (-1, 1) if metric.percent else None)
                 # of fewer than six cases all may be on one side by chance
                 decided = found and len(both) > 5 and (found.low > 0 or found.high < 0)
-                cells.append(show(found, metric.percent, signed=True) + " *" * bool(decided))
+                cells.append(as_text(found, metric.percent, signed=True) + " *" * bool(decided))
             if any(values.values()):
                 lines.append([f"{label}: {column(name, metric)}", *cells])
     return lines
@@ -604,7 +604,7 @@ def run(args, world, detector=None):
         raise UserError(f"none of {len(results)} videos could be measured; the first: {results[0]['reason']}")
 
 
-def arguments(argv):
+def real_arguments(argv):
     meanings = "\n".join(f"  {name:15}{metric.words}" for name, metric in METRICS.items())
     p = Parser(prog="eval.py real", description=__doc__, epilog=f"what the columns mean:\n{meanings}")
     add = p.add_argument_group("what to measure").add_argument
@@ -642,7 +642,7 @@ def main(argv, detector=None):
     --faces."""
     world = World.join()
     with world.one_voice():
-        args = arguments(argv)
+        args = real_arguments(argv)
         with hold(args.out, world):
             run(args, world, detector)
     world.leave()

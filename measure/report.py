@@ -101,7 +101,7 @@ def by_yaw(results, key, percent=False):
 
 
 # ----------------------------------------------------------------------------------------------------- tables
-def show(found, percent=False, signed=False, with_interval=True):
+def as_text(found, percent=False, signed=False, with_interval=True):
     """An Estimate as text, "20.31 [19.86, 20.72]", with the digits that its interval deserves; "20.31" where
     that is infinite."""
     if found is None:
@@ -123,7 +123,7 @@ def table(corner, groups, metrics, with_interval=True):
     lines = [[corner, *(column(name, metric) for name, metric in metrics.items())]]
     for label, group in groups.items():
         if group:
-            cells = [show(estimate(group, metric), metric.percent, with_interval=with_interval)
+            cells = [as_text(estimate(group, metric), metric.percent, with_interval=with_interval)
                      for metric in metrics.values()]
             lines.append([label, *cells])
     return lines
@@ -142,10 +142,10 @@ def read_results(path):
     is left out: it is measured again."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file: choose another --out")
-    return [line for line in read_lines(path) if line.pop("checksum", None) == checksum(line)]
+    return [line for line in read_lines(path) if line.pop("checksum", None) == line_checksum(line)]
 
 
-def checksum(line):
+def line_checksum(line):
     return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:12]
 
 
@@ -159,15 +159,18 @@ class Results(dict):
         self.read()
 
     def read(self):
-        self.update((self.key_of(line), line) for line in read_results(self.path))
+        for line in read_results(self.path):
+            self.put(line)
 
-    def key_of(self, line):
-        return tuple(line.get(name) for name in self.names)
+    def put(self, line):
+        key = tuple(line.get(name) for name in self.names)
+        self.pop(key, None)  # the order is that of the file's last lines
+        self[key] = line
 
     def add(self, line):
         """Add a result, below whatever is in the file -> it."""
-        self[self.key_of(line)] = line
-        text = json.dumps(line | {"checksum": checksum(line)}) + "\n"
+        self.put(line)
+        text = json.dumps(line | {"checksum": line_checksum(line)}) + "\n"
         with naming(self.path), open(self.path, "ab+", buffering=0) as file:
             take_lock(file)  # other processes append too: only one may look at the end and write
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))

@@ -380,12 +380,12 @@ def test_one_case_has_no_interval(value, percent):
     metric = report.Metric("", report.one("v"), percent)
     for values in ((value,), (value, None)):  # the other does not show it
         found = report.estimate(results_of(*values), metric)
-        shown = report.show(found, percent)
+        shown = report.as_text(found, percent)
         assert "[" not in shown and float(shown) == pytest.approx(100 * value if percent else value, abs=0.5)
         drawn = evaluation.plot("t", ["a"], {"all": [found]})
         assert "<circle" in drawn and "nan" not in drawn and "inf" not in drawn
         assert 'stroke="#1b9e77"/>' not in drawn
-    assert "[" in report.show(report.estimate(results_of(value, value + 1), metric), percent)
+    assert "[" in report.as_text(report.estimate(results_of(value, value + 1), metric), percent)
 
 
 @pytest.mark.parametrize("percent", [False, True])
