@@ -25,6 +25,7 @@ import safetensors
 import torch
 import torch.nn as nn
 
+from networks.solvers import shifted
 from rope import VIEWS
 from support.script import Lines, Parser, UserError, in_range, nonempty, progress, run_script
 from videos import manifest
@@ -172,11 +173,6 @@ def shared_views(a, b):
 def noise_of(shape, generators):
     """Normal noise [B, *shape], each sample's from its own torch.Generator."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-
-def shifted(sigma, shift):
-    """Noise levels in 0..1 after the timestep shift: more than 1 moves them to more noise."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 class NoiseLevels(NamedTuple):

@@ -32,14 +32,15 @@ import data
 from measure.report import (BIN_NAMES, Metric, Results, by_yaw, case_html, column, estimate, hold, in_columns,
                             interval, mean, one, per_frame, plot, as_text, strip, table, write_page)
 from rope import VIEWS
-from sample import (SAMPLE_RECIPES, VIDEO_CODE, default_checkpoint, find, generate, load, override,
-                    recipe_flags)
+from sample import (SAMPLE_RECIPES, VIDEO_CODE, Hardware, default_checkpoint, find, generate, load,
+                    recipe_flags, with_flags)
 from support.checkpoints import find_checkpoint
 from support.processes import World
 from support.script import (Parser, UserError, atomic_file, check_outputs, fingerprint, in_range, nonempty,
                             progress, run_script, source_hash, uses_bf16)
 from videos import toy
-from videos.pictures import Job, from_bytes, to_bytes, wrap
+from videos.jobs import Job
+from videos.pictures import from_bytes, to_bytes, wrap
 
 CASES = 100
 # views given; in "described" none, but a caption that tells the people's looks
@@ -328,7 +329,7 @@ def evaluate(ckpt, plan, path, world=World(0, 1, torch.device("cpu"))):
     checkpoint = find(ckpt)
     if checkpoint.kind != "toy":
         raise UserError(f"{ckpt} is not a checkpoint of the toy world, which this benchmark is made of")
-    model, encoders = load(checkpoint, precision=plan.precision)
+    model, encoders = load(checkpoint, hardware=Hardware(plan.precision))
     run, results = run_key(model, checkpoint, plan), Results(path, ("run", "case", "setting"))
     batches = cut_batches(plan.cases, plan.batch)[world.rank::world.size]
     for numbers in progress(batches, "evaluating", "batches"):
@@ -405,7 +406,7 @@ def benchmark_flags(add, settings=DEFAULT_SETTINGS):
 def plan_of(args):
     """benchmark_flags -> Plan; says what it is."""
     cases = sorted({i * CASES // args.limit for i in range(args.limit)})
-    recipe = override(SAMPLE_RECIPES["toy"], args)
+    recipe = with_flags(SAMPLE_RECIPES["toy"], args)
     plan = Plan(cases, list(dict.fromkeys(args.settings)), recipe, args.batch, args.precision)
     print(f"{len(cases)} cases, given {', '.join(plan.settings)}; "
           + ", ".join(f"{name} {value}" for name, value in recipe.items() if value))

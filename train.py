@@ -52,7 +52,7 @@ from support.script import (ROOT, Parser, UserError, as_user_error, autocast, co
                             run_script, seed_number, sha256_of, temporary_name, uses_bf16)
 from videos import toy
 from videos.encode import prefetch
-from videos.pictures import name_references, read_jobs
+from videos.jobs import name_references, read_jobs
 
 
 @dataclass(frozen=True)

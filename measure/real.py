@@ -26,17 +26,17 @@ from measure.report import (BIN_NAMES, Metric, Results, by_case, by_yaw, case_ht
                             estimate, hold, in_columns, interval, mean, one, per_frame, plot, read_results,
                             as_text, strip, table, write_page)
 from networks.faces import Aesthetic, ArcFace, Faces, RetinaFace, SixDRepNet, align, find_faces
-from sample import (ROUND, SAMPLE_RECIPES, find, frames_and_size, load, made_with, make_round, note_of,
-                    override, recipe_flags)
+from sample import (ROUND, SAMPLE_RECIPES, Hardware, find, frames_and_size, load, made_with, make_round,
+                    note_of, recipe_flags, with_flags)
 from support.processes import World
 from support.script import (Parser, UserError, check_outputs, count, fingerprint, frame_rate, lock, nonempty,
                             probe_writable, progress, source_hash, uses_bf16)
 from videos import toy
 from videos.curate import EXTRACT, MIDDLE, ask, check_url
+from videos.jobs import Job, check_ours, notes_in, read_references
 from videos.manifest import Names
-from videos.pictures import (VIDEOS, Job, check_ours, frame_count, from_bytes, notes_in, open_picture,
-                             picture_size, read_frames, read_picture, read_references, to_bytes,
-                             watch_decoder, wrap, write_video)
+from videos.pictures import (VIDEOS, frame_count, from_bytes, open_picture, picture_size, read_frames,
+                             read_picture, to_bytes, watch_decoder, wrap, write_video)
 from videos.toyfaces import is_toy, load_faces, toy_code
 
 SHORT_SIDE = 720  # larger videos are shrunk to it
@@ -531,14 +531,14 @@ def sample_cases(cases, args, world):
     """Make the cases' videos with --ckpt in OUT/videos, over all ranks -> that folder. Cases that the
     checkpoint cannot make get a fault. A video that says that it was made of the same is kept."""
     ckpt = find(args.ckpt)
-    recipe, folder = override(SAMPLE_RECIPES[ckpt.kind], args), args.out / "videos"
+    recipe, folder = with_flags(SAMPLE_RECIPES[ckpt.kind], args), args.out / "videos"
     frames, size = frames_and_size(args, ckpt)
     if not ckpt.meta:
         raise UserError(f"{args.ckpt} is plain Wan, which has never seen references: give --ckpt one that "
                         "train.py made")
     probe_writable(folder)
-    model, encoders = load(ckpt, args.wan, args.offload, args.tile, precision=args.precision,
-                           need_vit=ckpt.config.vit_dim > 0)
+    hardware = Hardware(args.precision, args.offload, args.tile)
+    model, encoders = load(ckpt, args.wan, hardware, need_vit=ckpt.config.vit_dim > 0)
     made = made_with(ckpt, encoders, recipe, frames, uses_bf16(world.device, args.precision), args.tile)
 
     def job_of(case):

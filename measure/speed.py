@@ -58,7 +58,7 @@ def set_up(args):
     frames, size = args.frames or world["frames"], args.size or (world["size"], world["size"])
     codec = WanEncoders
     if config.is_wan:
-        sample.check_wan_size(frames, size)
+        WanEncoders.latent_shape(frames, size)
     else:
         codec = toy.ToyCodec(world["size"])
         if not all(side and side % (PATCH * codec.stride) == 0 for side in size):
@@ -132,7 +132,7 @@ def count_parameters(module, prefixes=""):
 def plan(args):
     """Print what sampling and training need at Wan's sizes, from shapes only: weights are exact, activations
     an estimate."""
-    sample.check_wan_size(args.frames, args.size)
+    WanEncoders.latent_shape(args.frames, args.size)
     check_tile(args.tile)
     config, (H, W) = CONFIGS[args.config], args.size
     video, reference = count_tokens(*WanEncoders.latent_shape(args.frames, args.size)[1:])

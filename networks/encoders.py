@@ -625,8 +625,12 @@ class WanEncoders:
 
     @staticmethod
     def latent_shape(frames, size):
-        """Frames and (H, W) in pixels -> the shape of what encode gives for one video."""
+        """Frames and (H, W) in pixels -> the shape of what encode gives for one video. UserError where Wan
+        makes none of that size."""
         height, width = size
+        if frames % 4 != 1 or not all(side and side % 16 == 0 for side in size):
+            raise UserError(f"{frames} frames of {height}x{width}: expected 4n+1 frames (81) and sides that "
+                            "are multiples of 16 (480x832)")
         return 16, (frames + 3) // 4, height // 8, width // 8
 
     @torch.no_grad()

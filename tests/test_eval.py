@@ -13,10 +13,10 @@ import eval as evaluation
 from eval import METRICS
 from measure import real, report
 from rope import VIEWS
-from sample import SAMPLE_RECIPES, find, generate, load
+from sample import SAMPLE_RECIPES, Hardware, find, generate, load
 from support.script import UserError, lock
 from videos import toy
-from videos.pictures import Job
+from videos.jobs import Job
 
 EVERYBODY = toy.benchmark_people()
 ONE, TWO = (0, 13), (75,)  # cases with one person and with two
@@ -67,7 +67,7 @@ def test_somebody_else_drops_identity_alone_and_exchanged_people_are_swaps():
 def test_shuffled_references_drop_identity_to_chance():
     """The toy that comes with the code, given everybody's own references and somebody else's."""
     checkpoint = find(ROOT / "assets" / "toy")
-    model, encoders = load(checkpoint, precision="fp32")
+    model, encoders = load(checkpoint, hardware=Hardware("fp32"))
     frames, size = (checkpoint.meta["world"][name] for name in ("frames", "size"))
     cases, found = range(3), {}
     for name, shift in (("own", 0), ("shuffled", 7)):
@@ -319,7 +319,7 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
 
 def test_all_that_a_result_depends_on_is_in_the_runs_key():
     found = find(ROOT / "assets" / "toy")
-    model, _ = load(found, precision="fp32")
+    model, _ = load(found, hardware=Hardware("fp32"))
     plan = evaluation.Plan([0, 50], ["all"], SAMPLE_RECIPES["toy"], 20, "fp32")
     keys = {evaluation.run_key(model, found, plan)}
     for change in (dict(cases=[0, 25]), dict(batch=1), dict(recipe=SAMPLE_RECIPES["toy"] | {"steps": 1})):

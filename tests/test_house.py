@@ -17,7 +17,7 @@ NOW = {"support": 1320, "rope": 106, "kernels": 403, "networks": 1993, "model": 
 # rooms, the lowest first, and what each may import
 ROOMS = {"support": "", "rope": "", "kernels": "rope support", "networks": "rope support",
          "model": "rope kernels networks support", "videos": "rope networks support",
-         "data": "rope videos support",
+         "data": "rope networks videos support",
          "train": "rope kernels networks support model videos data",
          "sample": "rope kernels networks support model videos data",
          "measure": "rope kernels networks support model videos data train sample",

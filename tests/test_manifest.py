@@ -16,8 +16,9 @@ from test_pictures import damage, encode, gradient, noise
 from rope import VIEWS
 from support.script import UserError, read_text
 from videos import manifest, toy
+from videos.jobs import read_jobs
 from videos.manifest import Names, Samples, find_videos, read_columns, read_manifest
-from videos.pictures import read_frames, read_jobs, read_picture, to_bytes
+from videos.pictures import read_frames, read_picture, to_bytes
 
 
 def entry(**changes):

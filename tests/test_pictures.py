@@ -25,8 +25,8 @@ from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
 from rope import VIEWS
 from support.script import UserError, lock
 from videos import pictures
-from videos.pictures import (Job, contact_sheet, from_bytes, name_references, picture_size, read_frames,
-                             read_jobs, read_picture, read_references, to_bytes, to_image, view_of,
+from videos.jobs import Job, contact_sheet, name_references, read_jobs, read_references
+from videos.pictures import (from_bytes, picture_size, read_frames, read_picture, to_bytes, to_image, view_of,
                              watch_decoder, write_video)
 
 

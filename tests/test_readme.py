@@ -27,7 +27,7 @@ from model import DiTConfig, HarmoView
 from networks.encoders import NEGATIVE_PROMPT
 from networks.faces import Faces
 from networks.lora import NEW_PREFIXES
-from sample import BOUNDARY, SAMPLE_RECIPES, Found
+from sample import BOUNDARY, SAMPLE_RECIPES, Checkpoint
 from support.checkpoints import find_checkpoint
 from support.script import Parser
 from videos import toy
@@ -254,7 +254,7 @@ def test_the_stages_are_those_of_train():
 
 def test_wans_defaults_are_those_of_the_code():
     one, two = SAMPLE_RECIPES["wan2.1"], SAMPLE_RECIPES["wan2.2"]
-    found = Found("", [], None, "", {})
+    found = Checkpoint("", [], None, "", {})
     (height, width), (high, low) = found.size, two["guide_text"]
     assert (f"UniPC, {one['steps']} steps, shift {one['shift']:g}, guidance {one['guide_text'][0]:g} (A14B: "
             f"{two['steps']} steps, shift {two['shift']:g}, guidance {high:g} above the boundary {BOUNDARY} "

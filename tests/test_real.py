@@ -24,8 +24,7 @@ from test_curate import Truth
 from test_faces import save_aesthetic
 
 import eval as evaluation
-from measure import cases as real_cases
-from measure import real
+from measure import cases as real_cases, real
 from measure.real import METRICS
 from measure.report import by_case, mean, read_results
 from model import DiTConfig, HarmoView

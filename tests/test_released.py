@@ -16,6 +16,7 @@ import data
 import sample
 import train
 from model import DiTConfig
+from networks import solvers
 from networks.encoders import UMT5, DINOv2, WanEncoders, WanVAE, load_network
 from networks.text import Tokenizer
 from networks.weights import read_network
@@ -23,7 +24,7 @@ from support.checkpoints import find_checkpoint, read_meta
 from support.script import UserError
 from videos import toy
 from videos.encode import read_settings
-from videos.pictures import Job
+from videos.jobs import Job
 from helpers import content
 from test_checkpoint import randomise
 
@@ -125,14 +126,14 @@ def saved(pipelines, pieces, tmp_path_factory):
 def test_the_whole_pipeline_is_diffusers_from_the_folder_that_it_saves(name, pipelines, saved):
     """Same prompts, noise, guidance and noise levels: the latter are Wan's own, handed over to diffusers."""
     found = sample.find(str(saved / name))
-    model, encoders = sample.load(found, precision="fp32")
+    model, encoders = sample.load(found, hardware=sample.Hardware("fp32"))
     assert found.kind == f"wan{name}" and found.boundary == (0.9 if name == "2.2" else 0)
     guide = (4.0, 3.0) if name == "2.2" else (5.0,)
     steps, shift, negative = 8, 5.0, "blurred, 人 no cats"
     recipe = sample.SAMPLE_RECIPES[found.kind] | dict(steps=steps, shift=shift, guide_text=guide,
                                                       negative=negative)
-    pipeline, levels = pipelines[name], sample.schedule(steps, shift, "unipc")
-    assert len({sample.expert_at(t, found.boundary) for t in levels[1]}) == len(found.networks)
+    pipeline, levels = pipelines[name], solvers.schedule(steps, shift, "unipc")
+    assert len({bool(t < 1000 * found.boundary) for t in levels[1]}) == len(found.networks)
     set_timesteps = type(pipeline.scheduler).set_timesteps
 
     def handed_over(steps, device=None):
@@ -227,7 +228,7 @@ def test_comfyuis_files_make_the_same_video(name, layout, saved, pieces, tmp_pat
         found = sample.find(str(path))
         recipe = sample.SAMPLE_RECIPES[found.kind] | {"steps": 3}
         found.boundary = found.boundary and 0.875
-        videos += sample.generate(*sample.load(found, precision="fp32"), jobs, recipe, 5)
+        videos += sample.generate(*sample.load(found, hardware=sample.Hardware("fp32")), jobs, recipe, 5)
     assert found.kind == f"wan{name}" and torch.equal(*videos)
 
 
@@ -492,7 +493,7 @@ def test_further_folders_are_read_or_refused_in_one_line(what, saved, tmp_path):
     def make(folder):
         found = sample.find(str(folder))
         recipe = sample.SAMPLE_RECIPES[found.kind] | {"steps": 2}
-        model, encoders = sample.load(found, precision="fp32")
+        model, encoders = sample.load(found, hardware=sample.Hardware("fp32"))
         return sample.generate(model, encoders, [Job(WORDS[0], None, 0, (32, 48))], recipe, 5)[0]
 
     if says is SAME:

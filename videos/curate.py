@@ -46,9 +46,10 @@ from support.script import (Parser, UserError, as_user_error, atomic_file, atomi
                             fingerprint, frame_rate, in_range, is_text, lock, nonempty, not_negative,
                             probe_writable, progress, read_lines, read_text, save_tensors, sha256_of,
                             temporary_name)
+from videos.jobs import draw_person
 from videos.manifest import PEOPLE, Names, check_columns, find_tables, find_videos, read_rows, value_of
-from videos.pictures import (VIDEOS, draw_person, from_bytes, on_white, read_frames, read_picture,
-                             watch_decoder, write_video)
+from videos.pictures import (VIDEOS, from_bytes, on_white, read_frames, read_picture, watch_decoder,
+                             write_video)
 from videos.toyfaces import is_toy, load_faces, toy_code
 
 degrees = in_range(float, 0, 180, "0 to 180 degrees")

@@ -28,7 +28,8 @@ from PIL import Image, ImageOps
 from rope import VIEWS
 from support.script import (Lines, UserError, as_user_error, atomic_file, check_outputs, encoding_of,
                             fingerprint, is_text, probe_writable, read_text)
-from videos.pictures import VIDEOS, Job, contact_sheet, from_bytes, read_frames, read_picture, watch_decoder
+from videos.jobs import Job, contact_sheet
+from videos.pictures import VIDEOS, from_bytes, read_frames, read_picture, watch_decoder
 
 
 PEOPLE = 2  # most people of a clip, as many as a network here tells apart

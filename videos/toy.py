@@ -25,8 +25,9 @@ from rope import VIEWS
 from support.script import (ROOT, Parser, UserError, atomic_file, atomic_folder, count, frame_rate, in_range,
                             lock, nonempty, probe_writable, progress, save_tensors, source_hash)
 from videos.encode import encode
+from videos.jobs import Job
 from videos.manifest import Sample, read_manifest, sample_of
-from videos.pictures import Job, from_bytes, to_bytes, to_image, write_video
+from videos.pictures import from_bytes, to_bytes, to_image, write_video
 
 BENCHMARK_IDENTITIES = 52  # held out: training identities come from another seed
 BENCHMARK_SEED, TRAIN_SEED, VALID_SEED = 52_000, 1, 77_000
