@@ -461,7 +461,7 @@ def summary(results):
 def read_systems(folders):
     """--out folders -> {name: {(case, rule): its result}}, those that were measured last of every case."""
     systems = {}
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         lines = read_results(folder / "cases_measured.jsonl")
         if not lines:
             raise UserError(f"{folder} holds no cases_measured.jsonl with results: give --out folders of "
@@ -614,6 +614,7 @@ def real_arguments(argv):
     add("--fps", dest="rate", type=frame_rate, default=8, help="pictures a second that are looked at")
     add("--judge-url", type=nonempty, help="OpenAI-compatible endpoint of a vision model: `natural`")
     add("--judge-model", type=nonempty, default="default", help="its model; the key: OPENAI_API_KEY")
+    add = p.add_mutually_exclusive_group(required=True).add_argument
     add("--videos", type=Path, help="folder with <id>.mp4 of each case, of any system; or else --ckpt")
     add("--ckpt", type=nonempty, help="make the videos with this checkpoint, or run: its newest one")
     add = p.add_argument_group("for --ckpt, as in sample.py").add_argument
@@ -624,13 +625,9 @@ def real_arguments(argv):
     add("--offload", action="store_true", help="networks wait in CPU memory")
     add("--tile", type=count, help="pixels a side that the VAE works on at a time")
     args = p.parse_args(argv)
-    if bool(args.videos) == bool(args.ckpt):
-        raise UserError("expected one of --videos DIR, a system's videos, and --ckpt to make them")
     for name in SAMPLING if args.videos else ():
         if getattr(args, name) != p.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} is for sampling: leave it out with --videos")
-    if not (args.faces.is_dir() or is_toy(args.faces)):
-        raise UserError(f"--faces {args.faces}: expected a folder of face networks; see README.md")
     if args.videos and not args.videos.is_dir():
         raise UserError(f"--videos {args.videos}: no such folder")
     check_url("--judge-url", args.judge_url)
