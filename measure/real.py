@@ -607,7 +607,7 @@ def run(args, world, detector=None):
 def real_arguments(argv):
     meanings = "\n".join(f"  {name:15}{metric.words}" for name, metric in METRICS.items())
     p = Parser(prog="eval.py real", description=__doc__, epilog=f"what the columns mean:\n{meanings}")
-    add = p.add_argument_group("what to measure").add_argument
+    add = p.add_argument
     add("--cases", type=Path, required=True, help="file of cases; see cases.py and make-cases")
     add("--out", type=Path, default="out/eval", help="folder for results and report.html")
     add("--faces", type=Path, required=True, help="folder with the weights that faces.py names, or toy")
