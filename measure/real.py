@@ -33,9 +33,9 @@ from support.script import (Parser, UserError, check_outputs, count, fingerprint
                             probe_writable, progress, source_hash, uses_bf16)
 from videos import toy
 from videos.curate import EXTRACT, MIDDLE, ask, check_url
-from videos.jobs import Job, check_ours, notes_in, read_references
+from videos.jobs import Job, check_ours, name_references, notes_in, read_references
 from videos.manifest import Names
-from videos.pictures import (VIDEOS, frame_count, from_bytes, open_picture, picture_size, read_frames,
+from videos.pictures import (VIDEOS, frame_count, from_bytes, picture_size, read_frames,
                              read_picture, to_bytes, watch_decoder, wrap, write_video)
 from videos.toyfaces import is_toy, load_faces, toy_code
 
@@ -545,16 +545,13 @@ def sample_cases(cases, args, world):
         """A case as a Job whose references are files, with what is written of how its video is made."""
         if case.fault:
             raise UserError(case.fault)
-        if len(case.refs) > ckpt.config.max_identities:
-            raise UserError(f"{len(case.refs)} people: this checkpoint holds at most "
-                            f"{ckpt.config.max_identities}")
-        for file in case.files():
-            with open_picture(file) as picture:
-                picture.load()  # one that is damaged is found before hours of sampling
-        shape = toy.frame_size(size[0], len(case.refs)) if ckpt.kind == "toy" else size
         files = [[f"{view}={file}" for view, file in views.items()] for views in case.refs]
-        job = Job(case.prompt, case.refs, case.seed, shape, files)
-        return replace(job, note=note_of(job, recipe, frames, args.ckpt, made))
+        job = Job(case.prompt, None, case.seed, size, files)
+        job.references = name_references(job, ckpt.config.max_identities)
+        if ckpt.kind == "toy":
+            job.size = toy.frame_size(size[0], len(files))
+        job.note = note_of(job, recipe, frames, args.ckpt, made)
+        return job
     todo = {}
     for n, case in enumerate(cases):
         path = folder / f"{case.id}.mp4"

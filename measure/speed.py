@@ -57,9 +57,7 @@ def set_up(args):
     config, world = CONFIGS[args.config], toy.WORLDS[args.config]
     frames, size = args.frames or world["frames"], args.size or (world["size"], world["size"])
     codec = WanEncoders
-    if config.is_wan:
-        WanEncoders.latent_shape(frames, size)
-    else:
+    if not config.is_wan:
         codec = toy.ToyCodec(world["size"])
         if not all(side and side % (PATCH * codec.stride) == 0 for side in size):
             raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {PATCH * codec.stride}")
@@ -132,7 +130,6 @@ def count_parameters(module, prefixes=""):
 def plan(args):
     """Print what sampling and training need at Wan's sizes, from shapes only: weights are exact, activations
     an estimate."""
-    WanEncoders.latent_shape(args.frames, args.size)
     check_tile(args.tile)
     config, (H, W) = CONFIGS[args.config], args.size
     video, reference = count_tokens(*WanEncoders.latent_shape(args.frames, args.size)[1:])
@@ -147,16 +144,14 @@ def plan(args):
 def plan_sampling(args, config, video, references, proxies):
     """Parameters, memory of each phase in bf16, FLOPs. video, references, proxies (of people without any
     view): tokens"""
-    kind = "wan2.1"  # of Wan2.2's two experts one is on the card
-    recipe, (H, W) = sample.SAMPLE_RECIPES[kind], args.size
+    recipe, (H, W) = sample.SAMPLE_RECIPES["wan2.1"], args.size
     with torch.device("meta"):
         networks = {"transformer": HarmoView(config), "umT5": UMT5(), "VAE": WanVAE(), "ViT": DINOv2()}
     parameters = {name: count_parameters(network) for name, network in networks.items()}
     for name, n in parameters.items():
         print(f"{name:12}{n:>16,} parameters")
     print(f"{count_parameters(networks['transformer'], NEW_PREFIXES):,} are HarmoView's own")
-    weights = sample.guidance_weights(recipe["guide_text"][0], recipe["guide_refs"] if args.people else None)
-    branches = [n for weight, n in zip(weights, (references, proxies, proxies)) if weight]
+    branches = [references, proxies]  # of Wan's guidance: v(text, refs), and v(-, -)
     cached = config.reference_attention == "one-way"
     tflop = [networks["transformer"].flops(video, n, cached=cached) / 1e12 for n in branches]
     kv = [4 * config.num_layers * config.dim * n * cached for n in branches]  # bytes of a bf16 k and v
