@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import content, write_sound
+from helpers import LiveBytes, content, fork, wait_for, write_sound
 from mtcnn import fetch, fetch_mtcnn
 from PIL import Image
-from test_checkpoint import LiveBytes, fork, wait_for
 from test_pictures import damage, encode, gradient, noise
 
 from networks.faces import ALIGNED, Detection, Face, align, crop_faces

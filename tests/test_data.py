@@ -17,8 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, WAN_SMALL, run
-from helpers import content, generators, one_line
-from test_checkpoint import fork, wait_for
+from helpers import content, fork, generators, one_line, wait_for
 
 import data
 import train

@@ -15,7 +15,7 @@ from networks.encoders import UMT5, DINOv2, RelativeBias, Tokenizer, WanEncoders
 from networks.weights import load_weights, read_weights
 from support.script import UserError
 from videos import toy
-from test_checkpoint import LiveBytes, randomise
+from helpers import LiveBytes, randomise
 
 CPU = torch.device("cpu")
 

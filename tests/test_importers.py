@@ -10,9 +10,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import content, write_sound
+from helpers import content, names, write_sound
 from PIL import Image
-from test_checkpoint import names
 
 import data
 from support.script import UserError

@@ -545,7 +545,7 @@ def test_other_latents_than_of_wans_text_to_video_are_refused(channels, tmp_path
     assert f"{folder} works on latents of {channels} channels, expected 16: take Wan2.1's" in str(error.value)
 
 
-# All that can be wrong with a file or a folder is in test_checkpoint.py; here, that load_wan passes it on.
+# All that can be wrong with a file or a folder is in test_weights.py; here, that load_wan passes it on.
 def test_a_wrong_wan_checkpoint_is_refused(oracle, tmp_path):
     net = HarmoView(SMALL_WAN)
     before = {k: v.clone() for k, v in net.state_dict().items()}

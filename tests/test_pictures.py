@@ -18,9 +18,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import one_line, write_sound
+from helpers import FULL_DISK, fork, kill, names, one_line, wait_for, write_sound
 from PIL import Image
-from test_checkpoint import FULL_DISK, fork, kill, names, wait_for
 
 from rope import VIEWS
 from support.script import UserError, lock

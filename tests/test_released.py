@@ -25,8 +25,7 @@ from support.script import UserError
 from videos import toy
 from videos.encode import read_settings
 from videos.jobs import Job
-from helpers import content
-from test_checkpoint import randomise
+from helpers import content, randomise
 
 CPU = torch.device("cpu")
 WORDS = ["a close-up of one person", "café 人 in two rooms; 3 cats, no dog", "x"]

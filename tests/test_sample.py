@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, WAN_SMALL, call, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_checkpoint import FULL_DISK, fork, kill, wait_for
+from helpers import FULL_DISK, fork, kill, wait_for
 
 import sample
 from model import CONFIGS, DiTConfig, HarmoView, load_wan, on_meta

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, call, run
 from PIL import Image
-from test_checkpoint import FULL_DISK, fork, hang, kill, names, wait_for
+from helpers import FULL_DISK, fork, hang, kill, names, wait_for
 
 import data
 from model import CONFIGS
