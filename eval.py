@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import data
-from measure.report import (BIN_NAMES, Metric, Results, by_yaw, case_html, column, estimate, hold, in_columns,
-                            interval, mean, one, per_frame, plot, as_text, strip, table, write_page)
+from measure.report import (BIN_NAMES, Metric, Results, as_text, by_yaw, case_html, column, estimate, hold,
+                            in_columns, interval, mean, one, per_frame, plot, strip, table, write_page)
 from rope import VIEWS
 from sample import (SAMPLE_RECIPES, VIDEO_CODE, Hardware, default_checkpoint, find, generate, load,
                     recipe_flags, with_flags)

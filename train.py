@@ -603,26 +603,20 @@ def load_data(args, config, world):
     """The Dataset, the Validation or None, and the files that sampling needs besides the network. The toy's
     are rendered and encoded where that was not done yet, by one process on all cores."""
     folder, valid = encoded_set(args.data), args.valid
-    files = folder and list(folder.glob(toy.ToyEncoders.TOKENIZER))  # which sampling needs
     if not folder:
         size, frames = (toy.WORLDS[args.config][name] for name in ("size", "frames"))
+        theirs, ours = Path(args.wan or "", toy.ToyEncoders.TOKENIZER), toy.tokenizer_of(args.data)
+        if args.wan and theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
+            raise UserError(f"--wan {args.wan} reads captions with another tokenizer than this toy world's: "
+                            "train a base for it, as README.md says")
         threads = torch.get_num_threads()
         if world.size > 1 and world.device.type == "cpu":
             torch.set_num_threads(CORES)
-        clips = toy.render_cache(args.data, size, frames, args.clips, args.pairs, described=args.described)
-        try:
-            encoders = toy.ToyEncoders(clips, size)
-        except UserError as error:
-            raise toy.damaged(clips, error) from None
-        of_base = args.wan and Path(args.wan, encoders.TOKENIZER)
-        if of_base and of_base.is_file() and of_base.read_bytes() != encoders.files[0].read_bytes():
-            raise UserError(f"--wan {args.wan} reads captions with another tokenizer than this toy world's: "
-                            "train a base for it, as README.md says")
-        folder, files = toy.encode_cache(clips, encoders, args.pairs, args.mask), encoders.files
-        if not valid:
-            held_out = toy.render_cache(args.data, size, frames, (VALID_CLIPS,) * 2, seed=toy.VALID_SEED)
-            valid = toy.encode_cache(held_out, encoders)
+        folder = toy.training_set(args.data, size, frames, args.clips, args.pairs, args.mask,
+                                  described=args.described)
+        valid = valid or toy.training_set(args.data, size, frames, (VALID_CLIPS,) * 2, seed=toy.VALID_SEED)
         torch.set_num_threads(threads)
+    files = list(folder.glob(toy.ToyEncoders.TOKENIZER))  # which sampling needs
     dataset = data.Dataset(folder, front_only=args.front_only)
     dataset.check(config)
     if args.mv2id and dataset.settings["mask"] != args.mask:

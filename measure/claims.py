@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from measure.report import Estimate, by_case, interval, mean, as_text
+from measure.report import Estimate, as_text, by_case, interval, mean
 from support.checkpoints import parent_of
 from support.script import ROOT, Parser, UserError, atomic_file, in_range, lock, nonempty, probe_writable
 from videos import toy

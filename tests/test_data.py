@@ -97,13 +97,19 @@ SIZES = {"toy": (32, 2), "wan": (48, 5)}  # pixels and frames
 
 @pytest.fixture(scope="module", params=SIZES)
 def clips(request, tmp_path_factory):
-    """A folder with rendered clips, two with one person and two with two, and the encoders for it."""
+    """A function that gives clips by kind of pairs, two with one person and two with two, and encoders."""
     size, frames = SIZES[request.param]
-    folder = toy.render_cache(tmp_path_factory.mktemp(request.param), size, frames, (2, 2))
+
+    def samples_of(pairs):
+        return toy.training_samples(size, frames, (2, 2), pairs, toy.TRAIN_SEED, 0.0)
     if request.param == "toy":
-        return folder, toy.ToyEncoders(folder, size)
+        return samples_of, toy_encoders(size)
     wan = request.getfixturevalue("wan")
-    return folder, WanEncoders(wan / "2.1", torch.device("cpu"))
+    return samples_of, WanEncoders(wan / "2.1", torch.device("cpu"))
+
+
+def toy_encoders(size):
+    return toy.ToyEncoders(ROOT / "assets/base", size)
 
 
 class Recorder:
@@ -128,8 +134,8 @@ class Recorder:
 @pytest.mark.parametrize("mask, variants, pairs", [(0.0, 1, "in"), (0.5, 3, "cross")])
 def test_a_set_is_what_the_networks_say(mask, variants, pairs, clips, tmp_path):
     """Latents, text and features one by one; with a mask, both networks get the masked picture, the same."""
-    folder, encoders = clips
-    recorder, samples = Recorder(encoders), toy.training_samples(folder, pairs)
+    samples_of, encoders = clips
+    recorder, samples = Recorder(encoders), samples_of(pairs)
     encode(samples, tmp_path, recorder, {}, mask, variants=3)
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["variants"] == variants and settings["vit"] == encoders.vit_shape
@@ -170,8 +176,8 @@ def test_a_set_is_what_the_networks_say(mask, variants, pairs, clips, tmp_path):
 
 
 def test_batches_are_what_is_stored_and_all_variants_are_drawn(clips, tmp_path):
-    folder, encoders = clips
-    samples = toy.training_samples(folder, "cross")
+    samples_of, encoders = clips
+    samples = samples_of("cross")
     encode(samples, tmp_path, encoders, {}, 0.5, variants=3)
     dataset = data.Dataset(tmp_path, text_dropout=0)
     views, numbers = (("front", "back"), ("left",)), [2, 3] * 20
@@ -454,10 +460,9 @@ def encoding(kind, request):
     if kind == "plain":
         return [sample(n, ("front", "left"), ("front",)) for n in range(70)], lambda: Plain(0.0003)
     root = request.getfixturevalue("tmp_path_factory").mktemp(kind)
-    folder = toy.render_cache(root, 32, 1, {"toy": (30, 20), "wan": (2, 1)}[kind])
-    samples = toy.training_samples(folder, "in")
+    samples = toy.training_samples(32, 1, {"toy": (30, 20), "wan": (2, 1)}[kind], "in", toy.TRAIN_SEED, 0.0)
     if kind == "toy":
-        return samples, lambda: toy.ToyEncoders(folder, 32)
+        return samples, lambda: toy_encoders(32)
     wan = request.getfixturevalue("wan") / "2.1"
     # here once, or each forked process would import and compile for seconds
     encode(samples[:1], root / "once", WanEncoders(wan, torch.device("cpu")), {})

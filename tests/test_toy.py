@@ -1,14 +1,12 @@
 import hashlib
 import os
 import re
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import pytest
-import safetensors.torch
 import torch
 from conftest import ROOT, call, run
 from PIL import Image
@@ -77,13 +75,12 @@ def test_looks_in_words_tell_what_is_drawn():
         assert len(set(said)) >= 5 and apart[alike].mean() < 0.6 * apart[~alike].mean()
 
 
-def test_a_share_of_the_captions_describes_and_clips_stay_alike(tmp_path):
-    plain, described = (toy.render_cache(tmp_path, 32, 2, (6, 6), described=share) for share in (0.0, 0.5))
-    assert plain != described
-    for name in ("one.safetensors", "two.safetensors", "spiece.model"):
-        assert (plain / name).read_bytes() == (described / name).read_bytes()
-    captions = [(folder / "captions.txt").read_text().splitlines() for folder in (plain, described)]
-    pairs = list(zip(*captions, strict=True))
+def test_a_share_of_the_captions_describes_and_clips_stay_alike():
+    plain, described = (toy.training_samples(32, 2, (6, 6), "cross", toy.TRAIN_SEED, share)
+                        for share in (0, 0.5))
+    for n in (0, 11):
+        assert torch.equal(plain[n].read_video(), described[n].read_video())
+    pairs = [(a.caption, b.caption) for a, b in zip(plain, described, strict=True)]
     told = [b for a, b in pairs if a != b]
     assert 0 < len(told) < len(pairs) and all(" skin, " in words for words in told)
     assert all(re.sub(r"with \w+ skin.*? in a", "in a", b) == a for a, b in pairs)
@@ -318,55 +315,61 @@ def test_the_frozen_networks_tell_captions_and_pictures_apart(encoders):
     assert (torch.cdist(features.flatten(1), features.flatten(1)) + torch.eye(20)).min() > 0.01
 
 
-# -------------------------------------------------------------------------------------------------- its cache
+# ---------------------------------------------------------------------------------------------- training sets
 TWO_CLIPS = (32, 2, (2, 2))  # size, frames, clips
 
 
-@pytest.fixture(scope="module", params=["cross", "in"])
-def cache(request, tmp_path_factory):
-    return request.param, toy.render_cache(tmp_path_factory.mktemp("root"), *TWO_CLIPS, request.param)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("root")
 
 
-def test_a_cache_holds_the_clips_that_its_captions_say(cache):
-    pairs, folder = cache
-    assert names(folder) == ["captions.txt", "one.safetensors", "spiece.model", "two.safetensors"]
-    captions = (folder / "captions.txt").read_text().splitlines()
-    motions = (*toy.MOTIONS, *toy.SWEEPS) if pairs == "cross" else toy.IN_PAIR_MOTIONS
-    for people, name in ((1, "one"), (2, "two")):
-        tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
+def samples_of(pairs, clips=(2, 2)):
+    return toy.training_samples(32, 2, clips, pairs, toy.TRAIN_SEED, 0.0)
+
+
+@pytest.mark.parametrize("pairs", ["cross", "in"])
+def test_training_samples_are_the_clips_that_their_captions_say(pairs):
+    views, motions = VIEWS, (*toy.MOTIONS, *toy.SWEEPS)
+    if pairs == "in":
+        views, motions = toy.IN_PAIR_VIEWS, toy.IN_PAIR_MOTIONS
+    samples = samples_of(pairs)
+    assert len({sample.name for sample in samples}) == 4 and len({i for s in samples for i in s.ids}) == 6
+    for people, some in ((1, samples[:2]), (2, samples[2:])):
         clips = toy.draw_clips(2, people, toy.TRAIN_SEED, motions)
-        assert captions[2 * people - 2 : 2 * people] == [toy.caption(clip) for clip in clips]
-        assert tensors["video"].shape == (2, 3, 2, 32, 32 * people)
-        assert tensors["refs"].shape == (2, people, 4, 3, 32, 32)
+        assert [sample.caption for sample in some] == [toy.caption(clip) for clip in clips]
         identities = toy.draw_identities(2 * people, toy.TRAIN_SEED + people)
         cast = [toy.pick(identities, range(2 * k, 2 * k + 2)) for k in range(people)]
-        assert torch.equal(tensors["video"], to_bytes(toy.render_clips(clips, cast, 2, 32)[0]))
+        videos = to_bytes(toy.render_clips(clips, cast, 2, 32)[0])
+        for sample, video in zip(some, videos):
+            assert torch.equal(sample.read_video(), from_bytes(video))
+            assert sample.cross == [dict.fromkeys(views, pairs == "cross")] * people
         for k, identities in enumerate(cast):  # each person's own, with a light and a pose of their own
-            seed = 10**6 * people + 10**5 * k
             of_clip = (clips, k, 2) if pairs == "in" else ()
-            refs = to_bytes(toy.render_references(identities, seed, 32, *of_clip))
-            assert torch.equal(tensors["refs"][:, k], refs)
+            refs = toy.render_references(identities, 10**6 * people + 10**5 * k, 32, *of_clip)
+            for sample, shown in zip(some, from_bytes(to_bytes(refs))):
+                assert tuple(sample.people[k]) == views
+                for view, read in sample.people[k].items():
+                    assert torch.equal(read(), shown[VIEWS.index(view)])
 
 
-def test_a_cache_is_rendered_once(cache, monkeypatch):
-    pairs, folder = cache
-    monkeypatch.setattr(toy, "render_training", None)
-    assert toy.render_cache(folder.parent, *TWO_CLIPS, pairs) == folder
+def test_clips_past_a_chunk_are_their_own(monkeypatch):
+    first = [samples_of("cross", (5, 0))[n] for n in range(5)]
+    monkeypatch.setattr(toy, "CHUNK", 2)
+    for one, other in zip(first, samples_of("cross", (5, 0))):
+        assert torch.equal(one.read_video(), other.read_video())
 
 
-def test_a_sweep_is_drawn_twice_as_often_where_references_are_cross_pair(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(toy, "render_training", lambda clips, *rest: drawn.extend(clips) or {})
-    monkeypatch.setattr(toy, "save_tensors", lambda path, tensors: path.touch())
-    toy.render_cache(tmp_path, 32, 2, (4000, 1))
-    share = sum(clip.motions[0] in toy.SWEEPS for clip in drawn) / len(drawn)
+def test_a_sweep_is_drawn_twice_as_often_where_references_are_cross_pair():
+    said = [sample.caption for sample in samples_of("cross", (4000, 0))]
+    share = sum(any(motion in words for motion in toy.SWEEPS) for words in said) / len(said)
     assert 0.77 < share < 0.83  # 8 of 10
 
 
 def render(root, log):
-    """render_cache and encode_cache, with a line in `log` for everything that is computed."""
-    for module, name in ((toy, "render_training"), (toy, "encode")):
-        function = getattr(module, name)
+    """training_set, with a line in `log` for everything that is computed."""
+    for name in ("encode", "train_tokenizer"):
+        function = getattr(toy, name)
 
         def logging(*arguments, function=function, name=name):
             with open(log, "a") as file:
@@ -374,9 +377,8 @@ def render(root, log):
             time.sleep(0.2)  # so that the others come meanwhile
             return function(*arguments)
 
-        setattr(module, name, logging)
-    folder = toy.render_cache(root, *TWO_CLIPS)
-    toy.encode_cache(folder, toy.ToyEncoders(folder, 32))
+        setattr(toy, name, logging)
+    toy.training_set(root, *TWO_CLIPS)
 
 
 def test_processes_that_share_a_cache_wait_for_one_another(tmp_path):
@@ -384,78 +386,47 @@ def test_processes_that_share_a_cache_wait_for_one_another(tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sorted((tmp_path / "log").read_text().split()) == ["encode", *["render_training"] * 2]
+    assert (tmp_path / "log").read_text().split() == ["train_tokenizer", "encode"]
     assert not list(tmp_path.rglob(".unfinished-*"))
 
 
-def test_what_a_killed_rendering_leaves_is_removed_by_the_next(tmp_path):
-    process = fork(toy.render_cache, tmp_path, 32, 2, (100_000, 1))
-    wait_for(lambda: list(tmp_path.glob(".unfinished-*")))
-    kill(process)
-    assert list(tmp_path.glob(".unfinished-*"))
-    folder = toy.render_cache(tmp_path, *TWO_CLIPS)
-    assert {path.name for path in tmp_path.iterdir()} == {".cache-lock", folder.name}
-
-
-def test_samples_are_what_is_in_the_cache(cache):
-    pairs, folder = cache
-    views = VIEWS if pairs == "cross" else toy.IN_PAIR_VIEWS
-    samples = toy.training_samples(folder, pairs)
-    assert [sample.caption for sample in samples] == (folder / "captions.txt").read_text().splitlines()
-    assert len({sample.name for sample in samples}) == 4
-    for people, name in ((1, "one"), (2, "two")):
-        tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
-        for i, sample in enumerate(samples[2 * people - 2 : 2 * people]):
-            assert torch.equal(sample.read_video(), from_bytes(tensors["video"][i]))
-            assert sample.cross == [dict.fromkeys(views, pairs == "cross")] * people
-            for k, person in enumerate(sample.people):
-                assert tuple(person) == views and len(sample.people) == people
-                for view, read in person.items():
-                    assert torch.equal(read(), from_bytes(tensors["refs"][i, k, VIEWS.index(view)]))
-
-
-def test_a_cache_is_encoded_once_and_another_mask_is_another_set(tmp_path, monkeypatch, encoders):
-    folder = toy.render_cache(tmp_path, *TWO_CLIPS)
-    first = toy.encode_cache(folder, encoders)
-    masked = toy.encode_cache(folder, encoders, mask=0.5)
+def test_a_set_is_made_once_and_other_masks_pairs_and_code_are_other_sets(root, monkeypatch):
+    first, masked = toy.training_set(root, *TWO_CLIPS), toy.training_set(root, *TWO_CLIPS, mask=0.5)
     assert len({first, masked}) == 2 and data.Dataset(masked).settings["variants"] == 4
     assert data.Dataset(first).settings["variants"] == 1 and len(read_lines(first / "index.jsonl")) == 4
     monkeypatch.setattr(toy, "encode", None)
-    assert toy.encode_cache(folder, encoders) == first
-    assert toy.encode_cache(folder, encoders, mask=0.5) == masked
-    with pytest.raises(TypeError):
-        toy.encode_cache(folder, encoders, mask=0.25)
-    with pytest.raises(TypeError):
-        toy.encode_cache(folder, encoders, "in")
+    assert toy.training_set(root, *TWO_CLIPS) == first
+    assert toy.training_set(root, *TWO_CLIPS, mask=0.5) == masked
+    for other in (dict(mask=0.25), dict(pairs="in"), dict(seed=5), dict(described=0.5)):
+        with pytest.raises(TypeError):
+            toy.training_set(root, *TWO_CLIPS, **other)
     monkeypatch.setattr(toy, "source_hash", lambda *modules: "newcode")
     with pytest.raises(TypeError):
-        toy.encode_cache(folder, encoders)
+        toy.training_set(root, *TWO_CLIPS)
 
 
-def encode_some(folder, encoders, clips):
-    """encode_cache, but it never comes to an end of the clip after these."""
-    encode, left = encoders.encode, [None] * clips
+def encode_some(root, clips):
+    """training_set, but it never comes to an end of the clip after these."""
+    encode, left = toy.ToyEncoders.encode, [None] * clips
 
-    def some(video):
+    def some(self, video):
         if video.shape[2] > 1:  # a clip, no reference
             left.pop() if left else hang()
-        return encode(video)
+        return encode(self, video)
 
-    encoders.encode = some
-    toy.encode_cache(folder, encoders)
+    toy.ToyEncoders.encode = some
+    toy.training_set(root, 32, 2, (60, 40))
 
 
 def test_a_killed_encoding_goes_on(tmp_path):
     """And the next one leaves nothing behind of it."""
-    folder = toy.render_cache(tmp_path, 32, 2, (60, 40))
-    small = toy.ToyEncoders(folder, 32)
-    process = fork(encode_some, folder, small, 70)
-    wait_for(lambda: len(list(folder.glob("toy-*/??/[!.]*"))) == 71)  # with the empty caption
+    process = fork(encode_some, tmp_path, 70)
+    wait_for(lambda: len(list(tmp_path.glob("toy-*/??/[!.]*"))) == 71)  # with the empty caption
     assert process.is_alive()
     kill(process)
-    assert not list(folder.glob("toy-*/index.jsonl"))
-    made = {path: path.stat().st_mtime_ns for path in folder.glob("toy-*/*/*") if path.stem != "empty"}
-    result = toy.encode_cache(folder, small)
+    assert not list(tmp_path.glob("toy-*/index.jsonl"))
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("toy-*/*/*") if path.stem != "empty"}
+    result = toy.training_set(tmp_path, 32, 2, (60, 40))
     assert len(read_lines(result / "index.jsonl")) == 100
     assert len(made) == 70 and all(path.stat().st_mtime_ns == when for path, when in made.items())
     there = names(result)
@@ -463,13 +434,13 @@ def test_a_killed_encoding_goes_on(tmp_path):
     assert not [name for name in there if "/." in name or name.startswith(".")]
 
 
-def test_the_encoded_cache_is_a_set_that_the_presets_train_on(cache, encoders):
-    pairs, folder = cache
-    dataset = data.Dataset(toy.encode_cache(folder, encoders, pairs))
+@pytest.mark.parametrize("pairs", ["cross", "in"])
+def test_a_training_set_is_one_that_the_presets_train_on(pairs, root, encoders):
+    dataset = data.Dataset(toy.training_set(root, *TWO_CLIPS, pairs))
     dataset.check(CONFIGS["toy"])
     assert dataset.sampler.views == set(VIEWS if pairs == "cross" else toy.IN_PAIR_VIEWS)
     assert len(dataset.ids) == 6
-    for n, sample in enumerate(toy.training_samples(folder, pairs)):
+    for n, sample in enumerate(samples_of(pairs)):
         views = (("left", "front"),) * len(sample.people)
         bucket = dataset.sampler.having(views)
         x0, _, refs, vit = dataset.batch(views, [n], bucket, [torch.Generator().manual_seed(n)], "cpu")
@@ -486,23 +457,6 @@ def test_a_caption_reads_the_same_in_any_batch(encoders):
     for caption, tokens in zip(captions, together, strict=True):
         alone = encoders.text([caption])[0]
         assert torch.equal(tokens[: len(alone)].half(), alone.half()) and not tokens[len(alone) :].any()
-
-
-@pytest.mark.parametrize("file", ["captions.txt", "one.safetensors", "two.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "junk"])
-def test_a_damaged_cache_says_that_deleting_it_mends_it(file, damage, tmp_path, encoders):
-    folder = toy.render_cache(tmp_path, *TWO_CLIPS)
-    path = folder / file
-    content = path.read_bytes()
-    broken = {"cut": content[: len(content) // 2], "empty": b"", "junk": b"\xff" * 99}
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes(broken[damage])
-    with pytest.raises(UserError, match="is damaged .*: delete its folder, it is made again") as error:
-        toy.encode_cache(folder, encoders)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    shutil.rmtree(folder)
-    assert (toy.render_cache(tmp_path, *TWO_CLIPS) / file).read_bytes() == content
 
 
 # -------------------------------------------------------------------------------------------------------- CLI

@@ -15,15 +15,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import sentencepiece
 import torch
 import torch.nn.functional as F
 
 from networks.encoders import UMT5, DINOv2, Tokenizer
 from rope import VIEWS
-from support.script import (ROOT, Parser, UserError, atomic_file, atomic_folder, count, frame_rate, in_range,
-                            lock, nonempty, probe_writable, progress, save_tensors, source_hash)
+from support.script import (ROOT, Parser, UserError, atomic_file, count, frame_rate, in_range, lock, nonempty,
+                            probe_writable, progress, source_hash)
 from videos.encode import encode
 from videos.jobs import Job
 from videos.manifest import Sample, read_manifest, sample_of
@@ -480,41 +479,74 @@ def train_tokenizer(path):
 # -------------------------------------------------------------------------------------------- training clips
 IN_PAIR_MOTIONS = ("sweeps rightwards", "sweeps leftwards", "looks around")
 IN_PAIR_VIEWS = ("front", "left", "right")  # each of them shows these and no back
+CHUNK = 64  # training clips that are rendered together
 
 
-def render_cache(root, size, frames, clips, pairs="cross", seed=TRAIN_SEED, described=0.0):
-    """Render the toy's training clips once; returns the folder, which an earlier call may have filled.
-    It holds one.safetensors and two.safetensors (video uint8 [n, 3, F, H, W], refs uint8 [n, people, V, 3,
-    size, size]), captions.txt, a line a clip, and spiece.model.
+def training_set(root, size, frames, clips, pairs="cross", mask=0.0, seed=TRAIN_SEED, described=0.0):
+    """The encoded set of the toy's training clips, rendered and encoded once -> its folder below root.
 
     clips      how many with one person and with two
     pairs      "cross": references with a light, shirt and pose of their own; "in": frames of the clip itself
+    mask       region masking, as encode's
     seed       TRAIN_SEED, or VALID_SEED for people that training does not see
     described  share of the captions that tell the people's looks too
     """
-    code = source_hash("videos/pictures", "videos/toy")
+    code = source_hash("networks/encoders", "networks/text", "videos/encode", "videos/pictures", "videos/toy")
     kind = "toy" if seed == TRAIN_SEED else f"toy{seed}"
     told = f"-described{described:g}" if described else ""
-    folder = Path(root) / f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}{told}-{code}"
-    # sweeps twice as often: they show the views that the references are for
-    motions = (*MOTIONS, *SWEEPS) if pairs == "cross" else IN_PAIR_MOTIONS
-    if folder.exists():
-        return folder
-    with lock(root, wait=True):
-        if folder.exists():  # by now, of another process
-            return folder
-        with atomic_folder(folder) as build:
-            train_tokenizer(build / ToyEncoders.TOKENIZER)
-            captions = ""
-            for n_people, name, n in zip((1, 2), ("one", "two"), clips):
-                part = draw_clips(n, n_people, seed, motions)
-                identities = training_identities(n, n_people, seed)
-                tensors = render_training(part, identities, n_people, size, frames, pairs)
-                save_tensors(build / f"{name}.safetensors", tensors)
-                captions += "".join(f"{words}\n" for words in captions_of(part, identities, n_people, seed,
-                                                                     described))
-            (build / "captions.txt").write_text(captions)
+    name = f"{kind}-{size}px-{frames}f-{clips[0]}+{clips[1]}-{pairs}{told}-mask{mask:g}-{code}"
+    folder, tokenizer = Path(root) / name, tokenizer_of(root)
+    if not (folder / tokenizer.name).exists():
+        with lock(root, wait=True):
+            if not (folder / tokenizer.name).exists():  # by now, of another process
+                samples = training_samples(size, frames, clips, pairs, seed, described)
+                encode(samples, folder, ToyEncoders(tokenizer.parent, size), {}, mask)
+                shutil.copy(tokenizer, folder)  # last: now the set is whole
+    if (folder / tokenizer.name).read_bytes() != tokenizer.read_bytes():
+        raise UserError(f"{folder / tokenizer.name} is damaged: delete its folder, it is made again")
     return folder
+
+
+def tokenizer_of(root):
+    """The file of the toy's tokenizer, trained once for all sets below root."""
+    path = Path(root) / f"tokenizer-{source_hash('videos/toy')}" / ToyEncoders.TOKENIZER
+    if not path.exists():
+        with lock(path.parent, wait=True):
+            if not path.exists():  # by now, of another process
+                with atomic_file(path) as temporary:
+                    train_tokenizer(temporary)
+    return path
+
+
+def training_samples(size, frames, clips, pairs, seed, described):
+    """The training clips as Samples, which are rendered when they are read. Arguments as of training_set."""
+    samples, views, motions = [], VIEWS, (*MOTIONS, *SWEEPS)  # sweeps twice: they show what references show
+    if pairs == "in":
+        views, motions = IN_PAIR_VIEWS, IN_PAIR_MOTIONS
+    for n_people, n in zip((1, 2), clips):
+        part = draw_clips(n, n_people, seed, motions)
+        identities = training_identities(n, n_people, seed)
+        render = functools.lru_cache(2)(functools.partial(
+            render_training, part, identities, n_people, size, frames, pairs))
+        for i, words in enumerate(captions_of(part, identities, n_people, seed, described)):
+            name = f"{len(samples) % 100:02d}-{len(samples):06d}"
+            people = [{view: reader(render, i, "refs", k, VIEWS.index(view)) for view in views}
+                      for k in range(n_people)]
+            cross = [dict.fromkeys(views, pairs == "cross") for _ in people]
+            ids = [f"toy {seed} {name} {k}" for k in range(n_people)]  # everybody is in one clip
+            video = reader(render, i, "video")
+            samples.append(Sample(name, f"clip {name}", words, video, people, cross, ids))
+    return samples
+
+
+def reader(render, i, kind, *where):
+    """A function that gives clip i's video, or a picture of it, in -1..1."""
+    def read():
+        stored = render(i - i % CHUNK)[kind][i % CHUNK]
+        for index in where:
+            stored = stored[index]
+        return from_bytes(stored)
+    return read
 
 
 def training_identities(n, n_people, seed):
@@ -529,67 +561,16 @@ def captions_of(clips, identities, n_people, seed, described):
                     if rng.random() < described else None) for i, clip in enumerate(clips)]
 
 
-def render_training(clips, identities, n_people, size, frames, pairs):
-    """Clips that show these identities, and their references: {"video", "refs"} as in render_cache."""
-    n = len(clips)
-    videos, pictures = [], []
-    for i in progress(range(0, n, 64), f"rendering clips of {n_people}", "x 64"):
-        chunk = clips[i:i + 64]
-        index = torch.arange(i, i + len(chunk))
-        cast = [pick(identities, index + k * n) for k in range(n_people)]
-        videos.append(to_bytes(render_clips(chunk, cast, frames, size)[0]))
-        refs = [render_references(cast[k], 10**6 * n_people + 10**5 * k + i, size,
-                                  chunk if pairs == "in" else None, k, frames) for k in range(n_people)]
-        pictures.append(to_bytes(torch.stack(refs, dim=1)))
-    return {"video": torch.cat(videos), "refs": torch.cat(pictures)}
-
-
-def encode_cache(folder, encoders, pairs="cross", mask=0.0):
-    """The encoded set of a folder of render_cache, made once; returns its folder. Flags as in train.py."""
-    code = source_hash("videos/encode", "networks/encoders", "networks/text", "videos/toy")
-    result = folder / f"{encoders.name}-{pairs}-mask{mask:g}-{code}"
-    if not (result / "index.jsonl").exists():
-        with lock(folder, wait=True):
-            if not (result / "index.jsonl").exists():  # by now, of another process
-                encode(training_samples(folder, pairs), result, encoders, {}, mask)
-    return result
-
-
-def training_samples(folder, pairs):
-    """The clips of a folder of render_cache as Samples."""
-    clips, captions, samples = [], load_cached(folder / "captions.txt"), []
-    views = VIEWS if pairs == "cross" else IN_PAIR_VIEWS
-    for name in ("one", "two"):
-        clips += zip(*load_cached(folder / f"{name}.safetensors", ("video", "refs")).values())
-    if len(clips) != len(captions):
-        raise damaged(folder / "captions.txt", f"{len(captions)} lines for {len(clips)} clips")
-
-    def reader(stored):
-        return lambda: from_bytes(stored)
-    for n, ((video, refs), words) in enumerate(zip(clips, captions)):
-        name = f"{n % 100:02d}-{n:06d}"  # a hundred folders
-        people = [{view: reader(person[VIEWS.index(view)]) for view in views} for person in refs]
-        cross = [dict.fromkeys(views, pairs == "cross") for _ in people]
-        ids = [f"{folder.name} {name} {k}" for k in range(len(people))]  # everybody is in one clip
-        samples.append(Sample(name, f"clip {name}", words, reader(video), people, cross, ids))
-    return samples
-
-
-def damaged(path, cause):
-    return UserError(f"{path} is damaged ({cause}): delete its folder, it is made again")
-
-
-def load_cached(path, names=()):
-    """What a file of a cache holds: the lines of a .txt, or tensors of these names."""
-    try:
-        if not path.is_file():  # a pipe would never end
-            raise FileNotFoundError("no such file")
-        if path.suffix == ".txt":
-            return path.read_text(encoding="utf-8").split("\n")[:-1]
-        tensors = safetensors.torch.load_file(path)
-        return {name: tensors[name] for name in names}
-    except (OSError, UnicodeError, KeyError, safetensors.SafetensorError) as error:
-        raise damaged(path, error) from None
+def render_training(clips, identities, n_people, size, frames, pairs, start):
+    """The CHUNK clips from number `start` on, with their references: video uint8 [n, 3, F, H, W], refs uint8
+    [n, people, V, 3, size, size]."""
+    chunk = clips[start:start + CHUNK]
+    index = torch.arange(start, start + len(chunk))
+    cast = [pick(identities, index + k * len(clips)) for k in range(n_people)]
+    refs = [render_references(cast[k], 10**6 * n_people + 10**5 * k + start, size,
+                              chunk if pairs == "in" else None, k, frames) for k in range(n_people)]
+    return {"video": to_bytes(render_clips(chunk, cast, frames, size)[0]),
+            "refs": to_bytes(torch.stack(refs, dim=1))}
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark
