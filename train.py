@@ -608,7 +608,7 @@ def load_data(args, config, world):
         theirs, ours = Path(args.wan or "", toy.ToyEncoders.TOKENIZER), toy.tokenizer_of(args.data)
         if args.wan and theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
             raise UserError(f"--wan {args.wan} reads captions with another tokenizer than this toy world's: "
-                            "train a base for it, as README.md says")
+                            "train a base for it, as measure/README.md says")
         threads = torch.get_num_threads()
         if world.size > 1 and world.device.type == "cpu":
             torch.set_num_threads(CORES)

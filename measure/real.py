@@ -589,7 +589,7 @@ def run(args, world, detector=None):
                   [args.cases, *(file for case in cases for file in case.files())])
     pattern = Faces.FILES[RetinaFace]
     if not (detector or is_toy(args.faces) or any(args.faces.glob(pattern))):  # before hours of sampling
-        raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see README.md, Your own data")
+        raise UserError(f"--faces {args.faces} holds no RetinaFace ({pattern}); see videos/README.md")
     if not folder:
         folder = sample_cases(cases, args, world)
     results = run_cases(cases, folder, args, world, detector)

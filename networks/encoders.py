@@ -594,7 +594,7 @@ class WanEncoders:
             if self.faults[kind]:
                 raise self.faults[kind]
             raise UserError(f"{self.folder} holds no {kind.__name__} ({kind.FILE}, or such a network under "
-                            "another name); see README.md, With real Wan weights")
+                            "another name); see networks/README.md")
         return self.paths[kind]
 
     def contents(self):

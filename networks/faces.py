@@ -492,7 +492,7 @@ class Faces:
             return load_released(kind, found[0], self.device)
         missing = f"{folder} holds no {kind.__name__} ({self.FILES[kind]})"
         if kind not in self.WITHOUT:
-            raise UserError(f"{missing}; see README.md, Your own data")
+            raise UserError(f"{missing}; see videos/README.md")
         print(f"{missing}: {self.WITHOUT[kind]}", file=sys.stderr, flush=True)
 
     @torch.no_grad()

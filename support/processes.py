@@ -72,7 +72,7 @@ class World:
             store = next(rendezvous("env://", world.rank, world.size))[0]
             # After a restart torchrun's store still holds the addresses of the dead. On one machine the count
             # of restarts keeps them apart; on several each counts its own, so there torchrun has to make new
-            # stores: README's TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+            # stores: support/README's TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             if not world.machines:
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             # an hour: the others wait while rank 0 renders a toy world or makes a sample sheet

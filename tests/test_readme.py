@@ -289,6 +289,13 @@ def test_files_are_named_and_what_is_named_exists(page):
     assert [link for link in links if not (folder / link).exists()] == []
 
 
+def test_what_is_to_be_changed_is_where_it_is_said_to_be():
+    _, rows = table(README, "| what | where |")
+    for what, where in rows:
+        text = "".join((ROOT / name).read_text() for name in re.findall(r"[\w/]+\.py", where))
+        assert [name for name in re.findall(r"`[\w.]*?(\w+)`", where) if name not in text] == [], what
+
+
 def test_it_is_short():
     first = "\n".join(README.splitlines()[:40])
     assert "pip install -r requirements.txt && python sample.py" in first

@@ -680,7 +680,7 @@ def main(argv=None):
     add("--size", type=in_range(int, 16, 1024, "16 to 1024 pixels"), default=128, help="pixels a side, even")
     add("--frames", type=in_range(int, 1, 1000, "1 to 1000 frames"), default=16, help="frames of a clip")
     add("--fps", type=frame_rate, default=8, help="frames per second")
-    add("--films", type=count, help="write so many videos to curate instead, with captions: see README.md")
+    add("--films", type=count, help="write so many videos to curate, with captions: see videos/README.md")
     add("--held-out", action="store_true", help="with --films: of people who are for cases, not for training")
     args = p.parse_args(argv)
     if args.size % 2:
