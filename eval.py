@@ -30,10 +30,11 @@ import torch
 
 import data
 from measure.report import (BIN_NAMES, Metric, Results, as_text, by_yaw, case_html, column, estimate, hold,
-                            in_columns, interval, mean, one, per_frame, plot, strip, table, write_page)
+                            in_columns, interval, mean, one, per_frame, strip, table, write_page)
 from rope import VIEWS
 from sample import (SAMPLE_RECIPES, VIDEO_CODE, Hardware, default_checkpoint, find, generate, load,
                     recipe_flags, with_flags)
+from support.charts import plot
 from support.checkpoints import find_checkpoint
 from support.processes import World
 from support.script import (Parser, UserError, atomic_file, check_outputs, fingerprint, in_range, nonempty,

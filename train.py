@@ -7,7 +7,7 @@
            --wan ckpts/Wan2.2-T2V-A14B --data DATA
 
 A run writes OUT/stageN/step-NNNNNN/ folders (model, EMA, optimizer, checkpoint.json), for each stage
-metrics.jsonl and a sample sheet, and loss.png. Everything random in a step comes from (seed, stage, step,
+metrics.jsonl and a sample sheet, and loss.svg. Everything random in a step comes from (seed, stage, step,
 sample), so a resumed run repeats the uninterrupted one bit for bit, and any split of the global batch into
 ranks and micro-batches sees the same samples.
 """

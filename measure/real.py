@@ -23,11 +23,12 @@ from PIL import Image, ImageOps
 
 from measure.cases import read_cases
 from measure.report import (BIN_NAMES, Metric, Results, as_text, by_case, by_yaw, case_html, column, estimate,
-                            hold, in_columns, interval, mean, one, per_frame, plot, read_results, strip,
+                            hold, in_columns, interval, mean, one, per_frame, read_results, strip,
                             table, write_page)
 from networks.faces import Aesthetic, ArcFace, Faces, RetinaFace, SixDRepNet, align, find_faces
 from sample import (ROUND, SAMPLE_RECIPES, Hardware, find, frames_and_size, load, made_with, make_round,
                     note_of, recipe_flags, with_flags)
+from support.charts import plot
 from support.processes import World
 from support.script import (Parser, UserError, check_outputs, count, fingerprint, frame_rate, lock, nonempty,
                             probe_writable, progress, source_hash, uses_bf16)

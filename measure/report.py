@@ -23,9 +23,6 @@ from support.script import UserError, atomic_file, lock, naming, read_lines, tak
 
 YAW_BINS = ((0, 30), (30, 60), (60, 100), (100, 181))
 BIN_NAMES = [f"{low}-{min(high, 180)}°" for low, high in YAW_BINS]
-COLOURS = {"none": "#999999", "described": "#e7298a", "front": "#d95f02", "front+left": "#7570b3",
-           "all": "#1b9e77", "this checkpoint": "#1b9e77", "its stage 1": "#999999"}
-OTHER_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -186,59 +183,6 @@ def hold(folder, world):
 
 
 # ---------------------------------------------------------------------------------------------------- figures
-def tick_values(low, high, most=math.inf):
-    """Round numbers from at most `low` to at least `high`, 1, 2 or 5 of a power of ten apart; none is above
-    `most`, a round number that `high` may exceed in its last digits."""
-    low, high = min(low, most), min(high, most)
-    span = high - low or 1
-    step = 10 ** math.floor(math.log10(span / 2))
-    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 5)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    if first == last:
-        first, last = (first - 1, last) if high == most else (first, last + 1)
-    return [i * step for i in range(first, last + 1)]
-
-
-def plot(heading, labels, series, percent=False, most=math.inf):
-    """Means with 95 % intervals as an inline SVG. series: {name: an Estimate or None per label}; most: what
-    no value exceeds, 1 where they are rates."""
-    series = {name: estimates for name, estimates in series.items() if any(estimates)}
-    ends = [v for estimates in series.values() for e in estimates if e for v in e if math.isfinite(v)]
-    if not ends:
-        return ""
-    ticks, factor = tick_values(min(ends), max(ends), 1 if percent else most), 100 if percent else 1
-    W, H, left, top, bottom = 430, 250, 46, 26, 40
-
-    def y(v):
-        return top + (ticks[-1] - v) / (ticks[-1] - ticks[0]) * (H - top - bottom)
-
-    def x(i, shift=0.0):
-        return left + (i + 0.5 + shift) * (W - left - 10) / len(labels)
-    parts = [f'<text x="{left}" y="14" font-weight="bold">{html.escape(heading)}</text>']
-    for v in ticks:
-        parts.append(f'<line x1="{left}" x2="{W - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#eee"/>'
-                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{factor * v:.3g}</text>')
-    parts += [f'<text x="{x(i):.1f}" y="{H - bottom + 16}" text-anchor="middle">{html.escape(label)}</text>'
-              for i, label in enumerate(labels)]
-    room = min(95, (W - left) / max(1, len(series)))  # of a name below
-    for s, (name, estimates) in enumerate(series.items()):
-        shift, points = (s - (len(series) - 1) / 2) * 0.09, []
-        colour = COLOURS.get(name, OTHER_COLOURS[s % len(OTHER_COLOURS)])
-        for i, e in enumerate(estimates):
-            if e:
-                at = f"{x(i, shift):.1f}"
-                points.append(f"{at},{y(e.mean):.1f}")
-                if math.isfinite(e.low):
-                    parts.append(f'<line x1="{at}" x2="{at}" y1="{y(e.low):.1f}" y2="{y(e.high):.1f}" '
-                                 f'stroke="{colour}"/>')
-                parts.append(f'<circle cx="{at}" cy="{y(e.mean):.1f}" r="3.5" fill="{colour}"/>')
-        parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
-                     f'<text x="{left + s * room:.0f}" y="{H - 6}" fill="{colour}">&#9679; '
-                     f'{html.escape(name[:15])}<title>{html.escape(name)}</title></text>')
-    return (f'<svg width="{W}" height="{H}" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="11" '
-            f'style="background: white">{"".join(parts)}</svg>')
-
-
 def strip(pictures, kind="png"):
     """uint8 pictures [H, W, 3] of one height beside each other, a file of that kind in base64."""
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""How a training is doing: metrics.jsonl, validation on fixed cases, loss.png, and sample sheets.
+"""How a training is doing: metrics.jsonl, validation on fixed cases, loss.svg, and sample sheets.
 
 A line of metrics.jsonl is of training (loss, gradient norm, seconds a step, tokens and TFLOP a second, peak
 memory, share of the time spent waiting for data) or of a validation (losses of the averaged weights).
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.fsdp import FSDPModule
 
+from support.charts import plot
 from support.processes import TORCHRUN
 from support.script import ROOT, UserError, atomic_file, autocast, read_lines
 
@@ -166,57 +166,26 @@ def averaged(model, weights, averages):
     swap()
 
 
-# --------------------------------------------------------------------------------------------------- loss.png
-COLOURS = ("#4477aa", "#cc6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee8866", "#777777")
-
-
+# --------------------------------------------------------------------------------------------------- loss.svg
 def draw_losses(out, stage):
-    """Write loss.png of a run: training's loss and the validations', over all steps up to this stage's.
+    """Write loss.svg of a run: training's loss and the validations', over all steps up to this stage's.
     Those of later stages, if there are any, are an older run's."""
-    curves, edges, start = {}, [], 0
+    curves, labels, start = {}, {}, 0
     for path in [Path(out, f"stage{number}", "metrics.jsonl") for number in range(1, stage + 1)]:
         lines = [line for line in read_lines(path) if isinstance(line.get("step"), int)]
         if not lines:
             continue
-        edges.append((start, path.parent.name))
+        labels[start] = path.parent.name
         for line in lines:
             values = {"training": line.get("loss")} | (line.get("valid") or {})
             for name, value in values.items():
                 if isinstance(value, float) and 0 < value < math.inf and not name.startswith("t "):
-                    curves.setdefault(name, []).append((start + line["step"], math.log10(value)))
+                    curves.setdefault(name, {})[start + line["step"]] = value, math.nan, math.nan
         start += max(line["step"] for line in lines)
-    if not curves:
-        return
-    levels = [y for curve in curves.values() for _, y in curve]
-    low, high = min(levels) - 0.05, max(levels) + 0.05
-    sheet = Image.new("RGB", (1000, 520), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-
-    def place(x, y):
-        return 70 + 740 * x / start, 470 - 430 * (y - low) / (high - low)
-    room = 0
-    for step, name in edges:
-        x, _ = place(step, low)
-        draw.line((x, 40, x, 470), "#dddddd")
-        if x >= room:  # of several short stages the first has its name
-            draw.text((x + 4, 474), f"{name}, from {step}", "#777777", font)
-            room = x + 120
-    for k in range(5):
-        y = low + (high - low) * k / 4
-        draw.line((*place(0, y), *place(start, y)), "#eeeeee")
-        draw.text((62, place(0, y)[1]), f"{10**y:.3g}", "#777777", font, "rm")
-    title = "Loss over steps: training, and the averaged weights on people it never saw"
-    draw.text((70, 12), title, "#222222", ImageFont.load_default(16))
-    for k, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[k % len(COLOURS)]
-        points = [place(*point) for point in curve]
-        draw.line(points, colour, 1 if name == "training" else 2)
-        if name != "training":
-            for x, y in points:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        draw.text((826, 44 + 20 * k), f"{name} {10**curve[-1][1]:.3g}", colour, font)
-    with atomic_file(Path(out) / "loss.png") as path:
-        sheet.save(path, "PNG")
+    heading = "Loss over steps: training, and the averaged weights on people it never saw"
+    if picture := plot(heading, labels, curves, log=True):
+        with atomic_file(Path(out) / "loss.svg") as path:
+            path.write_text(picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------- sheets

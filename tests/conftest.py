@@ -48,7 +48,7 @@ def run(*command, cwd, fails=False):
     if not fails:
         assert done.returncode == 0, done.stderr
         return done.stdout
-    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     return lines[0]
