@@ -20,44 +20,35 @@ def tick_values(low, high, most=math.inf):
     return [i * step for i in range(first, last + 1)]
 
 
-def log_ticks(low, high):
-    """Five values, each the same factor above the one before, from a little below `low` to above `high`."""
-    bottom, top = math.log10(low) - 0.05, math.log10(high) + 0.05
-    return [10 ** (bottom + (top - bottom) * k / 4) for k in range(5)]
-
-
 def plot(heading, labels, series, percent=False, most=math.inf, log=False):
     """Values with their intervals -> the text of an SVG picture, "" where there are none.
 
     labels   what stands below the axis: a list, or {x: text} where x is a number of steps
     series   {name: (mean, low, high) or None per label}, or {name: {x: (mean, low, high)}}
-    percent  values of 0..1, shown as per cent; most: what no value exceeds; log: a logarithmic y axis"""
+    percent  0..1 is shown as per cent; most: what no value exceeds; log: values are log10 of what is shown"""
     if steps := isinstance(labels, dict):
-        W, H, left, right, shift_by = 900, 420, 60, 10, 0.0
+        W, H, left, shift_by = 900, 420, 60, 0.0
     else:
-        labels, W, H, left, right, shift_by = dict(enumerate(labels)), 430, 250, 46, 10, 0.09
+        labels, W, H, left, shift_by = dict(enumerate(labels)), 430, 250, 46, 0.09
         series = {name: {i: e for i, e in enumerate(values) if e} for name, values in series.items()}
     series = {name: values for name, values in series.items() if values}
     ends = [v for values in series.values() for e in values.values() for v in e if math.isfinite(v)]
     if not ends:
         return ""
-    if log:
-        ticks = log_ticks(min(ends), max(ends))
-    else:
-        ticks = tick_values(min(ends), max(ends), 1 if percent else most)
-    top, bottom, factor = 26, 40, 100 if percent else 1
-    axis = math.log10 if log else float
+    ticks = tick_values(min(ends), max(ends), 1 if percent else most)
+    top, bottom, right, factor = 26, 40, 10, 100 if percent else 1
     first, last = (0, max(max(values) for values in series.values())) if steps else (-0.5, len(labels) - 0.5)
 
     def x(place):
         return left + (place - first) / max(last - first, 1) * (W - left - right)
 
     def y(value):
-        return top + (axis(ticks[-1]) - axis(value)) / (axis(ticks[-1]) - axis(ticks[0])) * (H - top - bottom)
+        return top + (ticks[-1] - value) / (ticks[-1] - ticks[0]) * (H - top - bottom)
     parts = [f'<text x="{left}" y="14" font-weight="bold">{html.escape(heading)}</text>']
     for v in ticks:
+        text = f"{10**v if log else factor * v:.3g}"
         parts.append(f'<line x1="{left}" x2="{W - right}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#eee"/>'
-                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{factor * v:.3g}</text>')
+                     f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{text}</text>')
     anchor = "start" if steps else "middle"
     parts += [f'<text x="{x(place):.1f}" y="{H - bottom + 16}" text-anchor="{anchor}">'
               f'{html.escape(label)}</text>' for place, label in labels.items()]

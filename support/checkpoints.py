@@ -16,9 +16,6 @@ from support.script import (UserError, as_user_error, atomic_folder, remove, sav
                             temporary_name)
 
 
-# -------------------------------------------------------------------------------------------- our checkpoints
-
-
 def save_checkpoint(folder, tensors, meta, files=(), keep=None, shards=None):
     """Write a checkpoint folder that is either there whole or not at all, and remove all but the newest
     `keep` steps next to it, where a number is given.

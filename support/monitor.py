@@ -180,7 +180,7 @@ def draw_losses(out, stage):
             values = {"training": line.get("loss")} | (line.get("valid") or {})
             for name, value in values.items():
                 if isinstance(value, float) and 0 < value < math.inf and not name.startswith("t "):
-                    curves.setdefault(name, {})[start + line["step"]] = value, math.nan, math.nan
+                    curves.setdefault(name, {})[start + line["step"]] = math.log10(value), math.nan, math.nan
         start += max(line["step"] for line in lines)
     heading = "Loss over steps: training, and the averaged weights on people it never saw"
     if picture := plot(heading, labels, curves, log=True):

@@ -222,7 +222,7 @@ def nonempty(text):
 
 def is_seed(value):
     """What every generator here can be seeded with."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63
 
 
 def uses_bf16(device, precision="auto"):
@@ -377,13 +377,16 @@ def lock(folder, wait=False, name=""):
 def probe_writable(folder):
     """Make a folder, and fail before any work where it cannot be written."""
     try:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_name(folder / "probe")
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        touch(Path(folder, "probe"))
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder") from None
+
+
+def touch(path):
+    """OSError where a file of this name cannot be written."""
+    temporary_name(path).touch()
+    temporary_name(path).unlink(missing_ok=True)
 
 
 def check_outputs(outputs, inputs):
@@ -394,9 +397,8 @@ def check_outputs(outputs, inputs):
             raise UserError(f"{path} is one of the inputs and would be overwritten: choose another --out")
         if Path(path).exists() and not Path(path).is_file():
             raise UserError(f"{path} is a folder or a device, expected a file to write: choose another --out")
-        try:  # a name that is too long, say, is an error now
-            temporary_name(Path(path)).touch()
-            temporary_name(Path(path)).unlink()
+        try:
+            touch(Path(path))  # a name that is too long, say, is an error now
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror}): choose another --out") from None
 
