@@ -14,6 +14,7 @@ from eval import METRICS
 from measure import real, report
 from rope import VIEWS
 from sample import SAMPLE_RECIPES, Hardware, find, generate, load
+from support import charts
 from support.script import UserError, lock
 from videos import toy
 from videos.jobs import Job
@@ -366,7 +367,7 @@ def test_one_case_has_no_interval(value, percent):
         found = report.estimate(results_of(*values), metric)
         shown = report.as_text(found, percent)
         assert "[" not in shown and float(shown) == pytest.approx(100 * value if percent else value, abs=0.5)
-        drawn = report.plot("t", ["a"], {"all": [found]})
+        drawn = charts.plot("t", ["a"], {"all": [found]})
         assert "<circle" in drawn and "nan" not in drawn and "inf" not in drawn
     assert "[" in report.as_text(report.estimate(results_of(value, value + 1), metric), percent)
 
@@ -376,8 +377,8 @@ def test_one_case_has_no_interval(value, percent):
     ((1.0, -math.inf, math.inf), 1), ((0.5, 0.0, 1.0), 9), ((15.0, 14.0, 22.0), 99), ((0.0, 0.0, 0.0), 9)])
 def test_a_plot_holds_its_values_between_its_ticks_and_none_of_a_rate_is_above_one(values, most):
     for percent in (False, True)[:1 + (most == 1)]:
-        drawn = report.plot("t", ["a"], {"all": [report.Estimate(*values)]}, percent, most)
+        drawn = charts.plot("t", ["a"], {"all": [report.Estimate(*values)]}, percent, most)
         ticks = [float(v) / (100 if percent else 1) for v in re.findall(r'end">(.*?)<', drawn)]
         low, high = (end if math.isfinite(end) else values[0] for end in values[1:])
         assert 2 <= len(ticks) <= 7 and ticks[0] <= low and min(high, most) <= ticks[-1] <= most
-    assert report.plot("t", ["a"], {"all": [None]}) == ""
+    assert charts.plot("t", ["a"], {"all": [None]}) == ""
