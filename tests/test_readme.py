@@ -147,13 +147,16 @@ def in_small(words):
     at = next(n for n, word in enumerate(words) if word.endswith(".py"))
     script, rest = words[at], words[at + 1:]
     name = script if script in ("train.py", "sample.py") else " ".join([script, *rest[:1]])
-    wan = re.search(r"1\.3b|14b|ckpts/", " ".join(rest))
-    more = SMALLER.get(f"{name} wan" * bool(wan)) or SMALLER.get(name, [])
+    is_wan = re.search(r"1\.3b|14b|ckpts/", " ".join(rest))
+    if is_wan and f"{name} wan" in SMALLER:
+        name += " wan"
+    more = list(SMALLER.get(name, []))
     if "--export" in rest:
         more = []
-    if script == "train.py":
-        more = [*more, "--overwrite"] * ("--resume" not in rest) or more  # one card and eight share a folder
-        more = [*more, "--out", "out/toy"] if not wan and "--out" not in rest else more
+    if script == "train.py" and "--resume" not in rest:
+        more.append("--overwrite")  # one card and eight are trained into one folder
+    if script == "train.py" and not is_wan and "--out" not in rest:
+        more += ["--out", "out/toy"]
     rest = [f"SET-{rest[1]}" if word == "SET" else word for word in rest]
     return words[1:at], script, rest + more
 
