@@ -40,10 +40,10 @@ from networks.lora import TRAINS, new_names, set_trained
 from networks.weights import (ROLES, expert_folders, moved_base, read_frozen, release_folder, role_of,
                               wan_files)
 from rope import LAYOUTS
-from support.checkpoints import (check_replaceable, compare, delete_checkpoint, find_checkpoint, find_valid,
-                                 load_tensors, pack_optimizers, parent_of, read_meta, save_checkpoint,
+from support.checkpoints import (check_replaceable, compare, delete_checkpoint, find_checkpoint, load_tensors,
+                                 newest_undamaged, pack_optimizers, parent_of, read_meta, save_checkpoint,
                                  steps_in, unpack_optimizers)
-from support.monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, write_samples
+from support.monitor import VALID_CLIPS, Metrics, Validation, averaged, draw_losses, write_sheet
 from support.optimizers import make_optimizers
 from support.processes import (CORES, World, compile_blocks, gathered, load_shards, local, replicate,
                                save_shards, shard, synchronized, whole)
@@ -335,7 +335,7 @@ def prepare(number, args, config, world):
     same_run = f"--config {args.config} --out {args.out}"
     own = None
     if args.resume:  # process 0 alone reads it through
-        own = world.agree(find_valid(args.out / f"stage{number}") if world.rank == 0 else None)
+        own = world.agree(newest_undamaged(args.out / f"stage{number}") if world.rank == 0 else None)
     if args.resume and not own and steps_in(args.out / f"stage{number}"):
         raise UserError(f"{args.out}/stage{number}: none of its checkpoints is whole; "
                         "--overwrite starts the stage afresh")
@@ -556,7 +556,7 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             if world.rank == 0:
                 draw_losses(args.out, number)
                 if (last or args.sample_saves) and not stopping:
-                    write_samples(folder, step + 1, last, args, model.config, dataset.commonest_shape())
+                    write_sheet(folder, step + 1, last, args, model.config, dataset.commonest_shape())
             world.barrier()
         if stopping:
             return

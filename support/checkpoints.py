@@ -121,7 +121,7 @@ def find_checkpoint(path):
     return newest
 
 
-def find_valid(folder):
+def newest_undamaged(folder):
     """The newest checkpoint of a stage's folder whose files are all as they were written, or None. Names
     those that are not."""
     for step in reversed(steps_in(folder)):
@@ -187,7 +187,7 @@ def compare(checkpoint, stored, current):
 
 
 def pack_optimizers(optimizers):
-    """The optimizers' states as a flat dict of tensors, for safetensors; unpack_optimizers puts them back."""
+    """The optimizers' states as {"optimizer.parameter.name": tensor}; unpack_optimizers puts them back."""
     return {f"{o}.{p}.{name}": value for o, optimizer in enumerate(optimizers)
             for p, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
 

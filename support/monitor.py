@@ -151,14 +151,14 @@ class Validation:
 
 @contextlib.contextmanager
 def averaged(model, weights, averages):
-    """Meanwhile the network has its averaged weights. Both are {name: tensor}."""
+    """Inside this block the model runs with its EMA weights. Both are {name: tensor}."""
     @torch.no_grad()
     def swap():
         for name, p in weights.items():
             kept = p.detach().clone()
             p.copy_(averages[name])
             averages[name].copy_(kept)
-        for module in model.modules():  # what was gathered for a forward is of before
+        for module in model.modules():  # FSDP may still hold weights gathered before the swap
             if isinstance(module, FSDPModule):
                 module.reshard()
     swap()
@@ -189,7 +189,7 @@ def draw_losses(out, stage):
 
 
 # ----------------------------------------------------------------------------------------------------- sheets
-def write_samples(folder, step, last, args, config, shape):
+def write_sheet(folder, step, last, args, config, shape):
     """What a user would run on the newest checkpoint of a stage, as a process of its own, since training does
     not import sample.py; for Wan of the set's commonest shape [C, T, H, W] in latents. There is none for Wan
     without prompts, none of sharded weights before a stage's end, and none of one expert alone."""
@@ -202,8 +202,8 @@ def write_samples(folder, step, last, args, config, shape):
         prompts += ["--frames", str(4 * T - 3), "--size", f"{8 * H}x{8 * W}"]
     alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     torch.cuda.empty_cache()
-    script, missing = ROOT / "sample.py", f"no sample sheet {name}.png:"
-    command = [sys.executable, script, *prompts, "--ckpt", folder, "--out", name]
+    missing = f"no sample sheet {name}.png:"
+    command = [sys.executable, ROOT / "sample.py", *prompts, "--ckpt", folder, "--out", name]
     try:
         if code := subprocess.run(command, env=alone, timeout=PATIENCE).returncode:
             print(f"{missing} sample.py ended with {code}, training goes on", file=sys.stderr)

@@ -218,16 +218,16 @@ def test_the_newest_checkpoint_is_found_by_number(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, capsys):
-    assert checkpoints.find_valid(tmp_path) is None
+    assert checkpoints.newest_undamaged(tmp_path) is None
     first, second, third = (save(tmp_path / f"step-{step:06d}") for step in (9, 10, 11))
-    assert checkpoints.find_valid(tmp_path) == third and not capsys.readouterr().err
+    assert checkpoints.newest_undamaged(tmp_path) == third and not capsys.readouterr().err
     (third / "checkpoint.json").write_text("{")
     (second / "model.safetensors").write_bytes(b"")
-    assert checkpoints.find_valid(tmp_path) == first
+    assert checkpoints.newest_undamaged(tmp_path) == first
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and str(third) in lines[0] and str(second / "model.safetensors") in lines[1]
     (first / "ema.safetensors").unlink()
-    assert checkpoints.find_valid(tmp_path) is None
+    assert checkpoints.newest_undamaged(tmp_path) is None
 
 
 def parent(folder):

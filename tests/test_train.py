@@ -280,7 +280,7 @@ def sheets_command(monkeypatch, tmp_path, **ends):
         return subprocess.CompletedProcess(command, ends["code"])
     monkeypatch.setattr(monitor.subprocess, "run", run)
     args = train.arguments(["--config", "1.3b", "--sample-prompts", "jobs.jsonl"])
-    monitor.write_samples(tmp_path, 5, True, args, CONFIGS["1.3b"], (16, 5, 4, 6))
+    monitor.write_sheet(tmp_path, 5, True, args, CONFIGS["1.3b"], (16, 5, 4, 6))
     return asked[0]
 
 
@@ -1351,6 +1351,8 @@ def test_losses_of_later_stages_are_not_drawn(tmp_path):
     first, both = drawn(1), drawn(2)
     (tmp_path / "stage2" / "metrics.jsonl").unlink()
     assert first == drawn(1) == drawn(2) != both
+    ticks = [float(tick) for tick in re.findall(rb'end">(.*?)<', both)]  # losses, not their logarithms
+    assert ticks[0] == pytest.approx(0.1, rel=0.3) and ticks[-1] == pytest.approx(1, rel=0.3)
 
 
 def test_losses_are_drawn(fresh, monkeypatch):
