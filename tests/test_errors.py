@@ -10,7 +10,7 @@ from conftest import ROOT, call, run
 from support.script import UserError
 
 ROWS_SUPPORT = [
-    ("train.py --se 1", "^unrecognized arguments: --se 1"),  # no abbreviations
+    ("data.py toy --fram x", "^unrecognized arguments: --fram x"),  # no abbreviations
     ("train.py --seed", "^--seed: expected one argument"),
     ("sample.py one", "^unrecognized arguments: one"),
 ]

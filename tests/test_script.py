@@ -22,7 +22,6 @@ from conftest import ROOT
 from helpers import FULL_DISK, fork, hang, kill, names, wait_for
 from safetensors.torch import save_file
 
-import eval as evaluation
 from measure.report import Results, read_results
 from support import script
 from support.script import (Parser, UserError, as_user_error, atomic_file, atomic_folder, check_outputs,
@@ -118,13 +117,6 @@ def test_a_wrong_argument_is_one_line_that_names_it(arguments, says, monkeypatch
     assert status == 1 and line.startswith("draw.py: ") and len(line) < 200
 
 
-def help_of(parser, action):
-    """One flag's lines of --help, without any white space, as lines may break anywhere."""
-    formatter = parser._get_formatter()
-    formatter.add_argument(action)
-    return "".join(formatter.format_help().split())
-
-
 @pytest.mark.parametrize("before, after", [
     ("~/x", "HOME/x"), ("--out=~/x", "HOME/x"), ("left=~/ä b.png", "left=HOME/ä b.png"), ("a~/x", "a~/x"),
     ("~", "~"), ("~x", "~x"), ("a caption = ~/x", "a caption = ~/x"), ("a\n~/x", "a\n~/x")])
@@ -156,50 +148,6 @@ def test_help_names_a_default_once(capsys):
         ("--size", " (default: 64)"), ("--scale", " (default: 0.0)"), ("--out", " (default: out/x)"),
         ("--views", " (default: ['left', 'back'])"), ("--prompt", ""), ("--lora", ""), ("--fast", "")]
     assert "a folder (default: the checkpoint's)\n" in said and "given as a b, no more\n" in said
-
-
-PARSERS = [  # of each command, the function that makes its parser
-    ("kernels", "main"), ("train", "arguments"), ("sample", "arguments"), ("data", "main"), ("eval", "main"),
-    ("videos.toy", "main"), ("videos.curate", "read_arguments"), ("videos.importers", "main"),
-    ("videos.encode", "main"), ("measure.real", "main"), ("measure.real", "compare_main"),
-    ("measure.cases", "make_cases"), ("measure.claims", "main"), ("measure.speed", "main")]
-
-
-def flags_of(parser):
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for part in action.choices.values():
-                yield from flags_of(part)
-        else:
-            yield parser, action
-
-
-@pytest.mark.parametrize("module, function", PARSERS)
-def test_every_flags_help_names_its_default(module, function, monkeypatch):
-    made = []
-
-    def parse(parser, arguments):
-        made.append(parser)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Parser, "parse_args", parse)
-    with pytest.raises(KeyboardInterrupt):
-        getattr(importlib.import_module(module), function)([], *([evaluation] if "claims" in module else []))
-    silent = []
-    for parser, action in flags_of(made[0]):
-        said = help_of(parser, action)
-        own, value = (action.help or "").count("(default"), action.default
-        if value is None or value is False or value in ([], argparse.SUPPRESS) or own:
-            assert said.count("(default") == own
-        elif not said.endswith("".join(f"(default: {value})".split())):
-            silent.append(f"{parser.prog.split()[-1]} {action.option_strings[0]}")
-    assert not silent
-
-
-def test_no_parsers_help_is_forgotten():
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("[!st]*/*.py")]
-    files = [path.relative_to(ROOT).with_suffix("") for path in paths if " Parser(" in path.read_text()]
-    assert {".".join(file.parts) for file in files} == {module for module, _ in PARSERS}
 
 
 # ------------------------------------------------------------------------------------------ what is printed
