@@ -10,7 +10,7 @@ from conftest import ROOT, call, run
 from support.script import UserError
 
 ROWS_SUPPORT = [
-    ("data.py toy --fram x", "^unrecognized arguments: --fram x"),  # no abbreviations
+    ("data.py toy --fram 5 --out x", "^unrecognized arguments: --fram 5"),  # no abbreviations
     ("train.py --seed", "^--seed: expected one argument"),
     ("sample.py one", "^unrecognized arguments: one"),
 ]

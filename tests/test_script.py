@@ -514,6 +514,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         script.probe_writable(tmp_path / "file" / "out")
 
 
+def test_a_folder_without_the_right_to_write_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match="^cannot write to .*Permission denied.*choose another folder"):
+        script.probe_writable(tmp_path)
+
+
 def test_no_output_is_an_input(tmp_path):
     (tmp_path / "ann.png").touch()
     (tmp_path / "link.png").symlink_to("ann.png")
