@@ -29,7 +29,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # in some steps every parameter is used, and DDP would warn that it need not look for unused ones
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -87,14 +86,17 @@ TRAIN_RECIPES = {
     "14b": dict(steps=(500, 2000, 4000, 4000), batch=8, muon_lr=2e-4, adamw_lr=1e-5, new_lr=1e-4,
                 shift=5.0),
 }
-MV2ID = "--reference-attention joint --rope-layout rd --proxy-tokens 0 --no-mfi --mask 0.6 --pairs in"
-
+MV2ID = dict(reference_attention="joint", rope_layout="rd", proxy_tokens=0, no_mfi=True, mask=0.6, pairs="in")
 
 # more would not fit into memory, which is seen only when a step's samples are drawn
 batch_size = in_range(int, 1, 2**14, f"1 to {2**14} samples; more does not fit into memory")
 
 
 def arguments(argv=None):
+    first = Parser(add_help=False)  # what decides the defaults of the others
+    first.add_argument("--config", default="toy")
+    first.add_argument("--mv2id", action="store_true")
+    decisive, _ = first.parse_known_args(argv)
     p = Parser(description=__doc__)
     run = p.add_argument_group("run").add_argument
     run("--stage", default="all", choices=[*map(str, STAGES), "all"], help="one stage, or all (default)")
@@ -160,8 +162,8 @@ def arguments(argv=None):
     method("--front-only", action="store_true", help="no view but the front is ever given")
     method("--mask", type=fraction, default=0.0,
            help="region masking: share of a reference hidden (Mv2ID: 0.6)")
-    method("--mv2id", action="store_true", help=f"Mv2ID's recipe: {MV2ID}, and no step that asks for "
-           "references from other clips; an encoded set must be masked already")
+    method("--mv2id", action="store_true", help="the defaults of Mv2ID (train.MV2ID), and no step that "
+           "asks for references from other clips; an encoded set must be masked already")
     log = p.add_argument_group("logging").add_argument
     log("--save-every", type=count, default=500, help="steps between checkpoints; also at a stage's end")
     log("--keep", type=count, default=2, help="checkpoints kept per stage")
@@ -173,10 +175,11 @@ def arguments(argv=None):
         "--prompts (default: for the toy people it never saw, for Wan none)")
     log("--sample-saves", action="store_true", help="sheets at all checkpoints, not only a stage's last")
     log("--no-samples", action="store_true", help="no sample sheets")
-    args = p.parse_args(argv)
-    if args.mv2id:  # what is given beside it comes later and wins
-        args = p.parse_args([*MV2ID.split(), *(sys.argv[1:] if argv is None else argv)])
-    return args
+    recipe = TRAIN_RECIPES.get(decisive.config, {})
+    p.set_defaults(**{name: value for name, value in recipe.items() if name != "base"})
+    if decisive.mv2id:
+        p.set_defaults(**MV2ID)
+    return p.parse_args(argv)
 
 
 def seed_of(*key):
@@ -185,67 +188,14 @@ def seed_of(*key):
 
 
 def resolve(args, world):
-    """Fill in what the recipe decides and check what must fit together -> stages to train, DiTConfig."""
-    recipe, config = TRAIN_RECIPES[args.config], CONFIGS[args.config]
+    """Fill in what flags leave open and check what must fit together -> stages to train, DiTConfig."""
     args.data = Path(args.data)
-    plain = config.is_wan or args.shard or args.train != "all"  # Muon needs whole, large matrices
-    args.optimizer = args.optimizer or ("adamw" if plain else "muon")
-    if args.shard and args.optimizer == "muon":
-        raise UserError("--shard splits matrices, and Muon needs them whole: give --optimizer adamw")
-    if args.shard and "RANK" not in os.environ:
-        raise UserError("--shard splits a network over processes: start with torchrun --nproc-per-node N")
     args.precision = "bf16" if uses_bf16(world.device, args.precision) else "fp32"
-    if args.scratch and args.wan:
-        raise UserError("--wan says what to start from, --scratch from nothing: give one of them")
-    if "base" in recipe and not args.scratch and args.stage in ("1", "all"):
-        args.wan = args.wan or str(ROOT / "assets" / recipe["base"])
-    if args.expert and args.wan:
-        args.wan = choose_expert(args.wan, args.expert)
-    args.out = Path(args.out or f"out/{args.config}/" + (f"{args.expert}_noise_model" if args.expert else ""))
-    of_toy = args.clips or args.described or not args.mv2id and (args.mask or args.pairs != "cross")
-    if encoded_set(args.data) and of_toy:
-        raise UserError("--mask, --clips, --described and --pairs are for the toy; "
-                        f"{args.data} was encoded with its own")
-    if args.valid:
-        asked, args.valid = args.valid, encoded_set(args.valid)
-        if not args.valid:
-            raise UserError(f"--valid {asked} holds no encoded set: `python data.py encode` makes one")
-        lists = [Path(found, "index.jsonl") for found in (args.valid, encoded_set(args.data)) if found]
-        if len(lists) == 2 and len({*map(fingerprint, lists)}) == 1:  # whatever the folder is called
-            raise UserError(f"--valid {asked} is the training set: give a set of other people")
-    args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
-    if args.train != "all":  # all that trains is new
-        args.new_lr = args.new_lr or args.adamw_lr
-    for name in ("batch", "muon_lr", "adamw_lr", "shift"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
-    args.new_lr = args.new_lr or recipe.get("new_lr", args.adamw_lr)
-    if args.optimizer == "adamw":  # None: not used
-        args.muon_lr = None
-    if args.train != "all":
-        args.adamw_lr = None
-    low = args.boundary if args.expert == "high" else 0
-    high = args.boundary if args.expert == "low" else math.inf
-    args.levels = data.NoiseLevels(args.shift, args.timesteps, low, high)
-    if args.levels.share() < 0.001:
-        raise UserError(f"--expert {args.expert} with --boundary {args.boundary} and --shift {args.shift}: "
-                        "of 1,000 noise levels less than one is its own; give another --shift or --boundary")
-    if args.steps is None:  # a stage that was added takes as many steps as the recipe's last one
-        args.steps = [recipe["steps"][min(n, len(recipe["steps"])) - 1] for n in STAGES]
-    if len(args.steps) == 1:
-        args.steps *= len(STAGES)
-    if len(args.steps) != len(STAGES):
-        raise UserError(f"--steps {' '.join(map(str, args.steps))}: "
-                        f"expected one number, or {len(STAGES)}, one a stage")
-    if args.batch % world.size:
-        fits = max(n for n in range(1, world.size) if args.batch % n == 0)
-        raise UserError(f"--batch {args.batch} does not split over {world.size} processes: "
-                        f"give a multiple of {world.size}, or torchrun --nproc-per-node {fits}")
-    share = args.batch // world.size
-    args.micro_batch = args.micro_batch or (1 if config.is_wan else share)
-    if share % args.micro_batch:
-        raise UserError(f"--batch {args.batch} is not a multiple of {world.size} process(es) x "
-                        f"--micro-batch {args.micro_batch}")
+    resolve_start(args)
+    config = resolve_config(args)
+    resolve_data(args, config)
+    resolve_optimizers(args, config)
+    resolve_steps(args, config, world)
     if args.resume and args.overwrite:
         raise UserError("--resume goes on, --overwrite starts afresh: give one of them")
     if args.expert and args.sample_prompts:
@@ -253,12 +203,27 @@ def resolve(args, world):
     if args.sample_prompts:
         for job in read_jobs(Path(args.sample_prompts), args.seed):  # refused now, not after a stage
             name_references(job, config.max_identities)
-    if config.is_wan and not (args.wan and encoded_set(args.data)):
-        raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
-                        "DIR, a set that `python data.py encode` made; "
-                        f"came --wan {args.wan} --data {args.data}")
-    if (args.data / "manifest.jsonl").is_file() and not encoded_set(args.data):
-        raise UserError(f"--data {args.data} is not encoded yet: `python data.py encode` does it")
+    stages = list(STAGES)
+    return stages if args.stage == "all" else [int(args.stage)], config
+
+
+def resolve_start(args):
+    """--wan, --expert and --out."""
+    if args.scratch and args.wan:
+        raise UserError("--wan says what to start from, --scratch from nothing: give one of them")
+    base = TRAIN_RECIPES[args.config].get("base")
+    if base and not args.scratch and args.stage in ("1", "all"):
+        args.wan = args.wan or str(ROOT / "assets" / base)
+    name = args.config
+    if args.expert:
+        name += f"/{args.expert}_noise_model"
+        args.wan = args.wan and choose_expert(args.wan, args.expert)
+    args.out = Path(args.out or f"out/{name}")
+
+
+def resolve_config(args):
+    """A preset as the flags of the method change it."""
+    config = CONFIGS[args.config]
     if args.no_mfi:
         config = replace(config, vit_dim=0, vit_levels=0)
     for name in ("rope_layout", "rope_jump", "proxy_tokens", "reference_attention"):
@@ -269,7 +234,74 @@ def resolve(args, world):
                         "leave --proxy-tokens 0 and --no-mfi out, or give --train lora")
     if not config.is_wan:
         toy.check_config(config)
-    return list(STAGES) if args.stage == "all" else [int(args.stage)], config
+    return config
+
+
+def resolve_data(args, config):
+    """--data, --valid, and the toy's --clips."""
+    encoded = encoded_set(args.data)
+    of_toy = args.clips or args.described or not args.mv2id and (args.mask or args.pairs != "cross")
+    if encoded and of_toy:
+        raise UserError("--mask, --clips, --described and --pairs are for the toy; "
+                        f"{args.data} was encoded with its own")
+    if config.is_wan and not (args.wan and encoded):
+        raise UserError(f"--config {args.config} needs --wan DIR, the folder of a Wan checkpoint, and --data "
+                        "DIR, a set that `python data.py encode` made; "
+                        f"came --wan {args.wan} --data {args.data}")
+    if (args.data / "manifest.jsonl").is_file() and not encoded:
+        raise UserError(f"--data {args.data} is not encoded yet: `python data.py encode` does it")
+    if args.valid:
+        asked, args.valid = args.valid, encoded_set(args.valid)
+        if not args.valid:
+            raise UserError(f"--valid {asked} holds no encoded set: `python data.py encode` makes one")
+        if encoded and fingerprint(encoded / "index.jsonl") == fingerprint(args.valid / "index.jsonl"):
+            raise UserError(f"--valid {asked} is the training set: give a set of other people")
+    args.clips = list(args.clips or toy.WORLDS[args.config]["clips"])
+
+
+def resolve_optimizers(args, config):
+    """--optimizer, its learning rates (None: not used), and the noise levels."""
+    if not args.optimizer:  # Muon needs whole, large matrices
+        plain = config.is_wan or args.shard or args.train != "all"
+        args.optimizer = "adamw" if plain else "muon"
+    if args.shard and args.optimizer == "muon":
+        raise UserError("--shard splits matrices, and Muon needs them whole: give --optimizer adamw")
+    if args.shard and "RANK" not in os.environ:
+        raise UserError("--shard splits a network over processes: start with torchrun --nproc-per-node N")
+    if args.train != "all" and args.adamw_lr != TRAIN_RECIPES[args.config]["adamw_lr"]:
+        args.new_lr = args.adamw_lr  # all that trains is new
+    args.new_lr = args.new_lr or args.adamw_lr
+    if args.optimizer == "adamw":
+        args.muon_lr = None
+    if args.train != "all":
+        args.adamw_lr = None
+    slices = {"high": (args.boundary, math.inf), "low": (0, args.boundary), None: (0, math.inf)}
+    low, high = slices[args.expert]
+    args.levels = data.NoiseLevels(args.shift, args.timesteps, low, high)
+    if args.levels.share() < 0.001:
+        raise UserError(f"--expert {args.expert} with --boundary {args.boundary} and --shift {args.shift}: "
+                        "of 1,000 noise levels less than one is its own; give another --shift or --boundary")
+
+
+def resolve_steps(args, config, world):
+    """--steps of each stage, --batch and --micro-batch."""
+    if args.steps is TRAIN_RECIPES[args.config]["steps"]:  # a stage that was added: as many as the last one
+        args.steps = [args.steps[min(n, len(args.steps)) - 1] for n in STAGES]
+    if len(args.steps) == 1:
+        args.steps *= len(STAGES)
+    if len(args.steps) != len(STAGES):
+        raise UserError(f"--steps {' '.join(map(str, args.steps))}: "
+                        f"expected one number, or {len(STAGES)}, one a stage")
+    if args.batch % world.size:
+        fits = max(n for n in range(1, world.size) if args.batch % n == 0)
+        raise UserError(f"--batch {args.batch} does not split over {world.size} processes: "
+                        f"give a multiple of {world.size}, or torchrun --nproc-per-node {fits}")
+    share = args.batch // world.size
+    if not args.micro_batch:
+        args.micro_batch = 1 if config.is_wan else share
+    if share % args.micro_batch:
+        raise UserError(f"--batch {args.batch} is not a multiple of {world.size} process(es) x "
+                        f"--micro-batch {args.micro_batch}")
 
 
 def check_existing(stages, args):
@@ -326,6 +358,10 @@ class Start(NamedTuple):
     step: int  # steps that are done
     parent: str | None  # fingerprint of the checkpoint before the stage, or of the toy's base
     base: dict | None  # the frozen network of --train new and lora: train, rank, path, sha256
+
+    def trained(self):
+        """The parameters that train, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def prepare(number, args, config, world):
@@ -445,10 +481,11 @@ def draw_noise(x0, generators, levels):
     return sigma.to(x0.device), data.noise_of(x0.shape[1:], generators).to(x0.device)
 
 
-def micro_batches(stage, number, first_step, args, dataset, world):
+def micro_batches(number, first_step, args, dataset, world):
     """For each step from first_step on, the numbers of all its clips, and the batches of this rank's
     micro-steps, each with its samples' generators."""
     share, steps = args.batch // world.size, args.steps[number - 1]  # samples per rank and step
+    stage = stage_of(number, args)
     for step in range(first_step, steps):
         rng = random.Random(seed_of(args.seed, number, step))
         views, clips, bucket = dataset.sampler.draw(stage, step / steps, rng, args.batch)
@@ -461,51 +498,68 @@ def micro_batches(stage, number, first_step, args, dataset, world):
         yield clips, batches
 
 
-def train_stage(number, start, args, dataset, valid, files, world, stop):
-    """One stage from its Start to its last step, unless stop() ends it early, after saving.
-    valid: Validation or None; files: what a checkpoint needs besides the network."""
+def diverged(number, step, steps, entries):
+    """What to say of so many steps in a row without a finite gradient, the last one on these clips."""
+    sources = ", ".join(sorted({entry["source"] for entry in entries})[:20])
+    return (f"stage {number}: {steps} steps in a row without a finite gradient, the last one {step + 1} with "
+            f"{sources}; try smaller learning rates, or leave out what is wrong")
+
+
+def save(step, start, meta, files, args, world):
+    """A checkpoint of a stage, of all processes' parts. meta: stage_meta's; files: further ones it needs."""
+    number, steps = meta["stage"], args.steps[meta["stage"] - 1]
+    everything = [*start.trained().values(), *start.ema.values()]
+    if not world.all(all(bool(local(p).isfinite().all()) for p in everything)):
+        raise UserError(f"stage {number} step {step}: the weights are no longer finite and not saved; "
+                        "try smaller learning rates")
+    folder, shards = args.out / f"stage{number}", None
+    tensors = {"model": start.trained(), "ema": start.ema, "optimizer": pack_optimizers(start.optimizers)}
+    if args.shard:
+        shards = Path(world.agree(str(temporary_name(folder / "shards"))))
+        save_shards(shards, start.model, start.optimizers, start.ema)
+        tensors = {"ema": gathered(start.ema, world)} if step == steps else {}
+    if world.rank == 0:
+        meta = meta | {"step": step, "finished": step == steps}
+        save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, args.keep, shards)
+
+
+def stage_meta(number, start, args):
+    """What checkpoint.json says of a stage."""
+    meta = {"config": asdict(start.model.config), "preset": args.config, "stage": number,
+            "name": STAGES[number].name, "command": " ".join(sys.argv), "flags": step_flags(args, number),
+            "parent": start.parent}
+    if args.no_curriculum:
+        meta["name"] = STAGES[len(STAGES)].name
+    if start.base:
+        meta["base"] = start.base
+    if args.expert:
+        meta["expert"] = {"role": args.expert, "boundary": args.boundary, "share": args.levels.share()}
+    if start.model.config.is_wan:
+        meta["wan"] = os.path.abspath(release_folder(args.wan))
+    else:
+        meta["world"] = {name: toy.WORLDS[args.config][name] for name in ("size", "frames")}
+    return meta
+
+
+def train_stage(number, start, args, loaded, world, stop):
+    """One stage from its Start to its last step, unless stop() ends it early, after saving."""
     stage, steps, folder = stage_of(number, args), args.steps[number - 1], args.out / f"stage{number}"
-    model, ema, optimizers, first_step, parent, base = start
-    if first_step >= steps:
+    model, optimizers, trained, ema = start.model, start.optimizers, start.trained(), start.ema
+    if start.step >= steps:
         return
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    metrics = Metrics(folder, first_step, model, world, passes=3 if args.train == "all" else 2)
-
-    def save(step):
-        if not world.all(all(bool(local(p).isfinite().all()) for p in [*trained.values(), *ema.values()])):
-            raise UserError(f"stage {number} step {step}: the weights are no longer finite and not saved; "
-                            "try smaller learning rates")
-        meta = {"config": asdict(model.config), "preset": args.config, "stage": number, "name": stage.name,
-                "step": step, "finished": step == steps, "command": " ".join(sys.argv),
-                "flags": step_flags(args, number), "parent": parent}
-        if base:
-            meta["base"] = base
-        if args.expert:
-            meta["expert"] = {"role": args.expert, "boundary": args.boundary, "share": args.levels.share()}
-        if model.config.is_wan:
-            meta["wan"] = os.path.abspath(release_folder(args.wan))
-        else:
-            meta["world"] = {name: toy.WORLDS[args.config][name] for name in ("size", "frames")}
-        shards, tensors = None, {"model": trained, "ema": ema, "optimizer": pack_optimizers(optimizers)}
-        if args.shard:
-            shards = Path(world.agree(str(temporary_name(folder / "shards"))))
-            save_shards(shards, model, optimizers, ema)
-            tensors = {"ema": gathered(ema, world)} if step == steps else {}
-        if world.rank == 0:
-            save_checkpoint(folder / f"step-{step:06d}", tensors, meta, files, args.keep, shards)
-
+    meta = stage_meta(number, start, args)
+    metrics = Metrics(folder, start.step, model, world, passes=3 if args.train == "all" else 2)
     network = model if args.shard else replicate(model, world)
-    bar = progress(range(first_step, steps), f"stage {number} {stage.name}", "steps", steps, first_step,
+    bar = progress(range(start.step, steps), f"stage {number} {stage.name}", "steps", steps, start.step,
                    show=world.rank == 0, every=math.inf)
     skipped, began = 0, time.perf_counter()
-    batches = prefetch(micro_batches(stage, number, first_step, args, dataset, world))
+    batches = prefetch(micro_batches(number, start.step, args, loaded.dataset, world))
     for step in bar:
         clips, micro_steps = metrics.next(batches)
         # learning rate
         factor = min(1, (step + 1) / args.warmup) * (stage.lr[0] + (stage.lr[1] - stage.lr[0]) * step / steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * factor
         # micro-steps
         total = torch.zeros((), device=world.device)  # this step's loss
         for i, (batch, generators) in enumerate(micro_steps, 1):
@@ -528,42 +582,38 @@ def train_stage(number, start, args, dataset, valid, files, world, stop):
             skipped += 1
             if world.rank == 0:
                 progress.write(f"stage {number} step {step + 1}: gradient norm {float(norm)}; "
-                           "step skipped, no weight changed")
-            if skipped == min(10, steps - first_step):
-                sources = sorted({dataset.entry(clip)["source"] for clip in clips})
-                raise UserError(f"stage {number}: {skipped} steps in a row without a finite gradient, the "
-                                f"last one {step + 1} with {', '.join(sources[:20])}; try smaller learning "
-                                "rates, or leave out what is wrong")
+                               "step skipped, no weight changed")
+            if skipped == min(10, steps - start.step):
+                raise UserError(diverged(number, step, skipped, map(loaded.dataset.entry, clips)))
         for optimizer in optimizers:
             optimizer.zero_grad()
         metrics.step_ends()
         # log, validate, save
         last = step + 1 == steps
         if (step + 1) % args.log_every == 0 or last:
-            if world.size > 1:
-                dist.all_reduce(total)
-            loss = float(total) / world.size
+            loss = world.mean(total)
             bar.tell(f"loss {loss:.4f}")
             metrics.write(stage=number, step=step + 1, loss=loss, grad_norm=float(norm), lr_factor=factor,
                           **metrics.speed())
         stopping = stop()
-        if valid and ((step + 1) % args.valid_every == 0 or last):
+        if loaded.validation and ((step + 1) % args.valid_every == 0 or last):
             with averaged(model, trained, ema):
-                losses = valid.losses(loss_of, model, args.levels, args.precision)
+                losses = loaded.validation.losses(loss_of, model, args.levels, args.precision)
             metrics.write(stage=number, step=step + 1, valid=losses)
         if (step + 1) % args.save_every == 0 or last or stopping:
-            save(step + 1)
+            save(step + 1, start, meta, loaded.files, args, world)
             if world.rank == 0:
                 draw_losses(args.out, number)
                 if (last or args.sample_saves) and not stopping:
-                    write_sheet(folder, step + 1, last, args, model.config, dataset.commonest_shape())
+                    shape = loaded.dataset.commonest_shape()
+                    write_sheet(folder, step + 1, last, args, model.config, shape)
             world.barrier()
         if stopping:
             return
+    minutes = (time.perf_counter() - began) / 60
     if world.rank == 0:
-        minutes = (time.perf_counter() - began) / 60
-        print(f"stage {number} {stage.name}: steps {first_step + 1} to {steps} in {minutes:.1f} min, "
-              f"loss {float(total) / world.size:.4f}: {find_checkpoint(folder)}", flush=True)
+        print(f"stage {number} {stage.name}: steps {start.step + 1} to {steps} in {minutes:.1f} min, "
+              f"loss {loss:.4f}: {find_checkpoint(folder)}", flush=True)
 
 
 def stop_on_signal(world):
@@ -599,9 +649,16 @@ def encoded_set(folder):
     return next((f for f in (Path(folder), Path(folder, "encoded")) if (f / "index.jsonl").is_file()), None)
 
 
+class Loaded(NamedTuple):
+    """What all stages train on."""
+    dataset: data.Dataset
+    validation: Validation | None
+    files: list  # that sampling needs besides the network
+
+
 def load_data(args, config, world):
-    """The Dataset, the Validation or None, and the files that sampling needs besides the network. The toy's
-    are rendered and encoded where that was not done yet, by one process on all cores."""
+    """-> Loaded. The toy's clips are rendered and encoded where that was not done yet, by one process on all
+    cores."""
     folder, valid = encoded_set(args.data), args.valid
     if not folder:
         size, frames = (toy.WORLDS[args.config][name] for name in ("size", "frames"))
@@ -621,7 +678,8 @@ def load_data(args, config, world):
     dataset.check(config)
     if args.mv2id and dataset.settings["mask"] != args.mask:
         raise UserError(f"{folder} was encoded with --mask {dataset.settings['mask']}, not {args.mask}")
-    return dataset, load_validation(valid, config, world, dataset) if valid else None, files
+    validation = valid and load_validation(valid, config, world, dataset)
+    return Loaded(dataset, validation, files)
 
 
 def load_validation(folder, config, world, training):
@@ -658,18 +716,19 @@ def main(argv=None):
             for number in stages:
                 stage = stage_of(number, args)
                 print(f"stage {number}: {args.steps[number - 1]} steps, {stage}\n"
-                      f"  {loaded[0].sampler.describe(stage, args.batch)}", flush=True)
+                      f"  {loaded.dataset.sampler.describe(stage, args.batch)}", flush=True)
             if args.overwrite:  # all now: a later stage of the old run would pass for newer
                 for number in reversed(stages):
                     for step in reversed(steps_in(args.out / f"stage{number}")):
                         delete_checkpoint(step)  # its log goes too; all else may be the user's
                     (args.out / f"stage{number}" / "metrics.jsonl").unlink(missing_ok=True)
         world.barrier()
-        dataset, valid, files = loaded if world.rank == 0 else load_data(args, config, world)
+        if world.rank:
+            loaded = load_data(args, config, world)
         stop = stop_on_signal(world)
         for number in stages:
             start = start or prepare(number, args, config, world)
-            train_stage(number, start, args, dataset, valid, files, world, stop)
+            train_stage(number, start, args, loaded, world, stop)
             start = None
             gc.collect()  # sharded networks hold references to themselves
             if stop():

@@ -91,6 +91,12 @@ class World:
             dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag)
 
+    def mean(self, tensor):
+        """The mean of a number over all processes. All of them must ask."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return float(tensor) / self.size
+
     def agree(self, value):
         """Process 0's value, on every process."""
         values = [value]

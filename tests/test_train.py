@@ -108,8 +108,8 @@ def test_processes_without_a_gpu_of_their_own_leave_quietly(gpus, left, monkeypa
     """README's two processes on a machine with one GPU and with two."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setattr(processes, "rendezvous", lambda *args: iter([(train.dist.HashStore(),)]))
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(processes, "rendezvous", lambda *args: iter([(processes.dist.HashStore(),)]))
     gone = []
     for rank in (0, 1):
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
@@ -127,8 +127,8 @@ def test_processes_without_a_gpu_of_their_own_leave_quietly(gpus, left, monkeypa
 
 
 def test_torchruns_one_thread_becomes_this_machines_share(monkeypatch):
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setattr(processes, "rendezvous", lambda *args: iter([(train.dist.HashStore(),)]))
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(processes, "rendezvous", lambda *args: iter([(processes.dist.HashStore(),)]))
     monkeypatch.setattr(processes, "CORES", 8)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
