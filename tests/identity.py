@@ -16,22 +16,9 @@ from mtcnn import MTCNN, fetch_mtcnn
 PACKAGE = "@vladmandic/face-api@1.7.15"
 MEAN = (122.782, 117.001, 104.298)  # of RGB
 PLAIN = {"dtype": "float32", "scale": 1, "min": 0}  # of what is not in bytes
-BLOCKS = (
-    "conv32_1",
-    "conv32_2",
-    "conv32_3",
-    "conv64_down",
-    "conv64_1",
-    "conv64_2",
-    "conv64_3",
-    "conv128_down",
-    "conv128_1",
-    "conv128_2",
-    "conv256_down",
-    "conv256_1",
-    "conv256_2",
-    "conv256_down_out",
-)
+BLOCKS = ("conv32_1", "conv32_2", "conv32_3", "conv64_down", "conv64_1", "conv64_2", "conv64_3",
+          "conv128_down", "conv128_1", "conv128_2", "conv256_down", "conv256_1", "conv256_2",
+          "conv256_down_out")
 
 
 def fetch_weights(folder):

@@ -85,29 +85,12 @@ def test_a_damaged_tensor_file_with_the_right_hash_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     "junk",
-    [
-        "",
-        "{",
-        "null",
-        "3",
-        "[]",
-        '"config sha256"',
-        "{}",
-        '{"config": {}}',
-        '{"config": [], "sha256": {}}',
-        '{"config": {}, "sha256": "x"}',
-        '{"config": {}, "sha256": {}, "step": "9"}',
-        '{"config": {}, "sha256": {}, "step": 1e400}',
-        '{"config": {}, "sha256": {}, "stage": null}',
-        '{"config": {}, "sha256": {}, "finished": 1}',
-        '{"config": {}, "sha256": {}, "world": 3}',
-        '{"config": {}, "sha256": {}, "flags": []}',
-        '{"config": {}, "sha256": {}, "wan": {}}',
-        "[" * 100_000,
-        '{"config":' * 100_000,
-        '{"config": {}, "sha256": {}, "step": ' + "9" * 5000 + "}",
-        b"\xff\xfe",
-    ],
+    ["", "{", "null", "3", "[]", '"config sha256"', "{}", '{"config": {}}', '{"config": [], "sha256": {}}',
+     '{"config": {}, "sha256": "x"}', '{"config": {}, "sha256": {}, "step": "9"}',
+     '{"config": {}, "sha256": {}, "step": 1e400}', '{"config": {}, "sha256": {}, "stage": null}',
+     '{"config": {}, "sha256": {}, "finished": 1}', '{"config": {}, "sha256": {}, "world": 3}',
+     '{"config": {}, "sha256": {}, "flags": []}', '{"config": {}, "sha256": {}, "wan": {}}', "[" * 100_000,
+     '{"config":' * 100_000, '{"config": {}, "sha256": {}, "step": ' + "9" * 5000 + "}", b"\xff\xfe"],
     ids=lambda junk: ascii(junk[:48]),
 )
 def test_junk_in_checkpoint_json_is_one_short_line(junk, tmp_path):
@@ -129,14 +112,8 @@ def test_keep_removes_only_older_checkpoints(tmp_path):
     (notes / "notes.txt").write_text("mine")
     save(tmp_path / "step-000010", keep=2)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [
-        "my-step-000001",
-        "step-000000",
-        "step-000002-good",
-        "step-000004",
-        "step-000010",
-        "step-best",
-    ]
+    assert left == ["my-step-000001", "step-000000", "step-000002-good", "step-000004", "step-000010",
+                    "step-best"]
     assert (notes / "notes.txt").read_text() == "mine"
 
 

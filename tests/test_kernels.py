@@ -19,10 +19,8 @@ from conftest import ROOT, run
 
 CPU = torch.device("cpu")
 EPS = 0.1  # beside squares of about 1; of Wan's, a millionth, no float32 would show that it was forgotten
-interpreted = pytest.mark.skipif(
-    kernels.triton is None or not kernels.INTERPRET,
-    reason="needs Triton, imported with TRITON_INTERPRET=1",
-)
+interpreted = pytest.mark.skipif(kernels.triton is None or not kernels.INTERPRET,
+                                 reason="needs Triton, imported with TRITON_INTERPRET=1")
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +73,8 @@ def truth_of(q, k, weight_q, weight_k, at, K, eps=EPS):
 def test_gradcheck_in_float64(fused):
     """Forward and backward of the kernels themselves, B*L rows over 2 programs, a padded width."""
     inputs, rope, _ = example_inputs(1, 3, 1, 6, torch.float64, CPU)
-    assert torch.autograd.gradcheck(
-        lambda *leaves: qk_norm_rope(*leaves, *rope, EPS), inputs, fast_mode=True, check_undefined_grad=False
-    )
+    assert torch.autograd.gradcheck(lambda *leaves: qk_norm_rope(*leaves, *rope, EPS), inputs, fast_mode=True,
+                                    check_undefined_grad=False)
 
 
 def test_gradcheck_of_the_reference():
@@ -140,11 +137,9 @@ def test_bf16_is_at_most_twice_as_far_off_as_eager_bf16(path):
     places, args = positions(L), qk(2, L, N, K, torch.bfloat16, grad=True)
     tables, (cos, sin) = rope_tables(places, K), rope_table(places, K)
     exact = [x.detach().double().requires_grad_() for x in args]
-    outputs = (
-        qk_norm_rope(*args, places, tables, EPS),
-        [eager_norm_rope(x, weight, cos, sin) for x, weight in zip(args[:2], args[2:])],
-        truth_of(*exact, places, K),
-    )
+    outputs = (qk_norm_rope(*args, places, tables, EPS),
+               [eager_norm_rope(x, weight, cos, sin) for x, weight in zip(args[:2], args[2:])],
+               truth_of(*exact, places, K))
     draw = torch.Generator().manual_seed(0)
     grads = [torch.randn(2, L, N, K, generator=draw).bfloat16() for _ in range(2)]
     found = []
@@ -182,11 +177,8 @@ def test_equals_wan_on_its_dense_grid(path):
         freqs.append(torch.polar(torch.ones_like(angle), angle))
     t, h, w = freqs
     grid = torch.cat(
-        (
-            t[:, None, None].expand(T, H, W, -1),
-            h[None, :, None].expand(T, H, W, -1),
-            w[None, None].expand(T, H, W, -1),
-        ),
+        (t[:, None, None].expand(T, H, W, -1), h[None, :, None].expand(T, H, W, -1),
+         w[None, None].expand(T, H, W, -1)),
         dim=-1,
     ).reshape(T * H * W, K // 2)
     at = video_positions(T, H, W)
@@ -309,14 +301,12 @@ def test_a_position_outside_the_tables_gives_nan(path):
 
 @pytest.mark.parametrize(
     "triton, interpret, gpu, automatic, chosen",
-    [
-        (True, True, False, "PyTorch reference kernels", "fused Triton kernels (interpreted)"),
-        (True, True, True, "PyTorch reference kernels", "fused Triton kernels (interpreted)"),
-        (True, False, True, "fused Triton kernels", "fused Triton kernels"),
-        (True, False, False, "PyTorch reference kernels", None),
-        (False, False, True, "PyTorch reference kernels", None),
-        (False, False, False, "PyTorch reference kernels", None),
-    ],
+    [(True, True, False, "PyTorch reference kernels", "fused Triton kernels (interpreted)"),
+     (True, True, True, "PyTorch reference kernels", "fused Triton kernels (interpreted)"),
+     (True, False, True, "fused Triton kernels", "fused Triton kernels"),
+     (True, False, False, "PyTorch reference kernels", None),
+     (False, False, True, "PyTorch reference kernels", None),
+     (False, False, False, "PyTorch reference kernels", None)],
 )
 def test_the_switch(triton, interpret, gpu, automatic, chosen, monkeypatch):
     """With and without Triton, its interpreter and a GPU, on any machine."""

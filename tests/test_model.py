@@ -49,13 +49,9 @@ def inputs(views=(), seed=1, grid=GRID):
     refs = [{v: normal(B, TINY.in_dim, *REF) for v in VIEWS} for _ in range(2)]
     vit = [normal(B, TINY.vit_levels, 17, TINY.vit_dim) for _ in range(2)]
     x, text = normal(B, TINY.in_dim, *grid), normal(B, 30, TINY.text_dim)
-    return (
-        x,
-        torch.tensor([300.0, 900.0]),
-        text,
-        [{v: refs[k][v] for v in given} for k, given in enumerate(views)],
-        [vit[k] if "front" in given else None for k, given in enumerate(views)],
-    )
+    return (x, torch.tensor([300.0, 900.0]), text,
+            [{v: refs[k][v] for v in given} for k, given in enumerate(views)],
+            [vit[k] if "front" in given else None for k, given in enumerate(views)])
 
 
 def test_without_references_it_is_the_network_without_the_new_parameters():
@@ -233,9 +229,8 @@ def test_samples_of_a_batch_do_not_mix():
     net = network()
     x, t, text, refs, vit = inputs([VIEWS, ("front",)])
     both = net(x, t, text, refs, vit)
-    one = net(
-        x[1:], t[1:], text[1:], [{v: r[1:] for v, r in views.items()} for views in refs], [f[1:] for f in vit]
-    )
+    one = net(x[1:], t[1:], text[1:], [{v: r[1:] for v, r in views.items()} for views in refs],
+              [f[1:] for f in vit])
     assert torch.allclose(both[1:], one, atol=1e-5)
 
 
@@ -286,22 +281,13 @@ def test_gradients_reach_every_parameter_in_the_stage_that_trains_it(number):
         (lambda i: (*i[:2], i[2].repeat(1, 9, 1), *i[3:]), r"at most 128"),
         (lambda i: (*i[:3], [{}, {}, {}], None), "refs hold 3 identities; this model holds 2"),
         (lambda i: (*i[:3], [{"top": i[3][0]["front"]}], None), "unknown view 'top'"),
-        (
-            lambda i: (*i[:3], [{"front": i[3][0]["front"][:1]}], None),
-            r"references are \(1, 48, 8, 4\)",
-        ),
-        (
-            lambda i: (*i[:3], [{"front": i[3][0]["front"][:, :, :7]}], None),
-            r"references are \(2, 48, 7, 4\); expected \[2, 48, h, w\], the same even h and w",
-        ),
-        (
-            lambda i: (*i[:3], [{"front": i[3][0]["front"][..., :3]}], None),
-            r"references are \(2, 48, 8, 3\); expected \[2, 48, h, w\], the same even h and w",
-        ),
-        (
-            lambda i: (*i[:3], [i[3][0] | {"left": i[3][0]["left"][..., :2]}], None),
-            r"references are \(2, 48, 8, 2\) and \(2, 48, 8, 4\); .* the same even h and w for every one",
-        ),
+        (lambda i: (*i[:3], [{"front": i[3][0]["front"][:1]}], None), r"references are \(1, 48, 8, 4\)"),
+        (lambda i: (*i[:3], [{"front": i[3][0]["front"][:, :, :7]}], None),
+         r"references are \(2, 48, 7, 4\); expected \[2, 48, h, w\], the same even h and w"),
+        (lambda i: (*i[:3], [{"front": i[3][0]["front"][..., :3]}], None),
+         r"references are \(2, 48, 8, 3\); expected \[2, 48, h, w\], the same even h and w"),
+        (lambda i: (*i[:3], [i[3][0] | {"left": i[3][0]["left"][..., :2]}], None),
+         r"references are \(2, 48, 8, 2\) and \(2, 48, 8, 4\); .* the same even h and w for every one"),
     ],
 )
 def test_bad_input(change, says):
@@ -311,16 +297,13 @@ def test_bad_input(change, says):
 
 @pytest.mark.parametrize(
     "changes, says",
-    [
-        (dict(num_layers=1001), "config num_layers is 1001; expected an int from 0 to 1000$"),
-        (dict(ffn_dim=2**18 + 1), "config ffn_dim is 262145"), (dict(in_dim=-1), "config in_dim is -1"),
-        (dict(prediction=None), "config prediction is None; expected velocity or x0$"),
-        (dict(prediction="x"), "config prediction is 'x'; expected velocity or x0$"),
-        (dict(coord_channels=10), "config coord_channels is 10; expected a multiple of 6"),
-        (dict(dim=50, num_heads=4), "dim 50 is not a multiple of 2 x 4 heads"),
-        (dict(rope_layout="spiral"), "unknown rope layout"),
-        (dict(rope_jump=3), "rope jump 3 is smaller"),
-    ],
+    [(dict(num_layers=1001), "config num_layers is 1001; expected an int from 0 to 1000$"),
+     (dict(ffn_dim=2**18 + 1), "config ffn_dim is 262145"), (dict(in_dim=-1), "config in_dim is -1"),
+     (dict(prediction=None), "config prediction is None; expected velocity or x0$"),
+     (dict(prediction="x"), "config prediction is 'x'; expected velocity or x0$"),
+     (dict(coord_channels=10), "config coord_channels is 10; expected a multiple of 6"),
+     (dict(dim=50, num_heads=4), "dim 50 is not a multiple of 2 x 4 heads"),
+     (dict(rope_layout="spiral"), "unknown rope layout"), (dict(rope_jump=3), "rope jump 3 is smaller")],
 )
 def test_a_config_that_cannot_work_is_refused(changes, says):
     with pytest.raises(UserError, match=says):
@@ -335,9 +318,8 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_takes_none_away(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     again, found = load_checkpoint(tmp_path / "step-000010")
     assert found["stage"] == 1
-    assert all(
-        torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a,
+               b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
@@ -361,12 +343,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     (folder / "checkpoint.json").write_text(json.dumps(meta | {"step": None}))
     with pytest.raises(UserError, match="checkpoint.json is damaged"):
         load_checkpoint(folder)
-    for wrong, says in (
-        ({"dim": "x"}, "config dim is x; expected an int from 0 to 262144"),
-        ({"ffn_dim": -1}, "config ffn_dim is -1"), ({"num_layers": 1001}, "config num_layers is 1001"),
-        ({"prediction": "x"}, "config prediction is 'x'; expected velocity or x0"),
-        ({"coord_channels": 10}, "config coord_channels is 10; expected a multiple of 6"),
-    ):
+    for wrong, says in (({"dim": "x"}, "config dim is x; expected an int from 0 to 262144"),
+                        ({"ffn_dim": -1}, "config ffn_dim is -1"),
+                        ({"num_layers": 1001}, "config num_layers is 1001"),
+                        ({"prediction": "x"}, "config prediction is 'x'; expected velocity or x0"),
+                        ({"coord_channels": 10}, "config coord_channels is 10; expected a multiple of 6")):
         (folder / "checkpoint.json").write_text(json.dumps(meta | {"config": meta["config"] | wrong}))
         with pytest.raises(UserError, match=rf"its config does not fit this version \({says}"
                            ) as error:
@@ -415,14 +396,8 @@ IN_BLOCKS = {
     **{
         f"{ours}.{part}": f"{theirs}.{their_part}"
         for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for part, their_part in (
-            ("q", "to_q"),
-            ("k", "to_k"),
-            ("v", "to_v"),
-            ("o", "to_out.0"),
-            ("norm_q", "norm_q"),
-            ("norm_k", "norm_k"),
-        )
+        for part, their_part in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"),
+                                 ("norm_q", "norm_q"), ("norm_k", "norm_k"))
     },
 }
 
@@ -505,9 +480,8 @@ def test_a_new_mfi_keeps_wan_bit_for_bit_and_long_captions_work():
     assert longer.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "name, parameters, tensors", [("1.3b", 1_418_996_800, 825), ("14b", 14_288_491_584, 1095)]
-)
+@pytest.mark.parametrize("name, parameters, tensors",
+                         [("1.3b", 1_418_996_800, 825), ("14b", 14_288_491_584, 1095)])
 def test_full_sizes_are_wans(name, parameters, tensors):
     """Names and shapes of diffusers' network of this size, and counts of the released files."""
     c = CONFIGS[name]

@@ -27,13 +27,10 @@ from support.script import UserError
 
 CPU = torch.device("cpu")
 CKPT = ["--ckpt", ROOT / "assets" / "toy", "--precision", "fp32"]
-PROMPTS = [
-    ("a close-up of one person in a red shirt nods with the mouth closed, a grey wall", 0),
-    ("a close-up of one person turns away", 4),
-    ("a close-up of two people, the first on the left nods, the second on the right turns", 1),
-    ("one person", 2),
-    ("two people", 3),
-]
+PROMPTS = [("a close-up of one person in a red shirt nods with the mouth closed, a grey wall", 0),
+           ("a close-up of one person turns away", 4),
+           ("a close-up of two people, the first on the left nods, the second on the right turns", 1),
+           ("one person", 2), ("two people", 3)]
 
 
 def ranks(size, work):

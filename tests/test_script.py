@@ -41,18 +41,15 @@ def error_line(main, monkeypatch, capsys, *arguments, less_memory="less"):
 
 @pytest.mark.parametrize(
     "error, code, line",
-    [
-        (KeyboardInterrupt(), 130, "stopped"),
-        (UserError("no such view"), 1, "no such view"),
-        (UserError("a.png\nb.png\u2028c\r\n"), 1, "a.png b.png c"),
-        (FileNotFoundError(2, "No such file", "a\nb"), 1, r"[Errno 2] No such file: 'a\nb'"),
-        (safetensors.SafetensorError("Error while serializing"), 1, "Error while serializing"),
-        (MemoryError(), 1, "out of memory; try --batch 1"),
-        (MemoryError("Cannot allocate 9 TiB"), 1, "out of memory (Cannot allocate 9 TiB); try --batch 1"),
-        (torch.OutOfMemoryError("CUDA. 3 GB. Much more"), 1, "out of memory (CUDA. 3 GB); try --batch 1"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; try --batch 1"),
-        (RuntimeError("CUDA error: out of memory"), 1, "out of memory; try --batch 1"),
-    ],
+    [(KeyboardInterrupt(), 130, "stopped"), (UserError("no such view"), 1, "no such view"),
+     (UserError("a.png\nb.png\u2028c\r\n"), 1, "a.png b.png c"),
+     (FileNotFoundError(2, "No such file", "a\nb"), 1, r"[Errno 2] No such file: 'a\nb'"),
+     (safetensors.SafetensorError("Error while serializing"), 1, "Error while serializing"),
+     (MemoryError(), 1, "out of memory; try --batch 1"),
+     (MemoryError("Cannot allocate 9 TiB"), 1, "out of memory (Cannot allocate 9 TiB); try --batch 1"),
+     (torch.OutOfMemoryError("CUDA. 3 GB. Much more"), 1, "out of memory (CUDA. 3 GB); try --batch 1"),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; try --batch 1"),
+     (RuntimeError("CUDA error: out of memory"), 1, "out of memory; try --batch 1")],
     ids=repr,
 )
 def test_what_a_user_can_cause_is_one_line(error, code, line, monkeypatch, capsys):
@@ -281,14 +278,9 @@ NUMBER_TEXTS = ("nan", "inf", "-inf", "-1", "0", "1e400", "", "x", str(10**20), 
 
 @pytest.mark.parametrize(
     "kind, accepted",
-    [
-        ("count", {"1": 1, "٣": 3}),
-        ("seed_number", {"0": 0, "1": 1, "٣": 3}),
-        ("positive", {"1": 1, "0.5": 0.5, "٣": 3}),
-        ("not_negative", {"0": 0, "1": 1, "0.5": 0.5, "٣": 3}),
-        ("fraction", {"0": 0, "0.5": 0.5}),
-        ("frame_rate", {"1": 1, "٣": 3}),
-    ],
+    [("count", {"1": 1, "٣": 3}), ("seed_number", {"0": 0, "1": 1, "٣": 3}),
+     ("positive", {"1": 1, "0.5": 0.5, "٣": 3}), ("not_negative", {"0": 0, "1": 1, "0.5": 0.5, "٣": 3}),
+     ("fraction", {"0": 0, "0.5": 0.5}), ("frame_rate", {"1": 1, "٣": 3})],
 )
 def test_numbers_are_finite_and_within_bounds(kind, accepted):
     values = {}
@@ -546,18 +538,8 @@ def test_no_output_is_an_input(tmp_path):
 
 @pytest.mark.parametrize(
     "junk",
-    [
-        b'{"a": ',
-        b"",
-        b"null",
-        b"[1]",
-        b"3",
-        b'"a"',
-        b"\xff\xfe\x00",
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b"9" * 5000,
-    ],
+    [b'{"a": ', b"", b"null", b"[1]", b"3", b'"a"', b"\xff\xfe\x00", b"[" * 100_000, b'{"a":' * 100_000,
+     b"9" * 5000],
     ids=lambda junk: ascii(junk[:8]),
 )
 def test_junk_lines_are_left_out(junk, tmp_path):

@@ -34,14 +34,9 @@ def person(**changes):
 
 def magenta(identity, yaw, size=64):
     """Number of pixels with the patch colour at a yaw."""
-    pose = {
-        "yaw": torch.tensor([float(yaw)]),
-        **{k: torch.zeros(1) for k in ("pitch", "roll", "mouth", "y")},
-        "scale": torch.tensor([0.6]),
-        "light": torch.tensor([[0.0, 0.4, 1.0]]),
-        "light_colour": torch.ones(1, 3),
-        "shirt": torch.full((1, 3), 0.5),
-    }
+    pose = {"yaw": torch.tensor([float(yaw)]), **{k: torch.zeros(1) for k in ("pitch", "roll", "mouth", "y")},
+            "scale": torch.tensor([0.6]), "light": torch.tensor([[0.0, 0.4, 1.0]]),
+            "light_colour": torch.ones(1, 3), "shirt": torch.full((1, 3), 0.5)}
     rgb, _, _ = toy.render_heads(identity, pose, size)
     return int((rgb[0, 0] - rgb[0, 1] > 0.1).sum())
 
@@ -102,14 +97,9 @@ def test_yaw_turns_to_the_named_side():
     one = person()
     one["nose"] = torch.tensor([0.4])
     pose = {k: torch.zeros(3) for k in ("roll", "mouth", "y")}
-    pose |= {
-        "yaw": torch.tensor([-85.0, 85, 0]),
-        "pitch": torch.tensor([0.0, 0, 30]),
-        "scale": torch.full((3,), 0.6),
-        "light": torch.ones(3, 3),
-        "light_colour": torch.ones(3, 3),
-        "shirt": torch.zeros(3, 3),
-    }
+    pose |= {"yaw": torch.tensor([-85.0, 85, 0]), "pitch": torch.tensor([0.0, 0, 30]),
+             "scale": torch.full((3,), 0.6), "light": torch.ones(3, 3), "light_colour": torch.ones(3, 3),
+             "shirt": torch.zeros(3, 3)}
     one["eyes"] = RED[None]
     three = toy.pick(one, torch.zeros(3, dtype=torch.int64))
     rgb, _, head = toy.render_heads(three, pose, 64)
@@ -154,20 +144,13 @@ def test_captions_say_every_parameter_and_nothing_else(people):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"zoom": "a slow zoom in"},
-        {"light": "warm light"},
-        {"background": "a sunset"},
-        {"motions": ("nods",)},
-        {"mouths": ("the mouth open",)},
-        {"shirts": ("blue",)},
-    ],
+    [{"zoom": "a slow zoom in"}, {"light": "warm light"}, {"background": "a sunset"}, {"motions": ("nods",)},
+     {"mouths": ("the mouth open",)}, {"shirts": ("blue",)}],
 )
 def test_what_the_caption_says_is_what_the_renderer_shows(change):
     one = toy.draw_identities(1, 5)
-    base = toy.Clip(
-        ("tilts the head",), ("the mouth closed",), ("red",), "a close-up", "soft light", "a grey wall"
-    )
+    base = toy.Clip(("tilts the head",), ("the mouth closed",), ("red",), "a close-up", "soft light",
+                    "a grey wall")
     other = replace(base, **change)
     (a, b), _ = toy.render_clips([base, other], [toy.pick(one, [0, 0])], 6, 32)
     assert (a - b).abs().max() > 0.1 and toy.caption(base) != toy.caption(other)
@@ -193,9 +176,8 @@ def test_references_are_cross_pair_or_from_the_clip():
     assert cross.shape == (2, 4, 3, 32, 32) and (cross[:, :, :, 0, 0] == 1).all()  # on white
     assert torch.equal(cross, toy.render_references(who, 1, 32))
     assert not torch.equal(cross, toy.render_references(who, 2, 32))
-    clip = toy.Clip(
-        ("sweeps rightwards",), ("the mouth open",), ("red",), "a close-up", "warm light", "a sunset"
-    )
+    clip = toy.Clip(("sweeps rightwards",), ("the mouth open",), ("red",), "a close-up", "warm light",
+                    "a sunset")
     a, b = (toy.render_references(who, 1, 32, [replace(clip, shirts=(s,))] * 2) for s in ("red", "blue"))
     assert (a - b)[:, :3].abs().amax() > 0.5  # in-pair references wear the clip's shirt
 
@@ -231,10 +213,8 @@ def fingerprint(picture):
 
 @pytest.mark.parametrize(
     "people, words, videos, heads, cross_pair, in_pair",
-    [
-        (1, "d664d59b0eab", "03ff1f5212bc", "0b240c0d53a5", "7675fb8d7edf", "d842e4b3f854"),
-        (2, "0618a4b3d5a6", "5662241809ee", "39226877b84f", "5b78620bcbb2", "57b070783bae"),
-    ],
+    [(1, "d664d59b0eab", "03ff1f5212bc", "0b240c0d53a5", "7675fb8d7edf", "d842e4b3f854"),
+     (2, "0618a4b3d5a6", "5662241809ee", "39226877b84f", "5b78620bcbb2", "57b070783bae")],
 )
 def test_the_world_stays_as_it_was(people, words, videos, heads, cross_pair, in_pair):
     """Captions and pixels as commit 0814555 made them. Another world would make every number in README.md and
@@ -595,21 +575,16 @@ def test_samples_never_overwrite_half_a_file(broken, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, says",
-    [
-        ("", "the following arguments are required: --out"),
-        ("--out x --size 33", "--size 33: expected an even number"),
-        ("--out x --size 8", "--size: got '8', expected 16 to 1024 pixels"),
-        ("--out x --size 1e3", "--size: got '1e3'"),
-        ("--out x --size nan", "--size: got 'nan'"),
-        ("--out x --frames 0", "--frames: got '0', expected 1 to 1000 frames"),
-        ("--out x --frames 100000000000000000000", "--frames: got"),
-        ("--out x --fps 0", "--fps: got '0', expected 1 to 240 frames a second"),
-        ("--out x --fps 2147483648", "--fps: got"),
-        ("--out file", "cannot write to file"),
-        ("--out file/below", "cannot write to file/below"),
-        ("--out x --siz 32", "unrecognized arguments"),
-        ("--out x toy", "unrecognized arguments: toy"),
-    ],
+    [("", "the following arguments are required: --out"),
+     ("--out x --size 33", "--size 33: expected an even number"),
+     ("--out x --size 8", "--size: got '8', expected 16 to 1024 pixels"),
+     ("--out x --size 1e3", "--size: got '1e3'"), ("--out x --size nan", "--size: got 'nan'"),
+     ("--out x --frames 0", "--frames: got '0', expected 1 to 1000 frames"),
+     ("--out x --frames 100000000000000000000", "--frames: got"),
+     ("--out x --fps 0", "--fps: got '0', expected 1 to 240 frames a second"),
+     ("--out x --fps 2147483648", "--fps: got"), ("--out file", "cannot write to file"),
+     ("--out file/below", "cannot write to file/below"), ("--out x --siz 32", "unrecognized arguments"),
+     ("--out x toy", "unrecognized arguments: toy")],
 )
 def test_bad_input_gets_one_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

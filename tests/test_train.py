@@ -94,9 +94,8 @@ train.main({[*common, "both", *micro]})""")
         assert distance(whole, other) < 1e-6, name
 
 
-@pytest.mark.parametrize(
-    "batch, processes, fits", [(16, 6, 4), (16, 5, 4), (7, 2, 1), (12, 8, 6), (16, 32, 16)]
-)
+@pytest.mark.parametrize("batch, processes, fits",
+                         [(16, 6, 4), (16, 5, 4), (7, 2, 1), (12, 8, 6), (16, 32, 16)])
 def test_a_batch_that_does_not_split_names_the_processes_that_fit(batch, processes, fits):
     args = train.arguments(["--config", "tiny", "--batch", str(batch)])
     with pytest.raises(UserError, match=f"does not split over {processes} .*--nproc-per-node {fits}$"):
@@ -185,12 +184,8 @@ def test_sigterm_and_ctrl_c_save_and_the_run_can_go_on(fresh, sent, code):
     call("train.py", *arguments, cwd=fresh)
     straight = weights_of(out / "stage1")
     shutil.rmtree(out)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, arguments)],
-        cwd=fresh,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], cwd=fresh,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     log, latest = out / "stage1" / "metrics.jsonl", time.monotonic() + TIMEOUT
     try:
         while not (log.exists() and log.read_text().count("\n") >= 3):
@@ -625,10 +620,8 @@ def test_without_curriculum_and_with_the_front_only(fresh, monkeypatch):
     [
         ("--stage 99", "--stage: invalid choice: '99'"),
         ("--stage two", "--stage: invalid choice"),
-        (
-            "--stage 3 --out new",
-            "stage 3 starts from stage 2, .* run `python train.py --stage 2 --config tiny --out new`$",
-        ),
+        ("--stage 3 --out new",
+         "stage 3 starts from stage 2, .* run `python train.py --stage 2 --config tiny --out new`$"),
         ("--stage 2", "exists: --resume goes on"),
         ("--stage all", "exists: --resume goes on"),
         ("--stage 2 --overwrite --no-mfi", "trained otherwise .*vit_dim 96 there, 0 here"),
@@ -766,15 +759,13 @@ def changed(folder, name, tensors=None, **meta):
 
 @pytest.mark.parametrize(
     "name, edit, says",
-    [
-        ("ema", lambda t: t | {"x": torch.zeros(1)}, r"ema.safetensors does not fit HarmoView.*1 unknown"),
-        ("ema", lambda t: {k: v for k, v in t.items() if k != "proxies"}, "ema.*1 missing"),
-        ("ema", lambda t: t | {"proxies": t["proxies"].long()}, "'proxies' is torch.int64"),
-        ("model", lambda t: t | {"proxies": t["proxies"].long()}, "'proxies' is torch.int64"),
-        ("optimizer", lambda t: t | {"x": torch.zeros(1)}, "optimizer.safetensors cannot be read"),
-        ("optimizer", lambda t: t | {"0.9999.x": torch.zeros(1)}, "optimizer.safetensors cannot be read"),
-        ("optimizer", lambda t: t | {"0.0.exp_avg": torch.zeros(7)}, r"optimizer.*0.0.exp_avg is .* \[7\]"),
-    ],
+    [("ema", lambda t: t | {"x": torch.zeros(1)}, r"ema.safetensors does not fit HarmoView.*1 unknown"),
+     ("ema", lambda t: {k: v for k, v in t.items() if k != "proxies"}, "ema.*1 missing"),
+     ("ema", lambda t: t | {"proxies": t["proxies"].long()}, "'proxies' is torch.int64"),
+     ("model", lambda t: t | {"proxies": t["proxies"].long()}, "'proxies' is torch.int64"),
+     ("optimizer", lambda t: t | {"x": torch.zeros(1)}, "optimizer.safetensors cannot be read"),
+     ("optimizer", lambda t: t | {"0.9999.x": torch.zeros(1)}, "optimizer.safetensors cannot be read"),
+     ("optimizer", lambda t: t | {"0.0.exp_avg": torch.zeros(7)}, r"optimizer.*0.0.exp_avg is .* \[7\]")],
 )
 def test_hand_edited_tensors_are_one_line(name, edit, says, fresh):
     command = [*FAST, "--stage", 1, "--steps", 4, "--save-every", 2]
