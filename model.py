@@ -18,7 +18,7 @@ Dimension key
 """
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -522,7 +522,7 @@ def on_meta(path, weights="ema"):
     meta device. Names and shapes of the file are checked, no weights are read."""
     if (Path(path) / "checkpoint.json").is_file():
         meta, file = read_meta(path), read_weights(Path(path) / f"{weights}.safetensors")
-        meta["config"].setdefault("reference_attention", "joint")  # the default before 2026-11-30
+        meta["config"] = stored_config(meta)
     else:
         file = read_wan(path)
         meta = {"config": wan_config(file) | WAN}
@@ -536,6 +536,12 @@ def on_meta(path, weights="ema"):
     untrained = [name for name, p in model.named_parameters() if not p.requires_grad]
     check_fit(model, file, untrained if "sha256" in meta else new_names(model))
     return model
+
+
+def stored_config(meta):
+    """The config of a checkpoint.json as a dict, with the defaults of fields that are newer than it."""
+    defaults = {field.name: field.default for field in fields(DiTConfig) if field.default is not MISSING}
+    return defaults | {"reference_attention": "joint"} | meta["config"]  # joint before 2026-11-30
 
 
 def load_wan(model, path):

@@ -223,11 +223,7 @@ def find(path):
     if not config.is_wan:
         toy.check_config(config)
         check_files(networks[0], [toy.ToyEncoders.TOKENIZER])
-        world = ckpt.meta.get("world", {})
-        known = [{name: row[name] for name in ("size", "frames")} for row in toy.WORLDS.values()]
-        if world not in known:
-            raise UserError(f"{networks[0]}/checkpoint.json: its world {world!r:.60} is none of toy.WORLDS")
-        world = known[known.index(world)]  # 32.0 in JSON is 32 here
+        world = toy.check_world(networks[0], ckpt.meta)
         ckpt.kind, ckpt.frames, ckpt.size = "toy", world["frames"], (world["size"], world["size"])
     return ckpt
 

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 
 import data
 from kernels import use_fused
-from model import CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan
+from model import (CHOICES, CONFIGS, HarmoView, load_base, load_checkpoint, load_trained, load_wan,
+                   stored_config)
 from networks.lora import TRAINS, new_names, set_trained
 from networks.weights import (ROLES, expert_folders, moved_base, read_frozen, release_folder, role_of,
                               wan_files)
@@ -379,15 +380,19 @@ def prepare(number, args, config, world):
     source = own or before
     meta = read_meta(source) if source else {}
     if own:
-        compare(own, meta["config"] | meta.get("flags", {}), asdict(config) | step_flags(args, number))
+        flags = meta.get("flags", {})
+        compare(own, stored_config(meta) | flags, asdict(config) | step_flags(args, number))
     elif before:
         if not meta.get("finished"):
             raise UserError(f"stage {number} needs stage {number - 1}, which stopped at step {meta['step']}: "
                             f"`python train.py --stage {number - 1} {same_run} --resume` finishes it")
-        compare(before, meta["config"], asdict(config))
+        compare(before, stored_config(meta), asdict(config))
     elif number > 1 and not args.wan:
         raise UserError(f"stage {number} starts from stage {number - 1}, and {args.out}/stage{number - 1} "
                         f"holds no checkpoint: run `python train.py --stage {number - 1} {same_run}`")
+    for folder in (source, args.wan):
+        if not config.is_wan and folder and Path(folder, "checkpoint.json").is_file():
+            toy.check_world(folder, read_meta(folder))
     start = before or args.wan
     parent = parent_of(start) if start and Path(start, "checkpoint.json").is_file() else None
     release = config.is_wan and not before and not parent
@@ -537,7 +542,7 @@ def stage_meta(number, start, args):
     if start.model.config.is_wan:
         meta["wan"] = os.path.abspath(release_folder(args.wan))
     else:
-        meta["world"] = {name: toy.WORLDS[args.config][name] for name in ("size", "frames")}
+        meta["world"] = toy.world_of(toy.WORLDS[args.config])
     return meta
 
 

@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 
 from measure.cases import read_cases
 from measure.report import (BIN_NAMES, Metric, Results, as_text, by_case, by_yaw, case_html, column, estimate,
-                            hold, in_columns, interval, mean, one, per_frame, read_results, strip,
-                            table, write_page)
+                            hold, in_columns, interval, mean, one, per_frame, read_results, strip, table,
+                            write_page)
 from networks.faces import Aesthetic, ArcFace, Faces, RetinaFace, SixDRepNet, align, find_faces
 from sample import (ROUND, SAMPLE_RECIPES, Hardware, find, frames_and_size, load, made_with, make_round,
                     note_of, recipe_flags, with_flags)
@@ -36,8 +36,8 @@ from videos import toy
 from videos.curate import EXTRACT, MIDDLE, ask, check_url
 from videos.jobs import Job, check_ours, name_references, notes_in, read_references
 from videos.manifest import Names
-from videos.pictures import (VIDEOS, frame_count, from_bytes, picture_size, read_frames,
-                             read_picture, to_bytes, watch_decoder, wrap, write_video)
+from videos.pictures import (VIDEOS, frame_count, from_bytes, picture_size, read_frames, read_picture,
+                             to_bytes, watch_decoder, wrap, write_video)
 from videos.toyfaces import is_toy, load_faces, toy_code
 
 SHORT_SIDE = 720  # larger videos are shrunk to it

@@ -13,7 +13,7 @@ from helpers import fork, kill, names, wait_for
 
 from support import checkpoints, script
 from support.checkpoints import check_files, find_checkpoint, load_tensors, read_meta, save_checkpoint
-from support.script import (UserError, lock)
+from support.script import UserError, lock
 
 
 # -------------------------------------------------------------------------------------------- our checkpoints

@@ -318,8 +318,8 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_takes_none_away(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     again, found = load_checkpoint(tmp_path / "step-000010")
     assert found["stage"] == 1
-    assert all(torch.equal(a, b) for a,
-               b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+    weights = zip(net.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):

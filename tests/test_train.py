@@ -510,6 +510,36 @@ def drawn(monkeypatch):
     return steps
 
 
+def test_a_field_that_an_older_run_lacks_has_its_default_there(fresh):
+    """As after a fork has added a field to DiTConfig: the tiny preset has 4 proxies, the default is 16."""
+    call("train.py", *FAST, "--stage", 1, "--steps", 2, cwd=fresh)
+    path = find_checkpoint(fresh / "out/tiny") / "checkpoint.json"
+    meta = json.loads(path.read_text())
+    del meta["config"]["proxy_tokens"]
+    path.write_text(json.dumps(meta))
+    for flags in (["--stage", 1, "--resume", "--steps", 2], ["--stage", 2]):
+        with pytest.raises(UserError, match="trained otherwise .proxy_tokens 16 there, 4 here"):
+            call("train.py", *FAST, *flags, cwd=fresh)
+
+
+@pytest.fixture
+def another_codec(monkeypatch):
+    encode = toy.ToyCodec.encode
+    monkeypatch.setattr(toy.ToyCodec, "encode", lambda self, video: encode(self, video).flip(1))
+    toy.codec_of.cache_clear()
+    yield
+    toy.codec_of.cache_clear()
+
+
+@pytest.mark.usefixtures("another_codec")
+def test_another_codec_is_said_wherever_a_toy_is_read(fresh):
+    """The shipped toy would draw grey noise."""
+    with pytest.raises(UserError, match="assets/toy was trained on latents of another codec"):
+        sample.find(ROOT / "assets/toy")
+    with pytest.raises(UserError, match="assets/base was trained on latents of another codec"):
+        call("train.py", "--stage", 1, "--out", "x", cwd=fresh)
+
+
 def test_a_step_without_finite_gradients_changes_nothing(fresh, drawn, monkeypatch, capsys):
     monkeypatch.chdir(fresh)
     real, calls = train.loss_of, []

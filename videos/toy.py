@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from networks.encoders import UMT5, DINOv2, Tokenizer
 from rope import VIEWS
-from support.script import (ROOT, Parser, UserError, atomic_file, count, frame_rate, in_range, lock, nonempty,
-                            probe_writable, progress, source_hash)
+from support.script import (ROOT, Parser, UserError, atomic_file, count, fingerprint, frame_rate, in_range,
+                            lock, nonempty, probe_writable, progress, source_hash)
 from videos.encode import encode
 from videos.jobs import Job
 from videos.manifest import Sample, read_manifest, sample_of
@@ -397,6 +397,35 @@ def check_config(config):
     if config.vit_dim and config.vit_levels != len(VIT_LEVELS):
         raise UserError(f"this network reads {config.vit_levels} levels of the ViT, toy.VIT_LEVELS names "
                         f"{len(VIT_LEVELS)}: set vit_levels in model.TOY to the same, or train anew")
+
+
+def world_of(row):
+    """What a checkpoint says of the world that it was trained on. row: of WORLDS"""
+    return {"size": row["size"], "frames": row["frames"], "codec": codec_of(row["size"])}
+
+
+@functools.cache
+def codec_of(size):
+    """A name for what ToyCodec makes of pixels: another codec has another name."""
+    ramp = torch.linspace(-1, 1, 3 * 2 * size**2).view(1, 3, 2, size, size)
+    latent = ToyCodec(size).encode(ramp)
+    return fingerprint(latent.shape, to_bytes(latent).flatten().tolist())
+
+
+# of checkpoints before 2026-12-01, which do not name theirs
+FIRST_CODECS = {32: "49f294e850d15b8eb92a", 64: "cd5cf0062660504f6f1b"}
+
+
+def check_world(folder, meta):
+    """The world of a checkpoint, as world_of. UserError where this version draws or encodes another one."""
+    world, known = meta.get("world", {}), [world_of(row) for row in WORLDS.values() if row["size"] <= 64]
+    world = {"codec": FIRST_CODECS.get(world.get("size"))} | world
+    if {**world, "codec": ""} not in [{**row, "codec": ""} for row in known]:
+        raise UserError(f"{folder}/checkpoint.json: its world {world!r:.60} is none of toy.WORLDS")
+    if world not in known:
+        raise UserError(f"{folder} was trained on latents of another codec than toy.ToyCodec is now: start "
+                        "with --scratch, or take the codec that it had")
+    return known[known.index(world)]
 
 
 class ToyCodec:
