@@ -486,11 +486,10 @@ def draw_noise(x0, generators, levels):
     return sigma.to(x0.device), data.noise_of(x0.shape[1:], generators).to(x0.device)
 
 
-def micro_batches(number, first_step, args, dataset, world):
+def micro_batches(stage, number, first_step, args, dataset, world):
     """For each step from first_step on, the numbers of all its clips, and the batches of this rank's
     micro-steps, each with its samples' generators."""
     share, steps = args.batch // world.size, args.steps[number - 1]  # samples per rank and step
-    stage = stage_of(number, args)
     for step in range(first_step, steps):
         rng = random.Random(seed_of(args.seed, number, step))
         views, clips, bucket = dataset.sampler.draw(stage, step / steps, rng, args.batch)
@@ -558,7 +557,7 @@ def train_stage(number, start, args, loaded, world, stop):
     bar = progress(range(start.step, steps), f"stage {number} {stage.name}", "steps", steps, start.step,
                    show=world.rank == 0, every=math.inf)
     skipped, began = 0, time.perf_counter()
-    batches = prefetch(micro_batches(number, start.step, args, loaded.dataset, world))
+    batches = prefetch(micro_batches(stage, number, start.step, args, loaded.dataset, world))
     for step in bar:
         clips, micro_steps = metrics.next(batches)
         # learning rate

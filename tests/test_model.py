@@ -258,16 +258,15 @@ def test_unpatchify_undoes_the_patch_embedding():
 def test_gradients_reach_every_parameter_in_the_stage_that_trains_it(number):
     net = network()
     stage = train.STAGES[number]
-    for step in range(16):
+    for step in range(32):
         people = stage.people[step % len(stage.people)]
-        layout = data.draw_views(stage, step / 16, random.Random(step), people * (VIEWS,))
+        layout = data.draw_views(stage, step / 32, random.Random(step), people * (VIEWS,))
         batch = inputs(layout, seed=step)
         train.loss_of(net, (batch[0], *batch[2:]), batch[1] / 1000, torch.randn_like(batch[0])).backward()
     untouched = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()}
     rows = () if stage.views == "none" else range(max(stage.people))  # the identities that the stage shows
-    assert untouched == (
-        set() if rows else {name for name in dict(net.named_parameters()) if name.startswith("mfi")}
-    )
+    expected = {name for name in dict(net.named_parameters()) if name.startswith("mfi")}
+    assert untouched == (set() if rows else expected)
     if rows:
         assert [k for k in range(2) if net.mfi.identity.grad[k].any()] == list(rows)
 
