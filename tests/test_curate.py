@@ -691,8 +691,7 @@ def test_a_metadata_table_of_any_kind(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(lines)
     table = '\ufeffpath,caption,x\r\nsub/c.mp4,"d, e",1\r\nd.mp4\r\n'
     (tmp_path / "metadata.csv").write_bytes(table.encode())
-    assert curate.read_captions(tmp_path, ["a.mp4"]) == {
-        "a.mp4": "one two", "sub/c.mp4": "d, e", "d.mp4": ""}
+    assert curate.read_captions(tmp_path, ["a.mp4"]) == {"a.mp4": "one two", "sub/c.mp4": "d, e", "d.mp4": ""}
     (tmp_path / "metadata.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="metadata.csv: not a readable text file .UTF-16, cut short or dam"):
         curate.read_captions(tmp_path, [])

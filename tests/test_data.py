@@ -639,14 +639,12 @@ def draw(dataset, stage=ALL, batch=1, steps=1, seed=0):
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """Samples of one and of two people, of different views, shapes and lengths, cross-pairs and others."""
-    samples = [
-        *(sample(n, VIEWS) for n in range(8)),
-        *(sample(n, ("front", "left"), cross=True) for n in range(8, 14)),
-        *(sample(n, ("front",), cross=n % 2 == 0) for n in range(14, 20)),
-        *(sample(n, ("front", "right"), size=(16, 32)) for n in range(20, 24)),
-        *(sample(n, ("front", "right"), frames=5) for n in range(24, 28)),
-        *(sample(n, ("front",), ("front", "left")) for n in range(28, 36)),
-    ]
+    samples = [*(sample(n, VIEWS) for n in range(8)),
+               *(sample(n, ("front", "left"), cross=True) for n in range(8, 14)),
+               *(sample(n, ("front",), cross=n % 2 == 0) for n in range(14, 20)),
+               *(sample(n, ("front", "right"), size=(16, 32)) for n in range(20, 24)),
+               *(sample(n, ("front", "right"), frames=5) for n in range(24, 28)),
+               *(sample(n, ("front",), ("front", "left")) for n in range(28, 36))]
     folder = tmp_path_factory.mktemp("mixed")
     make(folder, *samples)
     return folder

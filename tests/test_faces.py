@@ -40,21 +40,15 @@ def randomise(network):
 
 def small(kind):
     return randomise(
-        {
-            "mobile": lambda: RetinaFace(MobileNet(4), 16),
-            "resnet": lambda: RetinaFace(ResNet(4, (1, 2, 2, 1)), 72),
-            "arcface": lambda: ArcFace(4, (1, 2, 3, 1), 16),
-            "pose": lambda: SixDRepNet((4, 8, 8, 16, 32), (2, 3, 2, 1)),
-        }[kind]()
+        {"mobile": lambda: RetinaFace(MobileNet(4), 16),
+         "resnet": lambda: RetinaFace(ResNet(4, (1, 2, 2, 1)), 72),
+         "arcface": lambda: ArcFace(4, (1, 2, 3, 1), 16),
+         "pose": lambda: SixDRepNet((4, 8, 8, 16, 32), (2, 3, 2, 1))}[kind]()
     )
 
 
-NAMES = {
-    "mobile": "detection_mobilenet0.25_Final.pth",
-    "resnet": "detection_Resnet50_Final.pth",
-    "arcface": "backbone.pth",
-    "pose": "6DRepNet_300W_LP_AFLW2000.pth",
-}
+NAMES = {"mobile": "detection_mobilenet0.25_Final.pth", "resnet": "detection_Resnet50_Final.pth",
+         "arcface": "backbone.pth", "pose": "6DRepNet_300W_LP_AFLW2000.pth"}
 KINDS = {"mobile": RetinaFace, "resnet": RetinaFace, "arcface": ArcFace, "pose": SixDRepNet}
 
 
@@ -145,13 +139,10 @@ def pose_rows():
     return dict(rows + [("linear_reg.weight", (6, 2048)), ("linear_reg.bias", (6,))])
 
 
-RELEASES = {
-    "mobilenet0.25": (RetinaFace, mobile_rows, 300),
-    "ResNet-50": (RetinaFace, resnet_rows, 456),
-    "IResNet-50": (ArcFace, lambda: arcface_rows((3, 4, 14, 3)), 475),
-    "IResNet-100": (ArcFace, lambda: arcface_rows((3, 13, 30, 3)), 925),
-    "RepVGG-B1g2": (SixDRepNet, pose_rows, 58),
-}
+RELEASES = {"mobilenet0.25": (RetinaFace, mobile_rows, 300), "ResNet-50": (RetinaFace, resnet_rows, 456),
+            "IResNet-50": (ArcFace, lambda: arcface_rows((3, 4, 14, 3)), 475),
+            "IResNet-100": (ArcFace, lambda: arcface_rows((3, 13, 30, 3)), 925),
+            "RepVGG-B1g2": (SixDRepNet, pose_rows, 58)}
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -174,16 +165,10 @@ def test_depths_are_read_from_the_shapes():
 # What the original modules (facexlib 0.3.0, arcface_torch, sixdrepnet 0.1.6) gave for randomise(seed 0) and
 # the picture below: a few numbers of each output.
 PINNED = {
-    "mobilenet0.25": [
-        [0.708222, 0.457262, 0.876743, 0.577382],
-        [0.408515, 0.0104472, -0.322987, -0.00643848],
-        [0.403412, 0.484362, 0.825194, 0.0825371],
-    ],
-    "ResNet-50": [
-        [0.503731, 1, 0, 1],
-        [673.967, 204.362, 949.865, -1461.31],
-        [790.902, 286.661, -1108.85, -3.27631],
-    ],
+    "mobilenet0.25": [[0.708222, 0.457262, 0.876743, 0.577382], [0.408515, 0.0104472, -0.322987, -0.00643848],
+                      [0.403412, 0.484362, 0.825194, 0.0825371]],
+    "ResNet-50": [[0.503731, 1, 0, 1], [673.967, 204.362, 949.865, -1461.31],
+                  [790.902, 286.661, -1108.85, -3.27631]],
     "IResNet-50": [[2.82522e06, -6.37885e06, 386961, 3.74596e06]],
     "RepVGG-B1g2": [[0.505607, 0.763832, 0.534001, -0.362498]],
 }
@@ -215,12 +200,9 @@ def test_files_load_with_and_without_prefix_and_counters(kind, tmp_path):
     if kind == "arcface":
         x = torch.randn(2, 3, 112, 112)
     state = network.state_dict()
-    variants = {
-        "plain.pth": state,
-        "prefix.pth": {f"module.{k}": v for k, v in state.items()},
-        "bare.pth": {k: v for k, v in state.items() if "num_batches" not in k},
-        "half.pth": {k: v.double() if v.is_floating_point() else v for k, v in state.items()},
-    }
+    variants = {"plain.pth": state, "prefix.pth": {f"module.{k}": v for k, v in state.items()},
+                "bare.pth": {k: v for k, v in state.items() if "num_batches" not in k},
+                "half.pth": {k: v.double() if v.is_floating_point() else v for k, v in state.items()}}
     for name, tensors in variants.items():
         torch.save(tensors, tmp_path / name)
     save_file({f"module.{k}": v for k, v in state.items()}, tmp_path / "other.safetensors")
@@ -248,8 +230,7 @@ def test_files_that_do_not_fit_give_one_line(kind, tmp_path):
         "unknown": state | {"more": torch.zeros(1)},
         "mis-shaped": state | {last: torch.zeros(3, 3)},
         f"holds no {KINDS[kind].__name__}": {
-            k: v for k, v in state.items() if k != first and "output1" not in k
-        },
+            k: v for k, v in state.items() if k != first and "output1" not in k},
         "expected": state | {last: torch.zeros(state[last].shape, dtype=torch.long)},
         "": {"module.": torch.zeros(2)},
     }
@@ -306,9 +287,8 @@ def test_what_is_missing_is_said_once(tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------- detection
 def brute_nms(boxes, scores, limit):
     """Pixel by pixel: a box is the set of whole pixels from its first to its last."""
-    pixels = [
-        {(x, y) for x in range(a, c + 1) for y in range(b, d + 1)} for a, b, c, d in boxes.long().tolist()
-    ]
+    pixels = [{(x, y) for x in range(a, c + 1) for y in range(b, d + 1)} for a, b, c,
+              d in boxes.long().tolist()]
     keep = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
         if all(len(pixels[i] & pixels[j]) <= limit * len(pixels[i] | pixels[j]) for j in keep):
@@ -353,9 +333,8 @@ def test_decode_turns_encode_back():
     side = prior[:, 2:]
     box = torch.cat(((middle - prior[:, :2]) / side / 0.1, (size / side).log() / 0.2), dim=1)
     boxes, landmarks = decode(prior, box, ((points - prior[:, None, :2]) / side[:, None] / 0.1).flatten(1))
-    torch.testing.assert_close(
-        boxes, torch.cat((middle - size / 2, middle + size / 2), dim=1), rtol=1e-4, atol=1e-3
-    )
+    torch.testing.assert_close(boxes, torch.cat((middle - size / 2, middle + size / 2), dim=1), rtol=1e-4,
+                               atol=1e-3)
     torch.testing.assert_close(landmarks, points, rtol=1e-4, atol=1e-3)
 
 
@@ -384,12 +363,10 @@ def test_detect_reads_bgr_less_its_mean_and_filters(tmp_path):
     net.detector = Planted({0: 0.6, 7: 0.9, 40: 0.5, 1: 0.8})
     image = torch.rand(2, 3, 64, 64) * 2 - 1
     found = net.detect(image)
-    torch.testing.assert_close(
-        net.detector.seen[0][:, 0] + 104, (image[:, 2] + 1) * 127.5, rtol=1e-5, atol=1e-4
-    )
-    torch.testing.assert_close(
-        net.detector.seen[0][:, 2] + 123, (image[:, 0] + 1) * 127.5, rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(net.detector.seen[0][:, 0] + 104, (image[:, 2] + 1) * 127.5, rtol=1e-5,
+                               atol=1e-4)
+    torch.testing.assert_close(net.detector.seen[0][:, 2] + 123, (image[:, 0] + 1) * 127.5, rtol=1e-5,
+                               atol=1e-4)
     prior = priors(64, 64)
     for faces_of in found:  # prior 0 and 1 share a centre, 16 and 32 wide: IoU is 0.27
         assert [round(f.score, 3) for f in faces_of] == [0.9, 0.8, 0.6]
@@ -436,11 +413,8 @@ def test_batches_equal_singles(tmp_path):
         found = net.detect(images, least=0.4)
         results.append((found, net.embed(crops), net.pose(heads, None)))
     results.append(
-        (
-            sum((net.detect(x[None], least=0.4) for x in images), []),
-            torch.cat([net.embed(x[None]) for x in crops]),
-            torch.cat([net.pose(x[None], None) for x in heads]),
-        )
+        (sum((net.detect(x[None], least=0.4) for x in images), []),
+         torch.cat([net.embed(x[None]) for x in crops]), torch.cat([net.pose(x[None], None) for x in heads]))
     )
     assert sum(map(len, results[0][0])) > 5
     for found, vectors, angles in results[1:]:
@@ -478,10 +452,8 @@ def test_similarity_is_umeyamas_and_never_mirrors():
         torch.testing.assert_close(got, umeyama(a, b))
         mirrored = as_matrix(*similarity(a[None], (a * torch.tensor([-1.0, 1]))[None]))
         assert torch.det(mirrored[:, :2]) >= 0
-    turn, shift = (
-        torch.polar(torch.tensor([1.7]), torch.tensor([2.1])),
-        torch.complex(*torch.tensor([[3.0], [-4.0]])),
-    )
+    turn, shift = (torch.polar(torch.tensor([1.7]), torch.tensor([2.1])),
+                   torch.complex(*torch.tensor([[3.0], [-4.0]])))
     moved = torch.view_as_real(torch.view_as_complex(a.float()) * turn + shift)
     got = similarity(a[None].float(), moved[None])
     torch.testing.assert_close(got[0], turn)
@@ -531,9 +503,8 @@ def warp_affine(image, matrix, side):
     return torch.from_numpy(crop - 1).float().view(3, side, side)
 
 
-@pytest.mark.parametrize(
-    "scale, at, noise", [(50.0, (150.0, 120.0), 0), (70.0, (90.0, 60.0), 3), (21.0, (200.0, 40.0), 1)]
-)
+@pytest.mark.parametrize("scale, at, noise",
+                         [(50.0, (150.0, 120.0), 0), (70.0, (90.0, 60.0), 3), (21.0, (200.0, 40.0), 1)])
 def test_align_is_the_norm_crop_of_turned_heads(scale, at, noise):
     """insightface's norm_crop: Umeyama's fit of the landmarks to the template, then warpAffine. From the
     front the fit of the template to the landmarks would be the same crop; at 60 degrees its side is 0.84
@@ -643,9 +614,8 @@ def planted_pose(matrix):
     return network
 
 
-@pytest.mark.parametrize(
-    "pitch, yaw, roll", [(0, 40, 0), (0, -70, 10), (20, 0, 0), (-15, 0, 30), (10, -35, 20)]
-)
+@pytest.mark.parametrize("pitch, yaw, roll",
+                         [(0, 40, 0), (0, -70, 10), (20, 0, 0), (-15, 0, 30), (10, -35, 20)])
 def test_6drepnets_signs_are_mapped(pitch, yaw, roll, tmp_path):
     net = backend(tmp_path, "pose")
     net.poser = planted_pose(six_d(pitch, yaw, roll))
@@ -702,9 +672,8 @@ def test_landmarks_give_yaw_pitch_and_roll_of_the_mean_face():
     got = angles_of(rotation_of(project(angles)))
     assert (got - angles).abs().max() < 0.1  # 1 degree is asked for
     mirrored = (project(angles) * torch.tensor([-1.0, 1]))[:, [1, 0, 2, 4, 3]]
-    torch.testing.assert_close(
-        angles_of(rotation_of(mirrored)), got * torch.tensor([-1.0, 1, -1]), rtol=0, atol=0.05
-    )
+    torch.testing.assert_close(angles_of(rotation_of(mirrored)), got * torch.tensor([-1.0, 1, -1]), rtol=0,
+                               atol=0.05)
 
 
 def test_landmarks_bear_noise():
@@ -730,10 +699,8 @@ def open_picture(path):
     return image / 127.5 - 1
 
 
-REAL = {
-    "scikit-image==0.26.0": "skimage/data/astronaut.png",
-    "matplotlib==3.11.2": "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
-}
+REAL = {"scikit-image==0.26.0": "skimage/data/astronaut.png",
+        "matplotlib==3.11.2": "matplotlib/mpl-data/sample_data/grace_hopper.jpg"}
 
 
 @pytest.mark.skipif("DOWNLOADS" not in os.environ, reason="downloads; DOWNLOADS=1 runs it")

@@ -46,22 +46,15 @@ def no_hang():
 # ------------------------------------------------------------------------------------------- reading pictures
 @pytest.mark.parametrize(
     "argument, view",
-    [
-        ("anna_front.png", "front"),
-        ("a/left/anna-BACK.2.png", "back"),
-        ("left=a_front.png", "left"),
-        ("right=x.png", "right"),
-        ("Left 3.jpg", "left"),
-        ("a=b/front.png", "front"),
-    ],
+    [("anna_front.png", "front"), ("a/left/anna-BACK.2.png", "back"), ("left=a_front.png", "left"),
+     ("right=x.png", "right"), ("Left 3.jpg", "left"), ("a=b/front.png", "front")],
 )
 def test_views_come_from_names(argument, view):
     assert view_of(argument)[0] == view
 
 
-@pytest.mark.parametrize(
-    "argument", ["anna.png", "backwards.png", "front_left.png", "side=anna.png", "", "="]
-)
+@pytest.mark.parametrize("argument",
+                         ["anna.png", "backwards.png", "front_left.png", "side=anna.png", "", "="])
 def test_a_view_must_be_named_once(argument):
     with pytest.raises(UserError, match="which view is it"):
         view_of(argument)
@@ -99,15 +92,13 @@ def grey16(order):
 
 @pytest.mark.parametrize(
     "image, options, colours",
-    [
-        (grey16("<u2"), {}, [-1, 0.004, 1]),
-        (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)), {}, [-1, 0.004, 1]),
-        (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)), {"transparency": 0}, [1, 0.004, 1]),
-        (Image.frombytes("LA", (3, 2), bytes([0, 255, 128, 255, 0, 0] * 2)), {}, [-1, 0.004, 1]),
-        (Image.frombytes("1", (3, 2), bytes([0b01100000] * 2)), {}, [-1, 1, 1]),
-        (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)).convert("P"), {}, [-1, 0.004, 1]),
-        (Image.frombytes("RGB", (3, 2), bytes(3 * [0] + 3 * [128] + 3 * [255]) * 2), {}, [-1, 0.004, 1]),
-    ],
+    [(grey16("<u2"), {}, [-1, 0.004, 1]),
+     (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)), {}, [-1, 0.004, 1]),
+     (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)), {"transparency": 0}, [1, 0.004, 1]),
+     (Image.frombytes("LA", (3, 2), bytes([0, 255, 128, 255, 0, 0] * 2)), {}, [-1, 0.004, 1]),
+     (Image.frombytes("1", (3, 2), bytes([0b01100000] * 2)), {}, [-1, 1, 1]),
+     (Image.frombytes("L", (3, 2), bytes([0, 128, 255] * 2)).convert("P"), {}, [-1, 0.004, 1]),
+     (Image.frombytes("RGB", (3, 2), bytes(3 * [0] + 3 * [128] + 3 * [255]) * 2), {}, [-1, 0.004, 1])],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
 )
 def test_every_kind_of_png_reads_right(image, options, colours, tmp_path):
@@ -725,11 +716,9 @@ def jobs_file(folder, text):
 
 
 def test_a_jobs_file_is_a_video_a_line(tmp_path):
-    lines = [
-        {"prompt": "a dog"},
-        {"prompt": "ein Bär", "seed": 5, "refs": [["a_front.png", "left=b.png"], ["c_back.png"]]},
-        {"prompt": "two\u2028lines\x85and\u2029more", "seed": None, "refs": None},
-    ]
+    lines = [{"prompt": "a dog"},
+             {"prompt": "ein Bär", "seed": 5, "refs": [["a_front.png", "left=b.png"], ["c_back.png"]]},
+             {"prompt": "two\u2028lines\x85and\u2029more", "seed": None, "refs": None}]
     text = "\ufeff" + "\r\n\n  \n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
     jobs = read_jobs(jobs_file(tmp_path, text), 9)
     assert [job.prompt for job in jobs] == [line["prompt"] for line in lines]
@@ -745,44 +734,23 @@ REFS = "refs is not a list"
 
 @pytest.mark.parametrize(
     "line, says",
-    [
-        ('{"prompt": "x", "ref": []}', "unknown key 'ref'"),
-        ('{"prompt": "x", "\\ud800": []}', "unknown key"),
-        ('{"prompt": "x", "seed": true}', SEED),
-        ('{"prompt": "x", "seed": false}', SEED),
-        ('{"prompt": "x", "seed": -1}', SEED),
-        ('{"prompt": "x", "seed": 1.0}', SEED),
-        ('{"prompt": "x", "seed": "1"}', SEED),
-        ('{"prompt": "x", "seed": NaN}', SEED),
-        ('{"prompt": "x", "seed": [1]}', SEED),
-        ('{"prompt": "x", "seed": 9223372036854775808}', SEED),
-        ('{"prompt": "x", "seed": 1' + "0" * 5000 + "}", ""),
-        ('{"prompt": ""}', "no prompt"),
-        ('{"prompt": " \\n"}', "no prompt"),
-        ('{"prompt": null}', "no prompt"),
-        ('{"prompt": ["x"]}', "no prompt"),
-        ('{"prompt": "\\ud83d"}', "no prompt"),
-        ('{"refs": []}', "no prompt"),
-        ('{"prompt": "x", "refs": "a_front.png"}', REFS),
-        ('{"prompt": "x", "refs": ""}', REFS),
-        ('{"prompt": "x", "refs": {}}', REFS),
-        ('{"prompt": "x", "refs": 0}', REFS),
-        ('{"prompt": "x", "refs": false}', REFS),
-        ('{"prompt": "x", "refs": ["a_front.png"]}', REFS),
-        ('{"prompt": "x", "refs": [[]]}', REFS),
-        ('{"prompt": "x", "refs": [[["a_front.png"]]]}', REFS),
-        ('{"prompt": "x", "refs": [["\\udcff.png"]]}', REFS),
-        ('["x"]', "not an object"),
-        ('"x"', "not an object"),
-        ("null", "not an object"),
-        ("a dog", ""),
-        ('{"prompt": "x"', ""),
-        ('{"prompt": "x"} {"prompt": "y"}', ""),
-        ("[" * 100_000, ""),
-        ('{"prompt":' * 100_000, ""),
-        ('{"prompt": "x", "seed": ' + "[" * 900 + "]" * 900 + "}", SEED),
-        ("\0", ""),
-    ],
+    [('{"prompt": "x", "ref": []}', "unknown key 'ref'"), ('{"prompt": "x", "\\ud800": []}', "unknown key"),
+     ('{"prompt": "x", "seed": true}', SEED), ('{"prompt": "x", "seed": false}', SEED),
+     ('{"prompt": "x", "seed": -1}', SEED), ('{"prompt": "x", "seed": 1.0}', SEED),
+     ('{"prompt": "x", "seed": "1"}', SEED), ('{"prompt": "x", "seed": NaN}', SEED),
+     ('{"prompt": "x", "seed": [1]}', SEED), ('{"prompt": "x", "seed": 9223372036854775808}', SEED),
+     ('{"prompt": "x", "seed": 1' + "0" * 5000 + "}", ""), ('{"prompt": ""}', "no prompt"),
+     ('{"prompt": " \\n"}', "no prompt"), ('{"prompt": null}', "no prompt"),
+     ('{"prompt": ["x"]}', "no prompt"), ('{"prompt": "\\ud83d"}', "no prompt"),
+     ('{"refs": []}', "no prompt"), ('{"prompt": "x", "refs": "a_front.png"}', REFS),
+     ('{"prompt": "x", "refs": ""}', REFS), ('{"prompt": "x", "refs": {}}', REFS),
+     ('{"prompt": "x", "refs": 0}', REFS), ('{"prompt": "x", "refs": false}', REFS),
+     ('{"prompt": "x", "refs": ["a_front.png"]}', REFS), ('{"prompt": "x", "refs": [[]]}', REFS),
+     ('{"prompt": "x", "refs": [[["a_front.png"]]]}', REFS),
+     ('{"prompt": "x", "refs": [["\\udcff.png"]]}', REFS), ('["x"]', "not an object"),
+     ('"x"', "not an object"), ("null", "not an object"), ("a dog", ""), ('{"prompt": "x"', ""),
+     ('{"prompt": "x"} {"prompt": "y"}', ""), ("[" * 100_000, ""), ('{"prompt":' * 100_000, ""),
+     ('{"prompt": "x", "seed": ' + "[" * 900 + "]" * 900 + "}", SEED), ("\0", "")],
     ids=lambda value: value[:40],
 )
 def test_a_line_that_is_no_job_is_one_line_that_counts_it(line, says, tmp_path):

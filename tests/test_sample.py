@@ -228,13 +228,8 @@ def test_unknown_solver_and_no_steps():
 
 # ---------------------------------------------------------------------------------------------- the whole job
 def test_references_in_video_out(tiny, pictures, tmp_path):
-    refs = [
-        "--refs",
-        pictures / "0_front.png",
-        pictures / "0_left.png",
-        "--refs",
-        f"back={pictures / '1_front.png'}",
-    ]
+    refs = ["--refs", pictures / "0_front.png", pictures / "0_left.png", "--refs",
+            f"back={pictures / '1_front.png'}"]
     command = [*refs, "--prompt", PROMPT, "--steps", 2, "--ckpt", tiny / "out" / "tiny"]
     said = call("sample.py", *command, "--out", "a", cwd=tmp_path)
     assert f"stage {max(STAGES)} {STAGES[max(STAGES)].name}" in said and "a.mp4" in said and "a.png" in said
@@ -364,9 +359,7 @@ def test_text_to_video_from_a_wan_folder(wan, tmp_path):
         assert container.streams.video[0].average_rate == 16
     assert len(frames) == 5 and frames[0].shape == (256, 384, 3)
     assert (note["prompt"], note["seed"], note["steps"]) == ("a cat &amp; a  dog", 0, 3)
-    assert (
-        note["solver"] == "unipc" and note["guide_text"] == [5.0] and note["negative"] == NEGATIVE_PROMPT
-    )
+    assert (note["solver"] == "unipc" and note["guide_text"] == [5.0] and note["negative"] == NEGATIVE_PROMPT)
     with Image.open(tmp_path / "a.png") as sheet:
         assert json.loads(sheet.text["video 1"]) == note  # any file tells how to make it again
         first = sheet.tobytes()
@@ -544,17 +537,7 @@ def test_prompts_from_a_file(wan, tmp_path):
         "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n",
         encoding="utf-8",
     )
-    call(
-        "sample.py",
-        "--ckpt",
-        wan / "2.1",
-        *SMALL,
-        "--prompts",
-        "jobs.jsonl",
-        "--out",
-        "v",
-        cwd=tmp_path,
-    )
+    call("sample.py", "--ckpt", wan / "2.1", *SMALL, "--prompts", "jobs.jsonl", "--out", "v", cwd=tmp_path)
     for i, (prompt, seed) in enumerate((("a dog", 0), ("ein Bär", 5)), 1):
         with av.open(str(tmp_path / f"v-{i}.mp4")) as container:
             note = json.loads(container.metadata["comment"])
@@ -563,12 +546,10 @@ def test_prompts_from_a_file(wan, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, says",
-    [
-        ("--frames 6", "6 frames of 480x832: expected 4n\\+1 frames"),
-        ("--size 40x48", "81 frames of 40x48: expected .* multiples of 16"),
-        ("--refs a_front.png", "plain Wan, which has never seen references"),
-        ("--tile 20 --frames 5 --size 32x48 --steps 1", "VAE tile 20"),
-    ],
+    [("--frames 6", "6 frames of 480x832: expected 4n\\+1 frames"),
+     ("--size 40x48", "81 frames of 40x48: expected .* multiples of 16"),
+     ("--refs a_front.png", "plain Wan, which has never seen references"),
+     ("--tile 20 --frames 5 --size 32x48 --steps 1", "VAE tile 20")],
 )
 def test_wan_bad_input(arguments, says, wan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -623,34 +604,28 @@ def broken(tmp_path, pictures):
 
 @pytest.mark.parametrize(
     "arguments, says",
-    [
-        ("--refs gone_front.png --prompt x", "gone_front.png: no such file"),
-        ("--refs front.txt --prompt x", "front.txt: not a readable picture"),
-        ("--refs cut_front.png --prompt x", "cut_front.png: not a readable picture"),
-        ("--refs empty/../ --prompt x", "which view is it"),
-        ("--refs front=empty --prompt x", "empty: not a file; expected a PNG"),
-        ("--refs noview.png --prompt x", "noview.png: which view is it"),
-        ("--refs front=noview.png front=noview.png --prompt x", "a second front view of the same person"),
-        ("--refs front=noview.png " * 3 + "--prompt x", "3 people .* at most 2"),
-        ("--refs front=noview.png", "--refs needs --prompt"),
-        ("--prompt=", "--prompt: is empty"),
-        ("--frames 7", "7 frames .* makes 3 frames"),
-        ("--size 40", "of 40x40: this checkpoint makes .* 32x32"),
-        ("--frames 0", "--frames: got '0', expected 1 to 10001 frames"),
-        ("--steps 0", "--steps: got '0', expected 1 to 1000 steps"),
-        ("--size 40by40", "expected HEIGHTxWIDTH"),
-        ("--guide-text 1 2 3", "--guide-text got 3 numbers"),
-        ("--prompts front.txt", "front.txt line 1: expected"),
-        ("--prompts gone.jsonl", "gone.jsonl: not a readable text file"),
-        ("--prompts front.txt --prompt x", "leave --prompt and --refs out"),
-        ("--fps 0", "--fps: got '0', expected 1 to 240"),
-        ("--compile --offload", "give it without --offload"),
-        ("--swap --prompt one", "--swap exchanges two people"),
-        ("--prompts flat.jsonl", "flat.jsonl line 2: expected"),
-        ("--ckpt nowhere", "no checkpoint at nowhere: make one with `python train.py"),
-        ("--out front.txt/below/name", "cannot write to"),
-        ("--lora low=a.safetensors", "--lora high= and low= are for two experts"),
-    ],
+    [("--refs gone_front.png --prompt x", "gone_front.png: no such file"),
+     ("--refs front.txt --prompt x", "front.txt: not a readable picture"),
+     ("--refs cut_front.png --prompt x", "cut_front.png: not a readable picture"),
+     ("--refs empty/../ --prompt x", "which view is it"),
+     ("--refs front=empty --prompt x", "empty: not a file; expected a PNG"),
+     ("--refs noview.png --prompt x", "noview.png: which view is it"),
+     ("--refs front=noview.png front=noview.png --prompt x", "a second front view of the same person"),
+     ("--refs front=noview.png " * 3 + "--prompt x", "3 people .* at most 2"),
+     ("--refs front=noview.png", "--refs needs --prompt"), ("--prompt=", "--prompt: is empty"),
+     ("--frames 7", "7 frames .* makes 3 frames"), ("--size 40", "of 40x40: this checkpoint makes .* 32x32"),
+     ("--frames 0", "--frames: got '0', expected 1 to 10001 frames"),
+     ("--steps 0", "--steps: got '0', expected 1 to 1000 steps"), ("--size 40by40", "expected HEIGHTxWIDTH"),
+     ("--guide-text 1 2 3", "--guide-text got 3 numbers"),
+     ("--prompts front.txt", "front.txt line 1: expected"),
+     ("--prompts gone.jsonl", "gone.jsonl: not a readable text file"),
+     ("--prompts front.txt --prompt x", "leave --prompt and --refs out"),
+     ("--fps 0", "--fps: got '0', expected 1 to 240"), ("--compile --offload", "give it without --offload"),
+     ("--swap --prompt one", "--swap exchanges two people"),
+     ("--prompts flat.jsonl", "flat.jsonl line 2: expected"),
+     ("--ckpt nowhere", "no checkpoint at nowhere: make one with `python train.py"),
+     ("--out front.txt/below/name", "cannot write to"),
+     ("--lora low=a.safetensors", "--lora high= and low= are for two experts")],
 )
 def test_bad_input_gets_one_clear_line(arguments, says, tiny, broken, monkeypatch):
     monkeypatch.chdir(broken)
@@ -661,12 +636,8 @@ def test_bad_input_gets_one_clear_line(arguments, says, tiny, broken, monkeypatc
         sample.main(arguments)
     assert re.search(says, str(error.value)) and "\n" not in str(error.value)
     files = sorted(p.name for p in broken.rglob("*") if p.is_file() and p.suffix != ".lock")
-    assert files == [
-        "cut_front.png",
-        "flat.jsonl",
-        "front.txt",
-        "noview.png",
-    ]  # nothing written, nothing lost
+    assert files == ["cut_front.png", "flat.jsonl", "front.txt",
+                     "noview.png"]  # nothing written, nothing lost
 
 
 INPUTS = [

@@ -18,23 +18,10 @@ from support.script import UserError
 # ------------------------------------------------------------------------------------------------ Wan's files
 @pytest.mark.parametrize(
     "index",
-    [
-        "",
-        "[]",
-        "null",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {"a": 3}}',
-        '{"weight_map": {"a": ["x"]}}',
-        '{"weight_map": {"a": "x", "b": 3}}',
-        '{"weight_map": {"a": "../x.safetensors"}}',
-        '{"weight_map": {"a": "/x.safetensors"}}',
-        '{"weight_map": {"a": "sub/x.safetensors"}}',
-        '{"weight_map": {"a": ".."}}',
-        '{"weight_map": {"a": ""}}',
-        "[" * 100_000,
-        b"\xff\xfe",
-    ],
+    ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["x"]}}',
+     '{"weight_map": {"a": "x", "b": 3}}', '{"weight_map": {"a": "../x.safetensors"}}',
+     '{"weight_map": {"a": "/x.safetensors"}}', '{"weight_map": {"a": "sub/x.safetensors"}}',
+     '{"weight_map": {"a": ".."}}', '{"weight_map": {"a": ""}}', "[" * 100_000, b"\xff\xfe"],
     ids=lambda index: ascii(index[:48]),
 )
 def test_a_shard_index_of_junk_or_with_a_way_out_is_one_line(index, tmp_path):
@@ -236,16 +223,12 @@ def broken_files(folder):
     case("swapped.safetensors", good[".pth"], "cannot be read")
     case("swapped.pth", good[".safetensors"], "cannot be read")
     entry = '{"a":{"dtype":"%s","shape":%s,"data_offsets":%s}}'
-    hostile = {
-        "huge": b"\xff" * 8 + b"{}",
-        "list": b"[]",
-        "json": b'{"a":',
-        "dtype": (entry % ("Q7", "[1]", "[0,4]")).encode(),
-        "negative": (entry % ("F32", "[-1]", "[0,4]")).encode(),
-        "beyond": (entry % ("F32", "[9]", "[0,36]")).encode(),
-        "overflow": (entry % ("F32", "[4294967296,4294967296,4]", "[0,4]")).encode(),
-        "backwards": (entry % ("F32", "[1]", "[4,0]")).encode(),
-    }
+    hostile = {"huge": b"\xff" * 8 + b"{}", "list": b"[]", "json": b'{"a":',
+               "dtype": (entry % ("Q7", "[1]", "[0,4]")).encode(),
+               "negative": (entry % ("F32", "[-1]", "[0,4]")).encode(),
+               "beyond": (entry % ("F32", "[9]", "[0,36]")).encode(),
+               "overflow": (entry % ("F32", "[4294967296,4294967296,4]", "[0,4]")).encode(),
+               "backwards": (entry % ("F32", "[1]", "[4,0]")).encode()}
     for name, header in hostile.items():
         content = header if name == "huge" else len(header).to_bytes(8, "little") + header + bytes(4)
         case(f"{name}.safetensors", content, "cannot be read")
@@ -265,26 +248,16 @@ def broken_files(folder):
         fc2 = "blocks.1.ffn.fc2.weight"
         altered("missing", "21 tensors came, 22 expected; 1 missing ('norm.weight')", **{"norm.weight": None})
         altered("extra", "23 tensors came, 22 expected; 1 unknown ('bias')", bias=torch.zeros(3))
-        altered(
-            "renamed",
-            "22 tensors came, 22 expected; 1 missing ('norm.weight'); 1 unknown ('norm.gamma')",
-            **{"norm.weight": None, "norm.gamma": torch.ones(16)},
-        )
-        altered(
-            "transposed",
-            f"1 mis-shaped ('{fc2}' (24, 16) instead of (16, 24))",
-            **{fc2: state[fc2].T.contiguous()},
-        )
-        altered(
-            "integers", "is torch.int64, expected torch.float32", **{"norm.weight": torch.ones(16).long()}
-        )
+        altered("renamed",
+                "22 tensors came, 22 expected; 1 missing ('norm.weight'); 1 unknown ('norm.gamma')",
+                **{"norm.weight": None, "norm.gamma": torch.ones(16)})
+        altered("transposed", f"1 mis-shaped ('{fc2}' (24, 16) instead of (16, 24))",
+                **{fc2: state[fc2].T.contiguous()})
+        altered("integers", "is torch.int64, expected torch.float32",
+                **{"norm.weight": torch.ones(16).long()})
         blank = dict.fromkeys(state)
-        altered(
-            "other",
-            "22 missing ('token_embedding.weight', 'blocks.0.norm1.weight', '",
-            x=torch.ones(1),
-            **blank,
-        )
+        altered("other", "22 missing ('token_embedding.weight', 'blocks.0.norm1.weight', '", x=torch.ones(1),
+                **blank)
     cases["absent.pth"] = "no such file"
     (folder / "folder.pth").mkdir()
     cases["folder.pth"] = "not a file"
@@ -301,10 +274,8 @@ def test_every_bad_file_gives_one_clear_line(tmp_path):
 
 def test_mutated_safetensors_never_surprise(tmp_path):
     """Any flipped byte of the header: the network loads, or one UserError."""
-    good, path = (
-        write(tmp_path / "good.safetensors", small().state_dict()).read_bytes(),
-        tmp_path / "bad.safetensors",
-    )
+    good, path = (write(tmp_path / "good.safetensors", small().state_dict()).read_bytes(),
+                  tmp_path / "bad.safetensors")
     torch.manual_seed(0)
     refused = 0
     for at in torch.randint(0, 8 + int.from_bytes(good[:8], "little"), (150,)).tolist():

@@ -2,8 +2,7 @@
 
   mead        one actor, seven cameras at once: identity and view are in the path
   nersemble   sixteen calibrated cameras: the view is a camera's azimuth
-  folders     captions and references as DiffSynth, musubi-tuner, diffusion-pipe, ai-toolkit and WildActor
-              write them
+  folders     a table of videos, captions and references, or these beside each video
 `python data.py import` runs it.
 """
 import json
@@ -330,7 +329,7 @@ def read_row(names, row, name, mirror, notes):
         raise ValueError(f"no video; expected one of the columns {', '.join(COLUMNS['video'])}")
     video, root = inside(value_of(row, "video")), names.folder
     path, caption = root / video.removeprefix("source/"), value_of(row, "caption")
-    people, identities = read_people(row, value_of(row, "references")), []
+    people, identities = read_people(value_of(row, "references")), []
     if path.resolve().is_relative_to(root.resolve()):
         beside = root / names.find(path.with_suffix(".txt").relative_to(root))
         if caption is None and beside.is_file():
@@ -338,17 +337,13 @@ def read_row(names, row, name, mirror, notes):
         people = people or people_beside(root, path)
     for k, pictures in enumerate(people, 1):
         views, who = {}, f"{video.removeprefix('source/').removesuffix(path.suffix)}_{k}"
-        if is_text(row.get("actor_id")) and len(people) == 1:
-            who = row["actor_id"]
         for n, picture in enumerate(pictures):
-            view, image, facts = read_reference(picture, n, name, notes)
-            view = SWAP.get(view, view) if mirror else view
-            if view in views and isinstance(picture, str):
+            view, image = read_reference(picture, n, name, notes)
+            if mirror:
+                view = SWAP.get(view, view)
+            if view in views:
                 raise ValueError(f"{image}: a second {view} view of one person; write a list for each person")
-            if view and view not in views:
-                views[view] = {"image": inside(image), **facts}
-                if mirror and facts["yaw"]:
-                    views[view]["yaw"] = -facts["yaw"]
+            views[view] = {"image": inside(image), "yaw": None, "cross": False}
         if views:
             identities.append({"id": who, "views": views})
     lacks = f"no picture of {len(people) - len(identities)} of its {len(people)} people"
@@ -358,48 +353,32 @@ def read_row(names, row, name, mirror, notes):
     return {"video": video, "caption": caption or "", "identities": identities, "lacks": lacks}
 
 
-def read_people(row, value):
-    """A row's references -> a list of pictures for each person, each a name or an object of WildActor's.
-    A flat list is one person; text is a JSON list or names separated by ";"."""
-    if value is None:
-        numbered = {int(key[13:]): row[key] for key in row if re.fullmatch(r"control_path_\d{1,4}", str(key))}
-        value = [numbered[n] for n in sorted(numbered) if numbered[n]]
+def read_people(value):
+    """A row's references -> a list of file names for each person. A flat list is one person; text is a JSON
+    list or names separated by ";"."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise ValueError(f"its references are no JSON list: {value[:60]}") from None
     elif isinstance(value, str):
-        value = [name for name in value.split(";") if name.strip()]
-    people = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    if not all(isinstance(person, list) and all(isinstance(picture, (str, dict)) for picture in person)
+        value = [name.strip() for name in value.split(";") if name.strip()]
+    people = value if isinstance(value, list) and value and isinstance(value[0], list) else [value or []]
+    if not all(isinstance(person, list) and all(isinstance(name, str) for name in person)
                for person in people):
         raise ValueError("its references are no list of file names, nor one list for each person")
-    people = [sorted(person, key=lambda p: isinstance(p, dict) and p.get("region") != "face")
-              for person in people]
     return people if any(people) else []
 
 
 def read_reference(picture, n, name, notes):
-    """The n-th picture of a person -> view or None, file name, what else is known."""
-    if isinstance(picture, str):
-        try:
-            return *view_of(picture), {"yaw": None, "cross": False}
-        except UserError:
-            if n:
-                raise
-        notes.setdefault("references have no view in their names and count as front", []).append(name)
-        return "front", picture, {"yaw": None, "cross": False}
-    view, yaw, origin = picture.get("view"), picture.get("angle"), picture.get("metadata")
-    if view not in VIEWS or picture.get("region") == "three_view":
-        notes.setdefault("references are of no view that is used here", []).append(name)
-        return None, None, None
-    if not isinstance(yaw, (int, float)) or not -360 <= yaw <= 360:
-        yaw = None
-    elif view in SWAP:  # WildActor does not say what its own sign means
-        yaw = abs(yaw) if view == "right" else -abs(yaw)
-    origin = origin.get("source") if isinstance(origin, dict) else None
-    return view, picture.get("path"), {"yaw": yaw, "cross": origin not in (None, "self_crop")}
+    """The n-th picture of a person -> its view and its file's name."""
+    try:
+        return view_of(picture)
+    except UserError:
+        if n:
+            raise
+    notes.setdefault("references have no view in their names and count as front", []).append(name)
+    return "front", picture
 
 
 def people_beside(root, video):
