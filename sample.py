@@ -51,8 +51,8 @@ SAMPLE_RECIPES = {
 }
 BOUNDARY = 0.875  # where Wan2.2's experts change, as a share of t's range
 # what a video depends on, besides what it is made of: a change of these files may change it
-VIDEO_CODE = ("kernels", "model", "networks/encoders", "networks/lora", "networks/solvers", "networks/text",
-              "rope", "sample", "videos/jobs", "videos/pictures", "videos/toy")
+VIDEO_CODE = ("data", "kernels", "model", "networks/encoders", "networks/lora", "networks/solvers",
+              "networks/text", "rope", "sample", "videos/jobs", "videos/pictures", "videos/toy")
 ROUND = 16  # videos that are made together, one network after the other, and written before the next ones
 
 
